@@ -1,0 +1,17 @@
+"""The errors that a user of the command line may meet, each one clear sentence."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The message is one sentence: what was given, what is allowed, what to do. Programs
+    print it without a stack trace and exit with code 2.
+    """
+
+
+class DivergedError(Exception):
+    """Training met a non-finite loss or gradient. Programs exit with code 3."""
+
+
+class InterruptedRun(Exception):
+    """SIGTERM or Ctrl-C stopped the run after saving it. Programs exit with code 75."""

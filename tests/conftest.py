@@ -1,0 +1,26 @@
+"""Settings for all tests: CPU, strict promotion, a compilation cache that persists."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("CVJAX_TEST_CACHE", f"{tempfile.gettempdir()}/cvjax-test-xla"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> pathlib.Path:
+    """The folder of prepared TFDS data sets; without one the test is skipped."""
+    folder = os.environ.get("TFDS_DATA_DIR")
+    if not folder or not pathlib.Path(folder).is_dir():
+        pytest.skip("needs real data: set TFDS_DATA_DIR to prepared TFDS data sets")
+    return pathlib.Path(folder).resolve()
