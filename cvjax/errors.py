@@ -1,7 +1,7 @@
 """The errors that a user of the command line may meet, each one clear sentence."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend.
 
     The message is one sentence: what was given, what is allowed, what to do. Programs

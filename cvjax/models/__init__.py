@@ -1,0 +1,60 @@
+"""The networks, each `apply(variables, images, train=...) -> logits`."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from flax import linen as nn
+
+from cvjax.errors import UserError
+from cvjax.models.checks import check_choice
+from cvjax.models.convnet import ConvNet
+from cvjax.models.mlp import MLP
+from cvjax.models.resnet_cifar import CifarResNet
+
+MODELS = {"convnet": ConvNet, "mlp": MLP, "resnet_cifar": CifarResNet}
+
+
+def model_fields(name: str) -> dict[str, dataclasses.Field]:
+    """What can be set of a network: the fields of its class, less `num_classes`."""
+    inherited = ("parent", "name", "num_classes")
+    fields = dataclasses.fields(MODELS[name])
+    return {field.name: field for field in fields if field.name not in inherited}
+
+
+def create_model(name: str, num_classes: int, **fields: Any) -> nn.Module:
+    """Builds a network by name.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: size of the logits.
+      **fields: the attributes of that network's class; those not given keep the class's
+        defaults. Lists are taken as tuples.
+
+    Returns:
+      A linen module: `module.init(rng, images, train=False)` gives the variables,
+      `module.apply(variables, images, train=...)` the logits [batch, num_classes], for
+      images [batch, height, width, channels] of floats.
+
+    Raises:
+      UserError: for a network, a field or a value that does not exist.
+    """
+    check_choice("model name", name, tuple(MODELS))
+    types = {field: spec.type for field, spec in model_fields(name).items()}
+    for field, value in fields.items():
+        if field not in types:
+            near = difflib.get_close_matches(field, types, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UserError(
+                f"model {name!r} has no field {field!r}, only {', '.join(types)}{hint}"
+            )
+        if isinstance(value, list):
+            fields[field] = tuple(value)
+        elif types[field] is float and type(value) is int:
+            fields[field] = float(value)
+        elif isinstance(types[field], type) and type(value) is not types[field]:
+            raise UserError(
+                f"model field {field!r} takes a value of type {types[field].__name__}, "
+                f"got {value!r}."
+            )
+    return MODELS[name](num_classes=num_classes, **fields)

@@ -1,0 +1,203 @@
+"""Plain and residual networks for CIFAR (He et al. 2015, arXiv:1512.03385, section 4.2).
+
+    layer    output   features    layers
+    stem     32x32    16          1
+    stage 1  32x32    16          2n
+    stage 2  16x16    32          2n    first convolution has stride 2
+    stage 3  8x8      64          2n    first convolution has stride 2
+    head     1x1      classes     global average, 1 dense
+
+Depth is 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper. A plain net has the same layers,
+the same parameters and the same initialisation; it lacks the shortcuts and nothing else.
+The pre-activation form (He et al. 2016, arXiv:1603.05027) is x + h * f(x), one explicit
+Euler step a block.
+
+Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are
+drawn with fan-in variance, and no scale starts at zero. Where we differ: BatchNorm's
+statistics are taken over the whole batch (the paper: over each of two GPUs), and in the
+pre-activation form every block is the same (the paper moves the first activation of the
+net in front of its first shortcut).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+
+from cvjax.errors import UserError
+from cvjax.models.checks import check_choice, check_positive
+from cvjax.nn import depth as depth_axis
+from cvjax.nn.conv import Conv
+
+ModuleDef = Callable[..., nn.Module]
+SHORTCUTS = ("A", "B", "C", "none")
+
+
+class PostActivation(nn.Module):
+    """The residual function of 2015: conv, bn, relu, conv, bn."""
+
+    features: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.features, 3, padding=1, name="conv2")(y)
+        return self.norm(name="bn2")(y)
+
+
+class PreActivation(nn.Module):
+    """The residual function of 2016: bn, relu, conv, bn, relu, conv."""
+
+    features: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(self.norm(name="bn1")(x))
+        y = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        return self.conv(self.features, 3, padding=1, name="conv2")(y)
+
+
+class Shortcut(nn.Module):
+    """The path around f (He et al. 2015, section 4.1, options A, B and C).
+
+    A: the identity; where shapes change, every second pixel and zeros for the new
+       channels, appended at the end. No parameters.
+    B: the identity; where shapes change, a 1x1 convolution and BatchNorm.
+    C: always a 1x1 convolution and BatchNorm.
+    """
+
+    option: str
+    features: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        changes = self.stride != 1 or x.shape[-1] != self.features
+        if self.option == "C" or (self.option == "B" and changes):
+            y = self.conv(self.features, 1, self.stride, name="conv")(x)
+            return self.norm(name="bn")(y)
+        if not changes:
+            return x
+        x = x[:, :: self.stride, :: self.stride]
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, self.features - x.shape[-1]),))
+
+
+class Block(nn.Module):
+    """Two layers: activation(shortcut(x) + h * f(x)), or activation(f(x)) if plain.
+
+    The activation is relu in the form of 2015 and none in the form of 2016.
+    """
+
+    features: int
+    stride: int
+    shortcut: str
+    pre_activation: bool
+    step_size: float
+    norm: ModuleDef
+    in_loop: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(Conv, in_loop=self.in_loop)
+        shape = (self.features, self.stride)
+        f = PreActivation if self.pre_activation else PostActivation
+        y = f(*shape, conv, self.norm, name="f")(x)
+        if self.shortcut != "none":
+            around = Shortcut(self.shortcut, *shape, conv, self.norm, name="shortcut")
+            y = around(x) + self.step_size * y
+        return y if self.pre_activation else nn.relu(y)
+
+
+class CifarResNet(nn.Module):
+    """A plain or residual net of depth 6n + 2.
+
+    Attributes:
+      num_classes: size of the logits.
+      depth: number of layers with weights, 6n + 2.
+      shortcut: "A", "B" or "C" of the paper, or "none" for the plain net.
+      pre_activation: the form of He et al. 2016 instead of 2015.
+      width: features of the first stage; the paper's is 16.
+      step_size: h in x + h * f(x); 1 in the papers.
+      norm_momentum: of BatchNorm's running averages.
+      walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+
+    Raises:
+      UserError: at construction, for values that make no net.
+    """
+
+    num_classes: int
+    depth: int = 20
+    shortcut: str = "A"
+    pre_activation: bool = False
+    width: int = 16
+    step_size: float = 1.0
+    norm_momentum: float = 0.9
+    walk: str = "auto"
+
+    def __post_init__(self):
+        check_positive(num_classes=self.num_classes, width=self.width)
+        check_choice("shortcut", self.shortcut, SHORTCUTS)
+        check_choice("walk", self.walk, depth_axis.WALKS)
+        if self.depth < 8 or (self.depth - 2) % 6:
+            below = max(8, self.depth - (self.depth - 2) % 6)
+            near = f"{below} or {below + 6}" if self.depth > 8 else "8"
+            raise UserError(
+                f"depth must be 6n + 2 with n of 1 or more (8, 14, 20, ...), got "
+                f"{self.depth}; the nearest is {near}."
+            )
+        if self.shortcut == "none" and self.step_size != 1.0:
+            raise UserError(
+                f"step_size is {self.step_size} but a plain net (shortcut 'none') has no "
+                "step; set it to 1.0 or choose shortcut A, B or C."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.norm_momentum,
+            epsilon=1e-5,
+        )
+        block = partial(
+            Block,
+            shortcut=self.shortcut,
+            pre_activation=self.pre_activation,
+            step_size=self.step_size,
+            norm=norm,
+        )
+        n = (self.depth - 2) // 6
+
+        x = Conv(self.width, 3, padding=1, name="stem_conv")(images)
+        if not self.pre_activation:
+            x = nn.relu(norm(name="stem_bn")(x))
+        for stage in (1, 2, 3):
+            features = self.width * 2 ** (stage - 1)
+            length = n
+            if stage > 1:
+                x = block(features, stride=2, name=f"stage{stage}_transition")(x)
+                length = n - 1
+            same = partial(block, features, stride=1)
+            x = depth_axis.Stage(same, length, self.walk, name=f"stage{stage}")(x)
+        if self.pre_activation:
+            x = nn.relu(norm(name="head_bn")(x))
+        x = x.mean(axis=(1, 2))
+        return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)
+
+
+# The paper says nothing of the last layer; PyTorch's and Caffe's ports draw it small.
+head_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

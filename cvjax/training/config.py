@@ -1,0 +1,239 @@
+"""The configuration of a run: what there is to set, and what may be set.
+
+Every key and its default stands here, once. A file in `configs/` starts from
+`default_config` and sets what its experiment is about; the command line overrides any key
+(`--config.model.depth=56`). `parse_config` turns the result into typed, checked values:
+the config stops there.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import ml_collections
+
+from cvjax.data.augment import NORMALIZATIONS
+from cvjax.errors import UserError
+from cvjax.models import MODELS, model_fields
+from cvjax.models.checks import check_choice
+from cvjax.training.losses import LOSSES, LossConfig
+from cvjax.training.optim import (
+    DECAYED,
+    OPTIMIZERS,
+    SCHEDULES,
+    OptimConfig,
+    boundary_steps,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+      name: "digits" (bundled), or a TFDS image classification set such as "cifar10".
+      data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default.
+      cache_dir: where decoded images are kept; "" for the user's cache folder.
+      val_examples: split off the training set for validation; -1 for the set's default.
+      batch_size: of training.
+      eval_batch_size: of evaluation; it changes speed and memory, not results.
+      normalization: see `data.augment.compute_statistics`.
+      crop_padding: see `data.augment.Augmentation`.
+      flip: see `data.augment.Augmentation`.
+    """
+
+    name: str = "digits"
+    data_dir: str = ""
+    cache_dir: str = ""
+    val_examples: int = -1
+    batch_size: int = 128
+    eval_batch_size: int = 500
+    normalization: str = "pixel_mean"
+    crop_padding: int = 0
+    flip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run. All durations are numbers of updates.
+
+    Attributes:
+      seed: of the initial parameters, the order of the data and the augmentation.
+      total_steps: the length of the run.
+      log_every: between two rows of training metrics.
+      eval_every: between two evaluations; there is always one at the end.
+      checkpoint_every: between two checkpoints; there is always one at the end, at the
+        best validation error, and when the run is stopped by a signal.
+      keep_checkpoints: how many of the latest checkpoints stay; the best stays besides.
+      train_eval_examples: how many training images each evaluation also measures, as they
+        are (not augmented) and in evaluation mode; -1 for all, 0 for none. At the end all
+        are measured, unless it is 0.
+      data: see `DataConfig`.
+      model: the model's name and its fields.
+      optim: see `training.optim.OptimConfig`.
+      loss: see `training.losses.LossConfig`.
+    """
+
+    seed: int = 0
+    total_steps: int = 1000
+    log_every: int = 50
+    eval_every: int = 250
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    train_eval_examples: int = -1
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+
+
+# What may change when a run is resumed: it does not touch what has been computed so far.
+RESUMABLE_KEYS = (
+    "total_steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "train_eval_examples",
+    "data.data_dir",
+    "data.cache_dir",
+    "data.eval_batch_size",
+    "model.walk",
+)
+
+
+def default_config(model: str) -> ml_collections.ConfigDict:
+    """A config with every key, for one of the models.
+
+    Raises:
+      UserError: for a model that does not exist.
+    """
+    check_choice("model.name", model, tuple(MODELS))
+    fields = {name: field.default for name, field in model_fields(model).items()}
+    config = RunConfig(model={"name": model, **fields})
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
+    """Checks a config and gives it types.
+
+    The model's fields are checked where the model is made (`models.create_model`), and
+    what depends on the data where the data is (`check_data`).
+
+    Raises:
+      UserError: for a missing or unknown key, a wrong type or an impossible value.
+    """
+    values = config.to_dict()
+    run = RunConfig(
+        **{
+            **_typed(values, RunConfig, "config"),
+            "data": DataConfig(**_typed(values["data"], DataConfig, "data")),
+            "optim": OptimConfig(**_typed(values["optim"], OptimConfig, "optim")),
+            "loss": LossConfig(**_typed(values["loss"], LossConfig, "loss")),
+        }
+    )
+    if "name" not in run.model:
+        raise UserError(f"model.name is missing; it is one of {', '.join(MODELS)}.")
+    check_choice("data.normalization", run.data.normalization, NORMALIZATIONS)
+    check_choice("optim.name", run.optim.name, OPTIMIZERS)
+    check_choice("optim.schedule", run.optim.schedule, SCHEDULES)
+    check_choice("optim.decayed", run.optim.decayed, DECAYED)
+    check_choice("loss.name", run.loss.name, LOSSES)
+    _check_ranges(run)
+    boundary_steps(run.optim, run.total_steps)
+    return run
+
+
+def _check_ranges(run: RunConfig) -> None:
+    at_least = {
+        "seed": (run.seed, 0),
+        "total_steps": (run.total_steps, 1),
+        "log_every": (run.log_every, 1),
+        "eval_every": (run.eval_every, 1),
+        "checkpoint_every": (run.checkpoint_every, 1),
+        "keep_checkpoints": (run.keep_checkpoints, 1),
+        "train_eval_examples": (run.train_eval_examples, -1),
+        "data.batch_size": (run.data.batch_size, 1),
+        "data.eval_batch_size": (run.data.eval_batch_size, 1),
+        "data.crop_padding": (run.data.crop_padding, 0),
+        "optim.momentum": (run.optim.momentum, 0),
+        "optim.weight_decay": (run.optim.weight_decay, 0),
+        "optim.warmup_steps": (run.optim.warmup_steps, 0),
+        "optim.warmup_learning_rate": (run.optim.warmup_learning_rate, 0),
+        "loss.label_smoothing": (run.loss.label_smoothing, 0),
+    }
+    for key, (value, least) in at_least.items():
+        if not value >= least:
+            raise UserError(f"{key} must be {least} or more, got {value}.")
+    if not 0 < run.optim.learning_rate < float("inf"):
+        raise UserError(
+            f"optim.learning_rate must be above 0, got {run.optim.learning_rate}."
+        )
+    below_one = {
+        "optim.momentum": run.optim.momentum,
+        "loss.label_smoothing": run.loss.label_smoothing,
+    }
+    for key, value in below_one.items():
+        if not value < 1:
+            raise UserError(f"{key} must be below 1, got {value}.")
+    if run.optim.warmup_steps >= run.total_steps:
+        raise UserError(
+            f"optim.warmup_steps ({run.optim.warmup_steps}) must be below total_steps "
+            f"({run.total_steps})."
+        )
+
+
+def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]) -> None:
+    """Refuses what does not fit the data.
+
+    Raises:
+      UserError: for a batch larger than the training split, or a crop out of all
+        proportion to the images.
+    """
+    if run.data.batch_size > train_examples:
+        raise UserError(
+            f"data.batch_size {run.data.batch_size} is larger than the {train_examples} "
+            f"training examples of {run.data.name}; choose {train_examples} or less."
+        )
+    if run.train_eval_examples > train_examples:
+        raise UserError(
+            f"train_eval_examples {run.train_eval_examples} is more than the "
+            f"{train_examples} training examples of {run.data.name}; use -1 for all."
+        )
+    if run.data.crop_padding >= min(image_shape[:2]):
+        raise UserError(
+            f"data.crop_padding {run.data.crop_padding} would let a crop miss a "
+            f"{image_shape[0]}x{image_shape[1]} image altogether; choose less."
+        )
+
+
+def _typed(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
+    """The values of one group, with exactly the keys and the types of `cls`."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    prefix = "" if where == "config" else f"{where}."
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else "."
+            raise UserError(
+                f"{prefix}{key} is not a setting: {where} has {', '.join(fields)}{hint}"
+            )
+    typed = {}
+    for name, field in fields.items():
+        if name not in values:
+            raise UserError(
+                f"{prefix}{name} is missing; start the config from "
+                "cvjax.training.config.default_config, which has every key."
+            )
+        value = values[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if field.type is float and type(value) is int:
+            value = float(value)
+        if field.type in (int, float, bool, str) and type(value) is not field.type:
+            raise UserError(
+                f"{prefix}{name} takes a value of type {field.type.__name__}, "
+                f"got {value!r}."
+            )
+        typed[name] = value
+    return typed

@@ -1,0 +1,206 @@
+"""The training loop: batch, step, and now and then a row, an evaluation, a checkpoint."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from cvjax.data.dataset import Dataset, Split
+from cvjax.data.pipeline import train_batch
+from cvjax.errors import DivergedError, InterruptedRun
+from cvjax.training import checkpoint, interrupt, logs, metrics, steps
+from cvjax.training.config import RunConfig
+from cvjax.training.optim import create_schedule
+from cvjax.training.recipe import Recipe
+from cvjax.training.state import NEVER, TrainState, create_monitor
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run remembers beside its state; saved with each checkpoint.
+
+    Attributes:
+      data_fingerprint: of the data set; a checkpoint of another one is refused.
+      best: "step" and "val/error" of the best evaluation so far, the earliest of equals.
+      evaluated: the step of the last evaluation.
+    """
+
+    data_fingerprint: str
+    best: dict[str, Any] | None = None
+    evaluated: int = 0
+
+
+class Clock:
+    """The time spent on training steps, less what is spent beside them."""
+
+    def __init__(self):
+        self._start, self._beside = time.perf_counter(), 0.0
+
+    def lap(self) -> float:
+        """Seconds on training steps since the last lap."""
+        now = time.perf_counter()
+        seconds = now - self._start - self._beside
+        self._start, self._beside = now, 0.0
+        return seconds
+
+    @contextlib.contextmanager
+    def beside(self, state: TrainState) -> Iterator[None]:
+        """What runs within does not count; steps under way are waited for first."""
+        jax.block_until_ready(state.step)
+        start = time.perf_counter()
+        yield
+        self._beside += time.perf_counter() - start
+
+
+def train(
+    state: TrainState,
+    record: Record,
+    *,
+    run: RunConfig,
+    recipe: Recipe,
+    constants: steps.Constants,
+    dataset: Dataset,
+    folder: pathlib.Path,
+    stop: interrupt.Stop,
+    write: Callable[[int, dict], None],
+    show: Callable[..., None],
+) -> tuple[TrainState, Record]:
+    """Trains until `run.total_steps`, evaluates on validation and saves on the way.
+
+    The device is waited for at log points, evaluations and checkpoints only.
+
+    Raises:
+      DivergedError: at the next such point after a loss or gradient that is not finite.
+      InterruptedRun: when `stop` was requested and the state has been saved.
+    """
+
+    def evaluate(split: Split, prefix: str) -> dict[str, float] | None:
+        return steps.evaluate(
+            state.params,
+            state.batch_stats,
+            split,
+            constants.statistics,
+            recipe=recipe,
+            batch_size=run.data.eval_batch_size,
+            prefix=prefix,
+            stop=lambda: stop.requested,
+        )
+
+    def due(every: int) -> bool:
+        return step > 0 and (step % every == 0 or step == run.total_steps)
+
+    schedule = create_schedule(run.optim, run.total_steps)
+    seen = _first(dataset.train, run.train_eval_examples)
+    step = saved = lap_step = int(state.step)
+    logged = _evaluations_on_disk(folder)
+    compiled, times = None, {}
+    clock = Clock()
+    while True:
+        improved = False
+        if due(run.eval_every) and record.evaluated < step:
+            with clock.beside(state):
+                _check_finite(state, run, folder)
+                rows = evaluate(dataset.val, "val")
+                if rows is not None and seen is not None:
+                    on_train = evaluate(seen, "train_eval")
+                    rows = None if on_train is None else rows | on_train
+            if rows is not None:
+                if step not in logged:
+                    write(step, rows)
+                record.evaluated = step
+                error = rows["val/error"]
+                improved = record.best is None or error < record.best["val/error"]
+                if improved:
+                    record.best = {"step": step, "val/error": error}
+        if saved != step and (due(run.checkpoint_every) or improved or stop.requested):
+            with clock.beside(state):
+                _check_finite(state, run, folder)
+                info = dataclasses.asdict(record)
+                checkpoint.save(folder, step, state, info, run.keep_checkpoints)
+            saved = step
+        if stop.requested:
+            raise InterruptedRun(
+                f"Stopped by {stop.signal_name} and saved at step {step} of "
+                f"{run.total_steps}; the same command goes on from there."
+            )
+        if step == run.total_steps:
+            return state, record
+
+        batch = train_batch(dataset.train, run.data.batch_size, run.seed, step)
+        if compiled is None:
+            with clock.beside(state):
+                start = time.perf_counter()
+                lowered = steps.train_step.lower(state, batch, constants, recipe=recipe)
+                compiled = lowered.compile()
+                times["time/compile_seconds"] = time.perf_counter() - start
+                logging.info("Compiled in %.1f s.", times["time/compile_seconds"])
+        state = compiled(state, batch, constants)
+        step += 1
+        text = ""
+        if due(run.log_every):
+            _check_finite(state, run, folder)
+            row = _training_row(state, recipe.model.num_classes, run.data.batch_size)
+            row["train/learning_rate"] = float(schedule(step - 1))
+            state = state.replace(monitor=create_monitor())
+            seconds = clock.lap() / (step - lap_step)
+            lap_step = step
+            times["time/step_ms"] = 1000 * seconds
+            times["time/images_per_second"] = run.data.batch_size / seconds
+            write(step, row | times)
+            text = _text(row | times)
+            times = {}
+        show(step, text)
+
+
+def _training_row(state: TrainState, num_classes: int, batch_size: int) -> dict[str, float]:
+    monitor = jax.device_get(state.monitor)
+    count = int(monitor.steps) * batch_size
+    row = metrics.means([monitor.sums], num_classes, "train", count)
+    row["train/gradient_norm"] = float(monitor.gradient_norm / monitor.steps)
+    return row
+
+
+def _text(row: dict[str, float]) -> str:
+    return (
+        f"loss {row['train/loss']:.3f}  error {100 * row['train/error']:.1f} %  "
+        f"{row['time/images_per_second']:,.0f} images/s"
+    )
+
+
+def _check_finite(state: TrainState, run: RunConfig, folder: pathlib.Path) -> None:
+    bad_step = int(state.monitor.bad_step)
+    if bad_step == NEVER:
+        return
+    good = checkpoint.latest_step(folder)
+    last = (
+        "there is no checkpoint yet"
+        if good is None
+        else f"the last good checkpoint is {good}"
+    )
+    raise DivergedError(
+        f"The loss or the gradient was not finite at step {bad_step}; {last}. Start in "
+        f"another --workdir with a lower optim.learning_rate (it is "
+        f"{run.optim.learning_rate:g}), a warm-up (optim.warmup_steps, "
+        "optim.warmup_learning_rate) or a shallower net."
+    )
+
+
+def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:
+    """Steps whose evaluation is in metrics.jsonl already.
+
+    A run that is stopped in an evaluation repeats it when it resumes; if it is killed soon
+    after, it does so once more.
+    """
+    rows = logs.read_metrics(folder / "metrics.jsonl")
+    return {row["step"] for row in rows if "val/error" in row}
+
+
+def _first(split: Split, count: int) -> Split | None:
+    if count == 0:
+        return None
+    return split if count < 0 else Split(split.images[:count], split.labels[:count])

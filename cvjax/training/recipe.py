@@ -1,0 +1,28 @@
+"""What a run's functions are compiled for."""
+
+import dataclasses
+
+from flax import linen as nn
+
+from cvjax.data.augment import Augmentation
+from cvjax.training.losses import LossConfig
+from cvjax.training.optim import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The choices of a run that are fixed at compile time; equal recipes share programs.
+
+    Attributes:
+      model: the network.
+      optim: how it is updated.
+      total_steps: the length that the learning-rate schedule refers to.
+      loss: what is minimised.
+      augmentation: of the training images.
+    """
+
+    model: nn.Module
+    optim: OptimConfig
+    total_steps: int
+    loss: LossConfig
+    augmentation: Augmentation

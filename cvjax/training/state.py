@@ -1,0 +1,92 @@
+"""All that changes while a network trains."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+from jax import numpy as jnp
+
+from cvjax.training import metrics
+from cvjax.training.optim import create_optimizer
+from cvjax.training.recipe import Recipe
+
+NEVER = 2**31 - 1
+
+
+@struct.dataclass
+class Monitor:
+    """What training has seen since the last log point.
+
+    It is part of the state so that a run that stops between two log points and resumes
+    writes the same numbers as one that did not.
+
+    Attributes:
+      sums: over the training batches, as trained on (augmented, weights moving).
+      gradient_norm: sum over the steps of the gradient's Euclidean norm.
+      steps: number of steps, int32.
+      bad_step: the first step (counted from 1) whose loss or gradient was not finite, or
+        `NEVER`.
+    """
+
+    sums: metrics.Sums
+    gradient_norm: jax.Array
+    steps: jax.Array
+    bad_step: jax.Array
+
+
+def create_monitor() -> Monitor:
+    """A monitor that has seen nothing."""
+    return Monitor(
+        sums=metrics.zero_sums(),
+        gradient_norm=jnp.zeros((), jnp.float32),
+        steps=jnp.zeros((), jnp.int32),
+        bad_step=jnp.full((), NEVER, jnp.int32),
+    )
+
+
+@struct.dataclass
+class TrainState:
+    """The state of a run after `step` updates.
+
+    Attributes:
+      step: number of completed updates, int32.
+      params: the model's parameters.
+      batch_stats: BatchNorm's running averages; empty for models without BatchNorm.
+      opt_state: of the optimiser.
+      monitor: see `Monitor`.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    monitor: Monitor
+
+
+# Drawing the parameters runs once: compiling it without optimisation saves seconds.
+@partial(
+    jax.jit,
+    static_argnames=("recipe", "image_shape"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+def create_train_state(
+    rng: jax.Array, *, recipe: Recipe, image_shape: tuple[int, ...]
+) -> TrainState:
+    """The state before the first update.
+
+    Args:
+      rng: draws the parameters.
+      recipe: the model and the optimiser in it are used.
+      image_shape: (height, width, channels).
+    """
+    variables = recipe.model.init(rng, jnp.zeros((1, *image_shape)), train=False)
+    tx = create_optimizer(recipe.optim, recipe.total_steps)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(variables["params"]),
+        monitor=create_monitor(),
+    )

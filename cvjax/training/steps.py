@@ -1,0 +1,139 @@
+"""The two jitted functions: one update, and one batch of an evaluation.
+
+Both are pure, and the same for every model. What they need to know is split in two: a
+`Recipe` is fixed at compile time, `Constants` are arrays, so that runs which differ by
+their seed alone share one compiled program.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import numpy as jnp
+
+from cvjax.data import augment
+from cvjax.data.augment import Statistics
+from cvjax.data.dataset import Split
+from cvjax.data.pipeline import Batch, eval_batches
+from cvjax.training import metrics
+from cvjax.training.losses import LossConfig, loss_per_example
+from cvjax.training.optim import create_optimizer
+from cvjax.training.recipe import Recipe
+from cvjax.training.state import Monitor, TrainState
+
+
+@struct.dataclass
+class Constants:
+    """Arrays that stay the same during a run.
+
+    Attributes:
+      rng: the root of all draws made while training; each step folds its number in.
+      statistics: of the training images.
+    """
+
+    rng: jax.Array
+    statistics: Statistics
+
+
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
+def train_step(
+    state: TrainState, batch: Batch, constants: Constants, *, recipe: Recipe
+) -> TrainState:
+    """One update on a batch of "image" (uint8) and "label"; `state` is given up."""
+    rng = jax.random.fold_in(constants.rng, state.step)
+    images = augment.normalize(batch["image"], constants.statistics)
+    images = augment.augment(rng, images, recipe.augmentation)
+
+    def mean_loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = recipe.model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        losses = loss_per_example(logits, batch["label"], recipe.loss)
+        return losses.mean(), (losses, logits, updated.get("batch_stats", {}))
+
+    (loss, (losses, logits, batch_stats)), gradient = jax.value_and_grad(
+        mean_loss, has_aux=True
+    )(state.params)
+    tx = create_optimizer(recipe.optim, recipe.total_steps)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+
+    step = state.step + 1
+    norm = optax.global_norm(gradient)
+    seen = metrics.sum_batch(losses, logits, batch["label"], jnp.ones_like(losses, bool))
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    monitor = Monitor(
+        sums=metrics.add(state.monitor.sums, seen),
+        gradient_norm=state.monitor.gradient_norm + norm,
+        steps=state.monitor.steps + 1,
+        bad_step=jnp.where(
+            finite, state.monitor.bad_step, state.monitor.bad_step.clip(max=step)
+        ),
+    )
+    return TrainState(
+        step=step,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        monitor=monitor,
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "loss"))
+def eval_step(
+    params,
+    batch_stats,
+    batch: Batch,
+    statistics: Statistics,
+    *,
+    model: nn.Module,
+    loss: LossConfig,
+) -> metrics.Sums:
+    """Sums over one batch of "image" (uint8), "label" and "mask", in evaluation mode."""
+    images = augment.normalize(batch["image"], statistics)
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits = model.apply(variables, images, train=False)
+    plain = dataclasses.replace(loss, label_smoothing=0.0)
+    losses = loss_per_example(logits, batch["label"], plain)
+    return metrics.sum_batch(losses, logits, batch["label"], batch["mask"])
+
+
+def evaluate(
+    params,
+    batch_stats,
+    split: Split,
+    statistics: Statistics,
+    *,
+    recipe: Recipe,
+    batch_size: int,
+    prefix: str,
+    stop=lambda: False,
+) -> dict[str, float] | None:
+    """Means over every example of a split, each counted once.
+
+    Args:
+      params: the model's parameters.
+      batch_stats: BatchNorm's running averages.
+      split: what to evaluate on.
+      statistics: of the training images.
+      recipe: the model and the loss in it are used.
+      batch_size: of the evaluation; it does not change the result.
+      prefix: of the keys, for example "val".
+      stop: asked after each batch; the evaluation is given up when it says True.
+
+    Returns:
+      See `metrics.means`; None if it was given up.
+    """
+    sums = []
+    for batch in eval_batches(split, batch_size):
+        sums.append(
+            eval_step(
+                params, batch_stats, batch, statistics, model=recipe.model, loss=recipe.loss
+            )
+        )
+        if stop():
+            return None
+    return metrics.means(sums, recipe.model.num_classes, prefix, len(split.labels))

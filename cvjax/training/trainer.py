@@ -1,0 +1,230 @@
+"""One run from its config to its summary: set up or resume, train, evaluate on test.
+
+workdir/config.json       the config, versions, device, commit
+workdir/metrics.jsonl     training and validation metrics (and TensorBoard's files)
+workdir/checkpoints/      the latest states, and the best on validation
+workdir/curves.png        loss and error against steps
+workdir/summary.json      the final numbers; its presence says that the run is finished
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from cvjax import data
+from cvjax.analysis.curves import draw_curves
+from cvjax.data.augment import Augmentation, Statistics, compute_statistics
+from cvjax.data.dataset import Dataset
+from cvjax.errors import UserError
+from cvjax.models import create_model
+from cvjax.training import checkpoint, interrupt, logs, loop, progress, steps
+from cvjax.training import workdir as workdirs
+from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
+from cvjax.training.optim import boundary_steps, create_schedule
+from cvjax.training.recipe import Recipe
+from cvjax.training.state import TrainState, create_train_state
+
+# Purposes of random draws: each folds its own number into the seed's key.
+INIT_DRAWS, TRAIN_DRAWS = 0, 1
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, float]:
+    """Trains a network, or goes on where an earlier call with this workdir stopped.
+
+    Args:
+      config: see `training.config`; the same one when a run is resumed, but for
+        `RESUMABLE_KEYS`.
+      workdir: the run's folder, created if it does not exist.
+
+    Returns:
+      The content of summary.json: "step", "parameters", and the loss (nats) and errors
+      (fractions) of the last state under "train_eval/", "val/" and "test/", of the state
+      with the best validation error under "best/".
+
+    Raises:
+      UserError: for a mistake that the user can mend.
+      DivergedError: if a loss or a gradient is not finite.
+      InterruptedRun: after SIGTERM or Ctrl-C, when the state has been saved.
+    """
+    run = parse_config(config)
+    # A misspelt field should not wait for a download: the net is made again below.
+    create_model(num_classes=1, **run.model)
+    folder = workdirs.check_writable(workdir)
+    with workdirs.lock(folder):
+        _refuse_changed_config(folder, config)
+        summary = _finished(folder, run)
+        if summary:
+            logging.info(
+                "%s is finished: step %d, see summary.json.", folder, run.total_steps
+            )
+            return summary
+        return _run(run, config, folder)
+
+
+def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path):
+    started = time.perf_counter()
+    dataset = data.load(
+        run.data.name,
+        data_dir=run.data.data_dir,
+        cache_dir=run.data.cache_dir,
+        val_examples=run.data.val_examples,
+    )
+    check_data(run, len(dataset.train.labels), dataset.image_shape)
+    statistics = compute_statistics(dataset.train.images, run.data.normalization)
+    logging.info(
+        "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
+        *(dataset.name, len(dataset.train.labels), len(dataset.val.labels)),
+        *(len(dataset.test.labels), "x".join(map(str, dataset.image_shape))),
+        time.perf_counter() - started,
+    )
+    recipe = Recipe(
+        model=create_model(num_classes=dataset.num_classes, **run.model),
+        optim=run.optim,
+        total_steps=run.total_steps,
+        loss=run.loss,
+        augmentation=Augmentation(run.data.crop_padding, run.data.flip),
+    )
+    state, record = _initial_or_restored(run, recipe, dataset, folder)
+    workdirs.write_manifest(folder, config.to_dict())
+    _log_plan(run, state)
+
+    rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
+    start = int(state.step)
+    with (
+        interrupt.watch() as stop,
+        logs.open_writer(folder, start or None) as write,
+        progress.open(run.total_steps, start, folder.name) as show,
+    ):
+        state, record = loop.train(
+            state,
+            record,
+            run=run,
+            recipe=recipe,
+            constants=steps.Constants(rng, statistics),
+            dataset=dataset,
+            folder=folder,
+            stop=stop,
+            write=write,
+            show=show,
+        )
+    return _finish(state, record, run, recipe, statistics, dataset, folder)
+
+
+def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    if not (folder / "config.json").exists():
+        return
+    was = workdirs.read_manifest(folder)["config"]
+    differences = workdirs.config_differences(was, config.to_dict())
+    refused = [text for text in differences if text.split()[0] not in RESUMABLE_KEYS]
+    if refused:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(refused)}); choose "
+            "another --workdir, or the settings that the run was started with."
+        )
+    for text in differences:
+        logging.info("Changed on resume: %s.", text)
+
+
+def _finished(folder: pathlib.Path, run: RunConfig) -> dict[str, float] | None:
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    if summary["step"] > run.total_steps:
+        raise UserError(
+            f"{folder} holds a finished run of {summary['step']} steps, more than "
+            f"total_steps {run.total_steps}; choose another --workdir."
+        )
+    return summary if summary["step"] == run.total_steps else None
+
+
+def _initial_or_restored(
+    run: RunConfig, recipe: Recipe, dataset: Dataset, folder: pathlib.Path
+) -> tuple[TrainState, loop.Record]:
+    rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
+    static = {"recipe": recipe, "image_shape": dataset.image_shape}
+    restored = checkpoint.restore_latest(
+        folder,
+        create_train_state.eval_shape(rng, **static),
+        {"data_fingerprint": dataset.fingerprint},
+    )
+    if restored is None:
+        return create_train_state(rng, **static), loop.Record(dataset.fingerprint)
+    state, info = restored
+    if int(state.step) > run.total_steps:
+        raise UserError(
+            f"{folder} is at step {int(state.step)}, past total_steps {run.total_steps}; "
+            "choose a larger total_steps or another --workdir."
+        )
+    logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
+    return state, loop.Record(dataset.fingerprint, info["best"], info["evaluated"])
+
+
+def _log_plan(run: RunConfig, state: TrainState) -> None:
+    parameters = count_parameters(state.params)
+    schedule = create_schedule(run.optim, run.total_steps)
+    drops = boundary_steps(run.optim, run.total_steps)
+    changes = sorted({0, run.optim.warmup_steps, *drops})
+    rates = ", ".join(f"{float(schedule(step)):.3g} from step {step}" for step in changes)
+    logging.info(
+        "%s with %s parameters; %d steps of %d images; learning rate (%s) %s.",
+        *(run.model["name"], f"{parameters:,}", run.total_steps, run.data.batch_size),
+        *(run.optim.schedule, rates),
+    )
+
+
+def count_parameters(params: Any) -> int:
+    """The number of trained numbers; running statistics are not among them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _finish(
+    state: TrainState,
+    record: loop.Record,
+    run: RunConfig,
+    recipe: Recipe,
+    statistics: Statistics,
+    dataset: Dataset,
+    folder: pathlib.Path,
+) -> dict[str, float]:
+    """The only place where the test images are looked at."""
+
+    def evaluate(state: TrainState, split: str, prefix: str) -> dict[str, float]:
+        return steps.evaluate(
+            state.params,
+            state.batch_stats,
+            getattr(dataset, split),
+            statistics,
+            recipe=recipe,
+            batch_size=run.data.eval_batch_size,
+            prefix=prefix,
+        )
+
+    best, _ = checkpoint.restore_step(folder, record.best["step"], state)
+    summary = {
+        "step": run.total_steps,
+        "parameters": count_parameters(state.params),
+        **(evaluate(state, "train", "train_eval") if run.train_eval_examples else {}),
+        **evaluate(state, "val", "val"),
+        **evaluate(state, "test", "test"),
+        "best/step": record.best["step"],
+        **evaluate(best, "val", "best/val"),
+        **evaluate(best, "test", "best/test"),
+    }
+    rows = logs.read_metrics(folder / "metrics.jsonl")
+    title = f"{run.model['name']} on {dataset.name}"
+    draw_curves(rows, folder / "curves.png", title)
+    workdirs.write_json(folder / "summary.json", summary)
+    logging.info(
+        "Finished %s: test error %.2f %% (at the best validation error, step %d: %.2f %%).",
+        *(folder, 100 * summary["test/error"]),
+        *(summary["best/step"], 100 * summary["best/test/error"]),
+    )
+    return summary
