@@ -1,0 +1,103 @@
+"""The degradation figure, in the manner of He et al. 2015, Fig. 6."""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+NETS = ("plain", "residual")
+
+
+def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws error against steps, plain left, residual right, and the end against depth.
+
+    Lines are means over the seeds; bands and bars are one standard deviation.
+
+    Args:
+      runs: each with "net" ("plain" or "residual"), "depth", "seed", "curve" (rows with
+        "step", "train_eval/error" and "val/error") and "summary" (with the same keys at
+        the end); errors are fractions.
+      path: the PNG, replaced when it is complete.
+    """
+    # Imported here: matplotlib needs a second that training would have to wait for.
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    depths = sorted({run["depth"] for run in runs})
+    shades = colormaps["viridis"](np.linspace(0.85, 0.0, len(depths)))
+    colors = dict(zip(depths, shades, strict=True))
+
+    figure = Figure(figsize=(10.5, 3.6), dpi=160, layout="constrained")
+    axes = figure.subplots(1, 3)
+    for panel, net in zip(axes, NETS, strict=False):
+        _draw_curves(panel, [run for run in runs if run["net"] == net], colors)
+        panel.set_title(f"{net} nets", fontsize=10)
+    top = max(panel.get_ylim()[1] for panel in axes[:2])
+    for panel in axes[:2]:
+        panel.set_ylim(0, min(top, 100))
+    _draw_final(axes[2], runs, depths)
+    seeds = sorted({run["seed"] for run in runs})
+    figure.suptitle(
+        f"{runs[0]['config']['data']['name']}, {runs[0]['summary']['step']:,} steps, "
+        f"mean and standard deviation of {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        fontsize=10,
+    )
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)
+
+
+def _draw_curves(panel, runs: list[dict[str, Any]], colors: dict[int, Any]) -> None:
+    for depth in sorted({run["depth"] for run in runs}):
+        curves = [run["curve"] for run in runs if run["depth"] == depth]
+        steps = [row["step"] for row in curves[0]]
+        for key, style in (
+            ("train_eval/error", {"linestyle": "--", "linewidth": 1.0}),
+            ("val/error", {"linewidth": 1.8, "label": f"{depth} layers"}),
+        ):
+            errors = 100 * np.array([[row[key] for row in curve] for curve in curves])
+            mean = errors.mean(axis=0)
+            panel.plot(steps, mean, color=colors[depth], **style)
+            if len(curves) > 1 and key == "val/error":
+                std = errors.std(axis=0, ddof=1)
+                band = (np.clip(mean - std, 0, None), mean + std)
+                panel.fill_between(steps, *band, color=colors[depth], alpha=0.15, lw=0)
+    _label(panel, "step", "error (%)   dashed: training, solid: validation")
+    panel.legend(fontsize=8, frameon=False)
+
+
+def _draw_final(panel, runs: list[dict[str, Any]], depths: list[int]) -> None:
+    styles = {
+        "plain": {"color": "#c8553d", "marker": "s"},
+        "residual": {"color": "#1f5a99"},
+    }
+    for net in NETS:
+        points = []
+        for depth in depths:
+            errors = [
+                100 * run["summary"]["train_eval/error"]
+                for run in runs
+                if (run["net"], run["depth"]) == (net, depth)
+            ]
+            if errors:
+                std = np.std(errors, ddof=1) if len(errors) > 1 else 0.0
+                points.append((depth, np.mean(errors), std))
+        if points:
+            x, mean, std = zip(*points, strict=True)
+            style = {"marker": "o", "markersize": 5, "capsize": 3, **styles[net]}
+            panel.errorbar(x, mean, yerr=std, label=net, **style)
+    _label(panel, "layers", "final training error (%)")
+    panel.set_xticks(depths)
+    panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+    panel.set_title("does more depth fit worse?", fontsize=10)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def _label(panel, x: str, y: str) -> None:
+    panel.set_xlabel(x, fontsize=9)
+    panel.set_ylabel(y, fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,49 @@
+"""What a data set is, once it is loaded: three splits of uint8 images in memory."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+      images: uint8 [n, height, width, channels]; may be a read-only memory map.
+      labels: int32 [n], class numbers; or [n, classes] of zeros and ones (multi-label).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set, split for good.
+
+    Attributes:
+      name: for example "cifar10".
+      train: what is trained on.
+      val: split off the training images, for choosing and stopping.
+      test: for the final numbers only.
+      class_names: one a class.
+      fingerprint: hex digest of what the splits hold; a run resumes on equal data only.
+    """
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.train.images.shape[1:]
