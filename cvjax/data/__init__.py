@@ -1,0 +1,98 @@
+"""Data sets by name: `load(name) -> Dataset`, and what happens to their images.
+
+digits                       bundled with scikit-learn, needs no network
+cifar10, cifar100, mnist     prepared on first use, without TensorFlow
+any other TFDS name          if it is prepared already (`data.tfds`)
+"""
+
+import difflib
+import hashlib
+import os
+import pathlib
+
+from absl import logging
+
+from cvjax.data import cache, tfds
+from cvjax.data.dataset import Dataset, Split
+from cvjax.data.digits import load_digits
+from cvjax.data.prepare import PREPARABLE, prepare
+from cvjax.data.splits import SPLIT_SEED, check_val_examples, stratified
+from cvjax.errors import UserError
+
+# He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
+VAL_EXAMPLES = {"cifar10": 5_000, "cifar100": 5_000, "mnist": 5_000}
+
+
+def load(
+    name: str, *, data_dir: str = "", cache_dir: str = "", val_examples: int = -1
+) -> Dataset:
+    """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
+
+    Args:
+      name: "digits", or a TFDS set's NAME[/CONFIG][:VERSION].
+      data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
+        ~/tensorflow_datasets.
+      cache_dir: where decoded images are kept; "" for the user's cache folder.
+      val_examples: number of training images split off for validation, stratified by
+        class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others.
+
+    Raises:
+      UserError: if there is no such data set, it cannot be prepared, or its images do not
+        fit this in-memory path.
+    """
+    if name == "digits":
+        return load_digits(val_examples)
+    decoded, fingerprint = _load_tfds(name, data_dir, cache_dir)
+    test = "test" if "test" in decoded.images else "validation"
+    if "train" not in decoded.images or test not in decoded.images:
+        raise UserError(
+            f"{name} has the splits {', '.join(decoded.images)}; cvjax needs train, and test "
+            "or validation."
+        )
+    labels = decoded.labels["train"]
+    base = name.partition(":")[0]
+    if val_examples == -1:
+        val_examples = VAL_EXAMPLES.get(base, max(1, round(len(labels) / 10)))
+    check_val_examples(val_examples, len(labels), name)
+    val, train = stratified(labels, (val_examples, len(labels) - val_examples))
+    images = decoded.images["train"]
+    digest = hashlib.sha256(f"{base} {fingerprint} {SPLIT_SEED} {val_examples}".encode())
+    return Dataset(
+        name=base,
+        train=Split(images[train], labels[train]),
+        val=Split(images[val], labels[val]),
+        test=Split(decoded.images[test], decoded.labels[test]),
+        class_names=decoded.class_names,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tuple[tfds.Decoded, str]:
+    folder = tfds.resolve_data_dir(data_dir)
+    cache_folder = cache.resolve_cache_dir(cache_dir)
+    source = tfds.find_source(name, folder)
+    if source is None:
+        cached = cache.find_entry(name, cache_folder)
+        if cached is not None:
+            logging.info("%s is not in %s; taken from the cache.", name, folder)
+            return cached
+        _prepare(name, folder)
+        source = tfds.find_source(name, folder)
+    decoded = cache.read_or_decode(source, tfds.decode, cache_folder)
+    return decoded, source.fingerprint[:16]
+
+
+def _prepare(name: str, folder: pathlib.Path) -> None:
+    if name in PREPARABLE:
+        prepare(name, folder, mirror=os.environ.get("CVJAX_MIRROR", ""))
+        return
+    prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    known = sorted({"digits", *PREPARABLE, *prepared} - {"downloads"})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+    raise UserError(
+        f"no data set {name!r} is prepared in {folder}; prepare it with `tfds build "
+        f"{name.partition(':')[0]} --file_format=array_record` (which needs TensorFlow), "
+        f"name another folder with --config.data.data_dir or TFDS_DATA_DIR, or take "
+        f"another set: {hint}"
+    )

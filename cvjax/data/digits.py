@@ -38,7 +38,9 @@ def load_digits(val_examples: int = -1) -> Dataset:
     check_val_examples(count, available, "digits")
 
     test, rest = stratified(labels, (TEST_EXAMPLES, available))
-    val, train = (rest[part] for part in stratified(labels[rest], (count, available - count)))
+    val, train = (
+        rest[part] for part in stratified(labels[rest], (count, available - count))
+    )
     digest = hashlib.sha256(f"digits {SPLIT_SEED} {count}".encode())
     digest.update(images.tobytes())
     digest.update(labels.tobytes())

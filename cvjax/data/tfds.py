@@ -1,0 +1,179 @@
+"""Prepared TFDS data sets, read without TensorFlow.
+
+A prepared set is a folder data_dir/NAME/[CONFIG/]VERSION that holds dataset_info.json,
+features.json and ArrayRecord shards, as `tfds build --file_format=array_record` or
+`data.prepare` writes it.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from cvjax import progress
+from cvjax.errors import UserError
+
+# Images are read in bulk: one by one takes a hundred times as long.
+CHUNK = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A prepared data set on disk.
+
+    Attributes:
+      name: as it was asked for, without the version.
+      version: for example "3.0.2".
+      folder: of that version.
+      fingerprint: hex digest of its description and of the names and sizes of its shards.
+    """
+
+    name: str
+    version: str
+    folder: pathlib.Path
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """The images of a prepared set: uint8 and int32 arrays as in `Split`, by TFDS split."""
+
+    images: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    class_names: tuple[str, ...]
+
+
+def resolve_data_dir(data_dir: str) -> pathlib.Path:
+    """Where prepared sets are: `data_dir`, $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+
+    Raises:
+      UserError: if one of the first two is given and is no folder.
+    """
+    for origin, folder in (
+        ("data.data_dir", data_dir),
+        ("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", "")),
+    ):
+        if folder:
+            path = pathlib.Path(folder).expanduser().absolute()
+            if not path.is_dir():
+                raise UserError(
+                    f"{origin} is {folder}, which is not a folder; name the one that holds "
+                    "the prepared data sets, or create it."
+                )
+            return path
+    return pathlib.Path("~/tensorflow_datasets").expanduser()
+
+
+def find_source(name: str, data_dir: pathlib.Path) -> Source | None:
+    """The prepared set of that name; None if there is none.
+
+    Args:
+      name: NAME, NAME/CONFIG, or either with :VERSION; without it the newest is taken.
+      data_dir: see `resolve_data_dir`.
+
+    Raises:
+      UserError: if the set has configs and none is named.
+    """
+    path, _, version = name.partition(":")
+    base = data_dir / path
+    versions = {
+        child.name: child
+        for child in (base.iterdir() if base.is_dir() else ())
+        if re.fullmatch(r"\d+\.\d+\.\d+", child.name)
+        and (child / "dataset_info.json").exists()
+    }
+    if not versions:
+        configs = sorted(p.parents[1].name for p in base.glob("*/*/dataset_info.json"))
+        if configs:
+            raise UserError(
+                f"{name} comes in several configs in {base}: name one of them, for example "
+                f"--config.data.name={path}/{configs[0]} (there are {', '.join(configs)})."
+            )
+        return None
+    if version and version not in versions:
+        raise UserError(
+            f"{base} holds version {', '.join(sorted(versions))} of {path}, not {version}."
+        )
+    version = version or max(versions, key=lambda text: tuple(map(int, text.split("."))))
+    folder = versions[version]
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        if file.suffix == ".json":
+            digest.update(file.read_bytes())
+    return Source(path, version, folder, digest.hexdigest())
+
+
+def decode(source: Source) -> Decoded:
+    """Reads and decodes all images of a prepared set, with a progress bar.
+
+    Raises:
+      UserError: if it is not a set of equally sized images with one label each, or its
+        files are not readable as ArrayRecord.
+    """
+    # Imported here: TFDS takes a second, and a cached set does not need it.
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(source.folder)
+    image_key, label_key = _keys(source, builder.info)
+    splits = {
+        name: split.num_examples
+        for name, split in builder.info.splits.items()
+        if name in ("train", "validation", "test")
+    }
+    images, labels = {}, {}
+    with progress.open(sum(splits.values()), 0, f"decoding {source.name}") as show:
+        done = 0
+        for split, count in splits.items():
+            records = _open(builder, split, source)
+            labels[split] = np.empty(count, np.int32)
+            for start in range(0, count, CHUNK):
+                chunk = records.__getitems__(list(range(start, min(start + CHUNK, count))))
+                pictures = [example[image_key] for example in chunk]
+                if split not in images:
+                    images[split] = np.empty((count, *pictures[0].shape), np.uint8)
+                if any(picture.shape != images[split].shape[1:] for picture in pictures):
+                    raise UserError(
+                        f"the images of {source.name} differ in size; cvjax keeps data sets "
+                        "in memory and needs equal sizes, as in cifar10 or mnist."
+                    )
+                part = slice(start, start + len(chunk))
+                images[split][part] = pictures
+                labels[split][part] = [example[label_key] for example in chunk]
+                done += len(chunk)
+                show(done, f"{split} images" if start % (5 * CHUNK) == 0 else "")
+    names = tuple(builder.info.features[label_key].names)
+    return Decoded(images, labels, names)
+
+
+def _keys(source: Source, info) -> tuple[str, str]:
+    """The names of the image and of the label in each example."""
+    import tensorflow_datasets as tfds
+
+    keys = info.supervised_keys
+    if (
+        keys is None
+        or len(keys) != 2
+        or not isinstance(info.features[keys[0]], tfds.features.Image)
+        or not isinstance(info.features[keys[1]], tfds.features.ClassLabel)
+        or info.features[keys[0]].np_dtype != np.uint8
+    ):
+        raise UserError(
+            f"{source.name} is not an image classification set (supervised keys {keys}); "
+            "choose one of uint8 images with one class label each, as cifar10 or mnist."
+        )
+    return keys
+
+
+def _open(builder, split: str, source: Source):
+    try:
+        return builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{source.folder} is prepared as {builder.info.file_format.value}; prepare it "
+            "again with `tfds build --file_format=array_record`, which can be read without "
+            "TensorFlow."
+        ) from error
