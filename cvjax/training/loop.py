@@ -25,12 +25,16 @@ class Record:
     """What a run remembers beside its state; saved with each checkpoint.
 
     Attributes:
-      data_fingerprint: of the data set; a checkpoint of another one is refused.
+      data_fingerprint: of the data set.
+      model: name and fields of the network, which its arrays do not tell: a plain net has
+        the same ones as a residual net. A checkpoint of other data or of another network
+        is refused.
       best: "step" and "val/error" of the best evaluation so far, the earliest of equals.
       evaluated: the step of the last evaluation.
     """
 
     data_fingerprint: str
+    model: dict[str, Any]
     best: dict[str, Any] | None = None
     evaluated: int = 0
 
@@ -145,7 +149,8 @@ def train(
         if due(run.log_every):
             _check_finite(state, run, folder)
             row = _training_row(state, recipe.model.num_classes, run.data.batch_size)
-            row["train/learning_rate"] = float(schedule(step - 1))
+            # Seven digits are all that float32 has: 0.1 and not 0.10000000149.
+            row["train/learning_rate"] = float(f"{schedule(step - 1):.7g}")
             state = state.replace(monitor=create_monitor())
             seconds = clock.lap() / (step - lap_step)
             lap_step = step

@@ -62,7 +62,7 @@ def train_step(
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
 
     step = state.step + 1
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     seen = metrics.sum_batch(losses, logits, batch["label"], jnp.ones_like(losses, bool))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     monitor = Monitor(

@@ -16,13 +16,13 @@ import jax
 import ml_collections
 from absl import logging
 
-from cvjax import data
+from cvjax import data, progress
 from cvjax.analysis.curves import draw_curves
 from cvjax.data.augment import Augmentation, Statistics, compute_statistics
 from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from cvjax.training import checkpoint, interrupt, logs, loop, progress, steps
+from cvjax.training import checkpoint, interrupt, logs, loop, steps
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
 from cvjax.training.optim import boundary_steps, create_schedule
@@ -150,13 +150,13 @@ def _initial_or_restored(
 ) -> tuple[TrainState, loop.Record]:
     rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
     static = {"recipe": recipe, "image_shape": dataset.image_shape}
+    same_net = {key: run.model[key] for key in run.model if key != "walk"}
+    expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
     restored = checkpoint.restore_latest(
-        folder,
-        create_train_state.eval_shape(rng, **static),
-        {"data_fingerprint": dataset.fingerprint},
+        folder, create_train_state.eval_shape(rng, **static), expect
     )
     if restored is None:
-        return create_train_state(rng, **static), loop.Record(dataset.fingerprint)
+        return create_train_state(rng, **static), loop.Record(**expect)
     state, info = restored
     if int(state.step) > run.total_steps:
         raise UserError(
@@ -164,7 +164,7 @@ def _initial_or_restored(
             "choose a larger total_steps or another --workdir."
         )
     logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
-    return state, loop.Record(dataset.fingerprint, info["best"], info["evaluated"])
+    return state, loop.Record(**expect, best=info["best"], evaluated=info["evaluated"])
 
 
 def _log_plan(run: RunConfig, state: TrainState) -> None:

@@ -1,0 +1,306 @@
+"""Whole runs: resumed bit for bit, refused with a sentence, stopped without loss."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from absl import logging
+
+from cvjax import data
+from cvjax.data.dataset import Dataset, Split
+from cvjax.errors import DivergedError, InterruptedRun, UserError
+from cvjax.training import checkpoint, default_config, logs, loop, train_and_evaluate
+
+TOTAL_STEPS = 12
+BATCH_SIZE = 399  # of 1,197 training digits: three batches an epoch
+STOPS = {
+    "mid-epoch": 4,
+    "epoch-end": 3,
+    "before-lr-boundary": 5,
+    "at-lr-boundary": 6,
+    "between-log-points": 7,
+}
+MODELS = {
+    "mlp": {"name": "mlp", "widths": (16,)},
+    "plain": {"name": "resnet_cifar", "depth": 8, "width": 2, "shortcut": "none"},
+    "residual": {"name": "resnet_cifar", "depth": 14, "width": 2, "shortcut": "A"},
+}
+
+
+def create_config(model="mlp", **settings):
+    fields = MODELS[model]
+    config = default_config(fields["name"])
+    config.model.update(fields)
+    config.total_steps = TOTAL_STEPS
+    config.log_every = 2
+    config.eval_every = 4
+    config.checkpoint_every = 5
+    config.train_eval_examples = 500
+    config.data.batch_size = BATCH_SIZE
+    config.data.crop_padding = 1
+    config.data.flip = True
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def stop_at(monkeypatch, step, action):
+    """Calls `action` when the batch after `step` updates is asked for."""
+    train_batch = loop.train_batch
+
+    def patched(split, batch_size, seed, at):
+        if at == step:
+            action()
+        return train_batch(split, batch_size, seed, at)
+
+    monkeypatch.setattr(loop, "train_batch", patched)
+
+
+def rows_without_time(workdir):
+    """The lines of metrics.jsonl as they are, less the keys that depend on the clock."""
+    return [
+        json.dumps(
+            {key: value for key, value in row.items() if not key.startswith("time/")}
+        )
+        for row in logs.read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def final_digest(workdir):
+    """SHA-256 over every byte of the state: parameters, optimiser, statistics, monitor."""
+    info = workdir / "checkpoints" / str(TOTAL_STEPS) / "info.json"
+    return json.loads(info.read_text())["info"]["digest"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """For each model a folder with a run that nothing stopped."""
+    folders = {}
+
+    def run(model):
+        if model not in folders:
+            folders[model] = tmp_path_factory.mktemp(model)
+            train_and_evaluate(create_config(model), folders[model])
+        return folders[model]
+
+    return run
+
+
+def check_equal(workdir, reference):
+    assert final_digest(workdir) == final_digest(reference)
+    assert rows_without_time(workdir) == rows_without_time(reference)
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (workdir, reference)]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("model", MODELS)
+def test_run_stopped_by_sigterm_resumes_bit_for_bit(
+    model, stop, uninterrupted, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, STOPS[stop], lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(InterruptedRun, match="SIGTERM and saved at step"):
+            train_and_evaluate(create_config(model), tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    # The signal came when batch `stop` was asked for, so one more update was finished.
+    assert checkpoint.latest_step(tmp_path) == STOPS[stop] + 1
+    train_and_evaluate(create_config(model), tmp_path)
+    check_equal(tmp_path, uninterrupted(model))
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("model", ["mlp", "residual"])
+def test_run_that_dies_resumes_bit_for_bit_from_its_last_checkpoint(
+    model, stop, uninterrupted, tmp_path, monkeypatch
+):
+    def die():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, STOPS[stop], die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_and_evaluate(create_config(model), tmp_path)
+    assert (checkpoint.latest_step(tmp_path) or 0) < STOPS[stop] + 1
+    train_and_evaluate(create_config(model), tmp_path)
+    check_equal(tmp_path, uninterrupted(model))
+
+
+def test_run_stopped_within_an_evaluation_repeats_it_once(
+    uninterrupted, tmp_path, monkeypatch
+):
+    evaluate = loop.steps.evaluate
+
+    def stopped(*args, stop, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, stop=stop, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.steps, "evaluate", stopped)
+        with pytest.raises(InterruptedRun, match="at step 4 of 12"):
+            train_and_evaluate(create_config(), tmp_path)
+    assert all(
+        "val/error" not in row for row in logs.read_metrics(tmp_path / "metrics.jsonl")
+    )
+
+    # Killed after the repeated evaluation, before the next checkpoint: it comes once more.
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.checkpoint, "save", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_and_evaluate(create_config(), tmp_path)
+    train_and_evaluate(create_config(), tmp_path)
+    check_equal(tmp_path, uninterrupted("mlp"))
+
+
+def test_damaged_newest_checkpoint_falls_back_and_the_run_ends_the_same(
+    uninterrupted, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(InterruptedRun):
+            train_and_evaluate(create_config(), tmp_path)
+    (tmp_path / "checkpoints" / "10" / "info.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        train_and_evaluate(create_config(), tmp_path)
+    assert "is damaged" in caplog.text
+    check_equal(tmp_path, uninterrupted("mlp"))
+
+
+def test_other_seeds_make_other_runs(uninterrupted, tmp_path):
+    train_and_evaluate(create_config(seed=1), tmp_path)
+    assert final_digest(tmp_path) != final_digest(uninterrupted("mlp"))
+
+
+def test_workdir_holds_what_the_readme_says(uninterrupted):
+    folder = uninterrupted("mlp")
+    manifest = json.loads((folder / "config.json").read_text())
+    assert {"config", "versions", "device", "seed", "git"} <= manifest.keys()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == TOTAL_STEPS
+    rows = logs.read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if "val/error" in row] == [4, 8, 12]
+    first = rows[0]
+    assert first["time/compile_seconds"] > 0
+    assert first["time/images_per_second"] > 0
+    assert first["train/learning_rate"] == 0.1
+    for row in (summary, *rows):
+        for key, value in row.items():
+            if key.endswith("error"):
+                assert 0 <= value <= 1, key
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_finished_run_is_not_run_again(uninterrupted, monkeypatch):
+    folder = uninterrupted("mlp")
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(data, "load", None)  # would be called, and fail
+    summary = train_and_evaluate(create_config(), folder)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_finished_run_can_be_made_longer(tmp_path):
+    train_and_evaluate(create_config(total_steps=4), tmp_path)
+    summary = train_and_evaluate(create_config(total_steps=6), tmp_path)
+    assert summary["step"] == 6
+    steps = [row["step"] for row in logs.read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == [2, 4, 4, 6, 6]
+    with pytest.raises(UserError, match="finished run of 6 steps, more than total_steps 4"):
+        train_and_evaluate(create_config(total_steps=4), tmp_path)
+
+
+def test_best_checkpoint_stays_and_is_reported(tmp_path, monkeypatch):
+    evaluate = loop.steps.evaluate
+    errors = {4: 0.5, 8: 0.2, 12: 0.4}
+
+    def pretend(params, batch_stats, split, *args, prefix, **kwargs):
+        rows = evaluate(params, batch_stats, split, *args, prefix=prefix, **kwargs)
+        if prefix == "val" and "stop" in kwargs:
+            rows["val/error"] = errors.pop(min(errors))
+        return rows
+
+    monkeypatch.setattr(loop.steps, "evaluate", pretend)
+    config = create_config(checkpoint_every=1, keep_checkpoints=1)
+    summary = train_and_evaluate(config, tmp_path)
+    assert summary["best/step"] == 8
+    assert checkpoint.list_steps(tmp_path) == [8, 12]
+
+
+def test_non_finite_loss_stops_with_step_checkpoint_and_advice(tmp_path):
+    settings = {"optim.learning_rate": 1e30, "optim.schedule": "constant", "log_every": 1}
+    with pytest.raises(DivergedError) as error:
+        train_and_evaluate(create_config(**settings), tmp_path)
+    assert "not finite at step 2; there is no checkpoint yet" in str(error.value)
+    assert "lower optim.learning_rate (it is 1e+30)" in str(error.value)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_non_finite_state_is_never_saved(tmp_path):
+    """Without a log point before it, the checkpoint itself has to notice."""
+    settings = {"optim.learning_rate": 1e30, "log_every": 12, "eval_every": 12}
+    with pytest.raises(DivergedError, match="step 2"):
+        train_and_evaluate(create_config(**settings), tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"optim.learning_rate": 0.2}, "optim.learning_rate was 0.1, now 0.2"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"model.widths": (17,)}, r"model.widths was \[16\], now \[17\]"),
+        ({"data.val_examples": 200}, "data.val_examples was -1, now 200"),
+    ],
+)
+def test_other_settings_are_refused_by_name(settings, sentence, uninterrupted):
+    with pytest.raises(UserError, match=sentence):
+        train_and_evaluate(create_config(**settings), uninterrupted("mlp"))
+
+
+def test_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(InterruptedRun):
+            train_and_evaluate(create_config(), tmp_path)
+    other = data.load("digits", val_examples=299)
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: other)
+    with pytest.raises(UserError, match="data_fingerprint was"):
+        train_and_evaluate(create_config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"data.batch_size": 1198}, "larger than the 1197 training examples of digits"),
+        ({"data.crop_padding": 8}, "would let a crop miss a 8x8 image"),
+        ({"train_eval_examples": 5000}, "more than the 1197 training examples"),
+        ({"model.widths": (0,)}, "widths must be 1 or more"),
+        ({"data.name": "didgits"}, "did you mean 'digits'"),
+    ],
+)
+def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        train_and_evaluate(create_config(**settings), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_sigmoid_loss_trains_on_multi_label_data(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 4, 4, 1)).astype(np.uint8)
+    labels = (images.reshape(60, 16)[:, :3] > 127).astype(np.int32)  # three yes-no pixels
+    split = Split(images, labels)
+    dataset = Dataset("pixels", split, split, split, ("a", "b", "c"), "0")
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: dataset)
+    settings = {
+        "loss.name": "sigmoid",
+        "total_steps": 150,
+        "data.batch_size": 60,
+        "data.crop_padding": 0,
+        "data.flip": False,
+        "eval_every": 150,
+        "train_eval_examples": -1,
+    }
+    summary = train_and_evaluate(create_config(**settings), tmp_path)
+    assert summary["train_eval/loss"] < 0.1 * 3 * np.log(2)

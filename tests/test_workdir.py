@@ -1,0 +1,231 @@
+"""A run's folder: one process in it, a record of what it is, a polite end."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cvjax import errors
+from cvjax.training import interrupt, workdir
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+# Lock
+
+
+HOLD = """
+import sys, time
+from cvjax.training import workdir
+with workdir.lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
+    folder = tmp_path / "new" / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        for _ in range(2):
+            with pytest.raises(errors.UserError) as caught, workdir.lock(folder):
+                pass
+            assert str(folder) in str(caught.value)
+            assert f"process {process.pid} on " in str(caught.value)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with workdir.lock(folder):
+        pass
+
+
+def test_the_lock_is_released_upon_errors(tmp_path, monkeypatch):
+    locks = []  # kept here, for the garbage collector would release them too
+    create = workdir.filelock.FileLock
+    monkeypatch.setattr(
+        workdir.filelock, "FileLock", lambda path: locks.append(create(path)) or locks[-1]
+    )
+    with pytest.raises(ZeroDivisionError), workdir.lock(tmp_path):
+        assert locks[0].is_locked
+        raise ZeroDivisionError
+    assert not locks[0].is_locked
+
+
+def test_the_same_process_is_refused_too(tmp_path):
+    with workdir.lock(tmp_path):
+        for _ in range(2):
+            with pytest.raises(errors.UserError, match="in use"), workdir.lock(tmp_path):
+                pass
+
+
+# Folder and files
+
+
+def test_check_writable_creates_parents_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = workdir.check_writable("a/b")
+    assert folder == tmp_path / "a" / "b" and folder.is_absolute()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for bad in (file, file / "run"):
+        with pytest.raises(errors.UserError, match=f"workdir {bad} cannot be written"):
+            workdir.check_writable(bad)
+
+
+def test_an_unwritable_folder_is_refused():
+    # Root may write to folders without permission, but not to /proc.
+    with pytest.raises(errors.UserError, match="choose another --workdir"):
+        workdir.check_writable("/proc/self/fd")
+
+
+def test_an_interrupted_write_changes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    workdir.write_json(path, {"a": 1})
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workdir.os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        workdir.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# Manifest
+
+
+def test_manifest(tmp_path):
+    config = {"seed": 3, "optim": {"learning_rate": 0.1}}
+    written = workdir.write_manifest(tmp_path, config)
+    assert os.listdir(tmp_path) == ["config.json"]
+    read = workdir.read_manifest(tmp_path)
+    assert read == written
+    assert read["config"] == config and read["seed"] == 3
+    assert read["versions"]["jax"] == jax.__version__
+    assert read["versions"]["numpy"] == np.__version__
+    assert read["versions"]["python"] == sys.version.split()[0]
+    assert set(read["versions"]) >= {"cvjax", "jaxlib", "flax", "optax", "orbax"}
+    assert read["device"]["platform"] == "cpu" and read["device"]["count"] == 1
+    assert read["prng_impl"] == "threefry2x32"
+    assert read["command"] == sys.argv
+    assert read["created"][4] == "-" and read["created"][-6] in "+-"
+
+
+def test_git_commit_of_this_checkout(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=b"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    monkeypatch.setattr(workdir.cvjax, "__file__", str(tmp_path / "cvjax/__init__.py"))
+    assert workdir._git() is None
+    git("init")
+    (tmp_path / "cvjax").mkdir()
+    file = tmp_path / "cvjax" / "__init__.py"
+    file.write_text("")
+    git("add", ".")
+    git("commit", "-m", "x")
+    commit = git("rev-parse", "HEAD")
+    assert workdir._git() == {"commit": commit, "dirty": False}
+    file.write_text("x")
+    assert workdir._git() == {"commit": commit, "dirty": True}
+    # Installed into an environment within another project's checkout.
+    installed = tmp_path / "venv" / "cvjax" / "__init__.py"
+    installed.parent.mkdir(parents=True)
+    monkeypatch.setattr(workdir.cvjax, "__file__", str(installed))
+    assert workdir._git() is None
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_an_unreadable_manifest_is_a_user_error(tmp_path, content):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(errors.UserError, match=str(tmp_path / "config.json")):
+        workdir.read_manifest(tmp_path)
+
+
+def test_config_differences():
+    old = {
+        "seed": 0,
+        "model": {"name": "resnet", "stages": (3, 3, 3), "depth": 20},
+        "optim": {"learning_rate": 0.1, "momentum": 0.9, "drops": {"a": 1}},
+        "data": {"name": "digits"},
+    }
+    new = {
+        "seed": 0.0,
+        "model": {"name": "resnet", "stages": [3, 3, 3], "depth": 56},
+        "optim": {"learning_rate": 0.05, "nesterov": True, "drops": 1},
+        "data": {"name": None},
+    }
+    assert workdir.config_differences(old, new) == [
+        "data.name was 'digits', now None",
+        "model.depth was 20, now 56",
+        "optim.drops was absent, now 1",
+        "optim.drops.a was 1, now absent",
+        "optim.learning_rate was 0.1, now 0.05",
+        "optim.momentum was 0.9, now absent",
+        "optim.nesterov was absent, now True",
+    ]
+    assert workdir.config_differences(old, old) == []
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_sets_the_flag(name, capfd):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with interrupt.watch() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.Signals[name])
+        assert stop.requested and stop.signal_name == name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    assert "Stopping after this step" in capfd.readouterr().err
+
+
+def test_a_second_sigterm_changes_nothing():
+    with interrupt.watch() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), interrupt.watch():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_nothing_is_set():
+    seen = []
+
+    def run():
+        before = signal.getsignal(signal.SIGTERM)
+        with interrupt.watch() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM) is before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(False, True)]
