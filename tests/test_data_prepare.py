@@ -70,8 +70,9 @@ def no_server():
 def environment(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("CVJAX_MIRROR", raising=False)
+    # So that what `write_archives` records is undone.
     for name, archives in PREPARABLE.items():
-        monkeypatch.setitem(PREPARABLE, name, archives)  # to undo what `write_archives` records
+        monkeypatch.setitem(PREPARABLE, name, archives)
 
 
 def draw(name):
@@ -131,7 +132,8 @@ def write_cifar(name, data, folder, class_names):
     members = {file: ("\n".join(lines) + "\n\n").encode() for file, lines in names.items()}
     for split, (images, labels) in data.items():
         pixels = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-        columns = [labels[key][:, None] for key in ("coarse_label", "label") if key in labels]
+        # The labels are drawn in the order of the file: coarse, then fine.
+        columns = [column[:, None] for column in labels.values()]
         records = np.concatenate([*columns, pixels], axis=1)
         for file, part in zip(
             files[split], np.array_split(records, len(files[split])), strict=True
@@ -169,6 +171,10 @@ def check_prepared(name, data, data_dir):
             if name != "mnist":
                 assert example["id"] == f"{split}_{key:05d}".encode()
     return builder
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def version_folders(data_dir):
@@ -211,13 +217,12 @@ def test_nothing_is_done_twice(served, tmp_path, monkeypatch):
     write_archives("mnist", draw("mnist"), folder)
     monkeypatch.setenv("CVJAX_MIRROR", url)
     prepare("mnist", tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mnist/3.0.1").iterdir()}
+    before = times(tmp_path / "mnist/3.0.1")
     for file in (tmp_path / "downloads/cvjax").glob("*.gz"):
         file.unlink()
     monkeypatch.setattr(module, "_download", None)
     prepare("mnist", tmp_path)
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "mnist/3.0.1").iterdir()}
-    assert after == before
+    assert times(tmp_path / "mnist/3.0.1") == before
 
 
 def test_archive_put_there_by_hand(no_server, tmp_path):
@@ -242,7 +247,7 @@ def test_bad_archive(damage, by_hand, served, tmp_path):
     good = file.read_bytes()
     bad = {
         "truncated": good[:-100],
-        "longer": good + bytes(1 << 20),
+        "longer": good + b"0",
         "changed": good[:-1] + bytes([good[-1] ^ 1]),
     }[damage]
     file.write_bytes(bad)
@@ -254,9 +259,7 @@ def test_bad_archive(damage, by_hand, served, tmp_path):
         assert hashlib.sha256(bad).hexdigest() in message
         assert f"instead of {hashlib.sha256(good).hexdigest()}" in message
     else:
-        assert f"bytes instead of {len(good):,};" in message
-    if damage == "truncated":
-        assert f" {len(bad):,} bytes" in message
+        assert f" {len(bad):,} bytes instead of {len(good):,};" in message
     # What the user put there stays, what was downloaded does not.
     assert sorted(path.name for path in folder.iterdir()) == (
         [file.name, "cifar10.lock"] if by_hand else ["cifar10.lock"]
@@ -271,18 +274,19 @@ def test_no_such_file_on_the_server(served, tmp_path):
     with pytest.raises(UserError, match=r"HTTP Error 404") as caught:
         prepare("mnist", tmp_path, mirror=served[1])
     archive = PREPARABLE["mnist"][0]
+    folder = tmp_path / "downloads/cvjax"
     for part in (
         f"{served[1]}/{archive.file_name}",
         "9,912,422 bytes",
         archive.sha256,
-        str(tmp_path / "downloads/cvjax" / archive.file_name),
+        str(folder / archive.file_name),
     ):
         assert part in str(caught.value)
-    assert [path.name for path in (tmp_path / "downloads/cvjax").iterdir()] == ["mnist.lock"]
+    assert [path.name for path in folder.iterdir()] == ["mnist.lock"]
 
 
 def test_no_server(no_server, tmp_path):
-    with pytest.raises(UserError, match=r"cannot be downloaded \(.*[Rr]efused\); try again"):
+    with pytest.raises(UserError, match=r"cannot be downloaded \(.*refused\); try"):
         prepare("mnist", tmp_path, mirror=no_server)
 
 
@@ -290,7 +294,7 @@ def test_silent_server(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(UserError, match="timed out"):
+        with pytest.raises(UserError, match=r"cannot be downloaded \(timed out\)"):
             prepare("mnist", tmp_path, mirror=url)
 
 
@@ -336,11 +340,10 @@ def start(tmp_path, url, code=""):
     """Prepares mnist in a new process, after running `code`."""
     (tmp_path / "recorded").write_bytes(pickle.dumps(PREPARABLE["mnist"]))
     program = f"""
-        import os, pathlib, pickle, sys
+        import os, pathlib, pickle, sys, time
         from cvjax.data.prepare import PREPARABLE, prepare
         assert "tensorflow_datasets" not in sys.modules
-        # The attribute `prepare` of cvjax.data is the function.
-module = sys.modules["cvjax.data.prepare"]
+        module = sys.modules["cvjax.data.prepare"]
         folder = pathlib.Path({str(tmp_path)!r})
         PREPARABLE["mnist"] = pickle.loads((folder / "recorded").read_bytes())
         {code}
@@ -363,7 +366,11 @@ def test_killed_and_then_two_at_once(served, tmp_path):
     _, log = killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL, log
     assert version_folders(tmp_path) == []
-    both = [start(tmp_path, url) for _ in range(2)]
+    # Slow enough for the second to start while the first is at work.
+    slow = (
+        "fast = module._encode; module._encode = lambda x: (time.sleep(0.05), fast(x))[1]"
+    )
+    both = [start(tmp_path, url, slow) for _ in range(2)]
     for process in both:
         _, log = process.communicate(timeout=60)
         assert process.returncode == 0, log

@@ -227,7 +227,7 @@ def test_lines_elsewhere(clock, caplog, monkeypatch):
 SHOW_BAR = """
 import time
 from absl import app, logging
-from cvjax.training import progress
+from cvjax import progress
 
 def main(_):
     with progress.open(1000, 0, "digits") as show:

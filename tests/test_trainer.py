@@ -277,7 +277,7 @@ def test_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
         ({"data.crop_padding": 8}, "would let a crop miss a 8x8 image"),
         ({"train_eval_examples": 5000}, "more than the 1197 training examples"),
         ({"model.widths": (0,)}, "widths must be 1 or more"),
-        ({"data.name": "didgits"}, "did you mean 'digits'"),
+        ({"data.name": "didgits"}, "did you mean digits"),
     ],
 )
 def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):

@@ -7,8 +7,8 @@ any other TFDS name          if it is prepared already (`data.tfds`)
 
 import difflib
 import hashlib
-import os
 import pathlib
+import re
 
 from absl import logging
 
@@ -16,7 +16,7 @@ from cvjax.data import cache, tfds
 from cvjax.data.dataset import Dataset, Split
 from cvjax.data.digits import load_digits
 from cvjax.data.prepare import PREPARABLE, prepare
-from cvjax.data.splits import SPLIT_SEED, check_val_examples, stratified
+from cvjax.data.splits import check_val_examples, stratified
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
@@ -42,11 +42,11 @@ def load(
     """
     if name == "digits":
         return load_digits(val_examples)
-    decoded, fingerprint = _load_tfds(name, data_dir, cache_dir)
+    decoded = _load_tfds(name, data_dir, cache_dir)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
         raise UserError(
-            f"{name} has the splits {', '.join(decoded.images)}; cvjax needs train, and test "
+            f"{name} has the splits {', '.join(decoded.images)}; it takes train and test "
             "or validation."
         )
     labels = decoded.labels["train"]
@@ -56,7 +56,8 @@ def load(
     check_val_examples(val_examples, len(labels), name)
     val, train = stratified(labels, (val_examples, len(labels) - val_examples))
     images = decoded.images["train"]
-    digest = hashlib.sha256(f"{base} {fingerprint} {SPLIT_SEED} {val_examples}".encode())
+    digest = hashlib.sha256(f"{base} {decoded.fingerprint}".encode())
+    digest.update(val.tobytes())
     return Dataset(
         name=base,
         train=Split(images[train], labels[train]),
@@ -67,32 +68,67 @@ def load(
     )
 
 
-def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tuple[tfds.Decoded, str]:
+def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
     folder = tfds.resolve_data_dir(data_dir)
     cache_folder = cache.resolve_cache_dir(cache_dir)
+    if not re.fullmatch(r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name):
+        raise _unknown(name, folder)
     source = tfds.find_source(name, folder)
     if source is None:
         cached = cache.find_entry(name, cache_folder)
         if cached is not None:
-            logging.info("%s is not in %s; taken from the cache.", name, folder)
+            logging.info(
+                "%s is not in %s; its images come from the cache %s, unchecked against "
+                "any source.",
+                *(name, folder, cache_folder),
+            )
             return cached
         _prepare(name, folder)
         source = tfds.find_source(name, folder)
-    decoded = cache.read_or_decode(source, tfds.decode, cache_folder)
-    return decoded, source.fingerprint[:16]
+    return cache.read_or_decode(source, tfds.decode, cache_folder)
 
 
 def _prepare(name: str, folder: pathlib.Path) -> None:
-    if name in PREPARABLE:
-        prepare(name, folder, mirror=os.environ.get("CVJAX_MIRROR", ""))
-        return
+    """Prepares the set, or raises UserError with the ways to get it."""
+    base, _, version = name.partition(":")
+    elsewhere = "name the folder where it is with --config.data.data_dir or TFDS_DATA_DIR"
+    if base not in PREPARABLE:
+        if base.partition("/")[0] not in _catalog():
+            raise _unknown(name, folder)
+        raise UserError(
+            f"{name} is not prepared in {folder}; {elsewhere}, or prepare it with `tfds "
+            f"build {base} --file_format=array_record`, which needs TensorFlow."
+        )
+    if version:
+        raise UserError(
+            f"{name} is not prepared in {folder}; {elsewhere}, or have the newest version "
+            f"prepared with --config.data.name={base}."
+        )
+    try:
+        prepare(name, folder)
+    except UserError as error:
+        raise UserError(
+            f"{name} is not prepared in {folder}: {error} Or {elsewhere}, or take "
+            "--config.data.name=digits, which needs no files."
+        ) from error
+
+
+def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    known = sorted({"digits", *PREPARABLE, *prepared} - {"downloads"})
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
-    raise UserError(
-        f"no data set {name!r} is prepared in {folder}; prepare it with `tfds build "
-        f"{name.partition(':')[0]} --file_format=array_record` (which needs TensorFlow), "
-        f"name another folder with --config.data.data_dir or TFDS_DATA_DIR, or take "
-        f"another set: {hint}"
+    names = {"digits", *_catalog(), *prepared} - {"downloads"}
+    near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"choose digits, {', '.join(PREPARABLE)}, or another image classification set "
+        "of https://www.tensorflow.org/datasets/catalog that is prepared."
     )
+    return UserError(f"there is no data set {name!r}; {hint}")
+
+
+def _catalog() -> list[str]:
+    """The names that TFDS knows, prepared or not."""
+    # Imported here: it takes half a second, and only those who mistype need it.
+    import tensorflow_datasets
+
+    return tensorflow_datasets.list_builders(with_community_datasets=False)

@@ -78,15 +78,15 @@ def read_or_decode(
         return decoded
 
 
-def find_entry(name: str, cache: pathlib.Path) -> tuple[Decoded, str] | None:
-    """Images that are in the cache although their source is gone, and a fingerprint.
+def find_entry(name: str, cache: pathlib.Path) -> Decoded | None:
+    """Images that are in the cache although their source is gone.
 
     `name` is the data set's, with the version if one is asked for.
     """
     path, _, version = name.partition(":")
     for entry in sorted(cache.glob(f"{_prefix(path)}{version or '*'}-*"), reverse=True):
         if entry.is_dir() and (decoded := _read(entry)) is not None:
-            return decoded, entry.name.rpartition("-")[2]
+            return decoded
     return None
 
 
@@ -107,6 +107,7 @@ def _write(entry: pathlib.Path, decoded: Decoded) -> None:
             "format": FORMAT,
             "splits": list(decoded.images),
             "class_names": decoded.class_names,
+            "fingerprint": decoded.fingerprint,
             "sizes": sizes,
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest))
@@ -130,6 +131,10 @@ def _read(entry: pathlib.Path) -> Decoded | None:
             }
             for kind in ("images", "labels")
         }
-        return Decoded(**arrays, class_names=tuple(manifest["class_names"]))
+        return Decoded(
+            **arrays,
+            class_names=tuple(manifest["class_names"]),
+            fingerprint=manifest["fingerprint"],
+        )
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None

@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.splits import SPLIT_SEED, check_val_examples, stratified
+from cvjax.data.splits import check_val_examples, stratified
 
 TEST_EXAMPLES = 300
 VAL_EXAMPLES = 300
@@ -41,9 +41,9 @@ def load_digits(val_examples: int = -1) -> Dataset:
     val, train = (
         rest[part] for part in stratified(labels[rest], (count, available - count))
     )
-    digest = hashlib.sha256(f"digits {SPLIT_SEED} {count}".encode())
-    digest.update(images.tobytes())
-    digest.update(labels.tobytes())
+    digest = hashlib.sha256(b"digits")
+    for array in (images, labels, val, test):
+        digest.update(array.tobytes())
     return Dataset(
         name="digits",
         train=Split(images[train], labels[train]),

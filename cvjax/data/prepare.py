@@ -214,8 +214,6 @@ def _download(url: str, part: pathlib.Path, path: pathlib.Path, archive: Archive
         for chunk in chunks:
             file.write(chunk)
             done += len(chunk)
-            if done > archive.size:  # a wrong file, of who knows what length
-                return
             text = ""
             if time.monotonic() >= next_line:
                 text = f"MB of {path.name}"

@@ -28,7 +28,8 @@ class Source:
       name: as it was asked for, without the version.
       version: for example "3.0.2".
       folder: of that version.
-      fingerprint: hex digest of its description and of the names and sizes of its shards.
+      fingerprint: hex digest of its description and of the names, sizes and modification
+        times of its files.
     """
 
     name: str
@@ -39,11 +40,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """The images of a prepared set: uint8 and int32 arrays as in `Split`, by TFDS split."""
+    """The images of a prepared set.
+
+    Attributes:
+      images: uint8 [n, height, width, channels] by TFDS split.
+      labels: int32 [n] by TFDS split.
+      class_names: one a class.
+      fingerprint: hex digest of the other three. The PNG files around the same pixels
+        differ from one encoder to another, so the source's own says less.
+    """
 
     images: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
     class_names: tuple[str, ...]
+    fingerprint: str
 
 
 def resolve_data_dir(data_dir: str) -> pathlib.Path:
@@ -101,7 +111,9 @@ def find_source(name: str, data_dir: pathlib.Path) -> Source | None:
     folder = versions[version]
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        status = file.stat()
+        # The time, because equally long records make equally long shards.
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         if file.suffix == ".json":
             digest.update(file.read_bytes())
     return Source(path, version, folder, digest.hexdigest())
@@ -112,9 +124,25 @@ def decode(source: Source) -> Decoded:
 
     Raises:
       UserError: if it is not a set of equally sized images with one label each, or its
-        files are not readable as ArrayRecord.
+        files are damaged or not readable as ArrayRecord.
     """
     # Imported here: TFDS takes a second, and a cached set does not need it.
+    from google.protobuf import json_format
+
+    try:
+        return _decode(source)
+    except UserError:
+        raise
+    # Between them, TFDS, protobuf, ArrayRecord and Pillow raise these for files that are
+    # missing, cut off or overwritten.
+    except (RuntimeError, ValueError, OSError, json_format.ParseError) as error:
+        raise UserError(
+            f"the prepared data in {source.folder} is damaged ({error}); delete that "
+            "folder and prepare the set again, or copy it again from where it came."
+        ) from error
+
+
+def _decode(source: Source) -> Decoded:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(source.folder)
@@ -137,7 +165,7 @@ def decode(source: Source) -> Decoded:
                     images[split] = np.empty((count, *pictures[0].shape), np.uint8)
                 if any(picture.shape != images[split].shape[1:] for picture in pictures):
                     raise UserError(
-                        f"the images of {source.name} differ in size; cvjax keeps data sets "
+                        f"the images of {source.name} differ in size; cvjax keeps them all "
                         "in memory and needs equal sizes, as in cifar10 or mnist."
                     )
                 part = slice(start, start + len(chunk))
@@ -146,7 +174,12 @@ def decode(source: Source) -> Decoded:
                 done += len(chunk)
                 show(done, f"{split} images" if start % (5 * CHUNK) == 0 else "")
     names = tuple(builder.info.features[label_key].names)
-    return Decoded(images, labels, names)
+    digest = hashlib.sha256("\n".join(names).encode())
+    for split in sorted(images):
+        for array in (images[split], labels[split]):
+            digest.update(f"{split} {array.shape}".encode())
+            digest.update(array)
+    return Decoded(images, labels, names, digest.hexdigest())
 
 
 def _keys(source: Source, info) -> tuple[str, str]:
@@ -155,8 +188,9 @@ def _keys(source: Source, info) -> tuple[str, str]:
 
     keys = info.supervised_keys
     if (
-        keys is None
+        not isinstance(keys, tuple)
         or len(keys) != 2
+        or not all(isinstance(key, str) for key in keys)
         or not isinstance(info.features[keys[0]], tfds.features.Image)
         or not isinstance(info.features[keys[1]], tfds.features.ClassLabel)
         or info.features[keys[0]].np_dtype != np.uint8

@@ -64,7 +64,8 @@ class Stage(nn.Module):
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.length,
-            unroll=1 if rolled else self.length,
+            # One more than the length: a loop of one trip with unroll=1 stays a loop.
+            unroll=1 if rolled else self.length + 1,
         )
         x, _ = chain(self.block(in_loop=rolled, name="blocks"), x, None)
         return x

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -29,14 +30,14 @@ class Record:
       model: name and fields of the network, which its arrays do not tell: a plain net has
         the same ones as a residual net. A checkpoint of other data or of another network
         is refused.
-      best: "step" and "val/error" of the best evaluation so far, the earliest of equals.
-      evaluated: the step of the last evaluation.
+      last: the last evaluation: its "step" and its row of metrics.
+      best: the one with the lowest validation error so far, the earliest of equals.
     """
 
     data_fingerprint: str
     model: dict[str, Any]
+    last: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
-    evaluated: int = 0
 
 
 class Clock:
@@ -106,7 +107,7 @@ def train(
     clock = Clock()
     while True:
         improved = False
-        if due(run.eval_every) and record.evaluated < step:
+        if due(run.eval_every) and (record.last is None or record.last["step"] < step):
             with clock.beside(state):
                 _check_finite(state, run, folder)
                 rows = evaluate(dataset.val, "val")
@@ -116,11 +117,13 @@ def train(
             if rows is not None:
                 if step not in logged:
                     write(step, rows)
-                record.evaluated = step
-                error = rows["val/error"]
-                improved = record.best is None or error < record.best["val/error"]
+                finite = {key: value for key, value in rows.items() if math.isfinite(value)}
+                record.last = {"step": step, **finite}
+                improved = record.best is None or (
+                    rows["val/error"] < record.best["val/error"]
+                )
                 if improved:
-                    record.best = {"step": step, "val/error": error}
+                    record.best = record.last
         if saved != step and (due(run.checkpoint_every) or improved or stop.requested):
             with clock.beside(state):
                 _check_finite(state, run, folder)

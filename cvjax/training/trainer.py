@@ -19,7 +19,7 @@ from absl import logging
 from cvjax import data, progress
 from cvjax.analysis.curves import draw_curves
 from cvjax.data.augment import Augmentation, Statistics, compute_statistics
-from cvjax.data.dataset import Dataset
+from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.training import checkpoint, interrupt, logs, loop, steps
@@ -164,7 +164,7 @@ def _initial_or_restored(
             "choose a larger total_steps or another --workdir."
         )
     logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
-    return state, loop.Record(**expect, best=info["best"], evaluated=info["evaluated"])
+    return state, loop.Record(**expect, last=info["last"], best=info["best"])
 
 
 def _log_plan(run: RunConfig, state: TrainState) -> None:
@@ -196,28 +196,28 @@ def _finish(
 ) -> dict[str, float]:
     """The only place where the test images are looked at."""
 
-    def evaluate(state: TrainState, split: str, prefix: str) -> dict[str, float]:
+    def evaluate(state: TrainState, split: Split, prefix: str) -> dict[str, float]:
         return steps.evaluate(
             state.params,
             state.batch_stats,
-            getattr(dataset, split),
+            split,
             statistics,
             recipe=recipe,
             batch_size=run.data.eval_batch_size,
             prefix=prefix,
         )
 
-    best, _ = checkpoint.restore_step(folder, record.best["step"], state)
-    summary = {
-        "step": run.total_steps,
-        "parameters": count_parameters(state.params),
-        **(evaluate(state, "train", "train_eval") if run.train_eval_examples else {}),
-        **evaluate(state, "val", "val"),
-        **evaluate(state, "test", "test"),
-        "best/step": record.best["step"],
-        **evaluate(best, "val", "best/val"),
-        **evaluate(best, "test", "best/test"),
-    }
+    summary = {**record.last, "parameters": count_parameters(state.params)}
+    if run.train_eval_examples > 0:
+        summary |= evaluate(state, dataset.train, "train_eval")
+    summary |= evaluate(state, dataset.test, "test")
+    best = {key: record.best[key] for key in record.best if not key.startswith("train")}
+    if best["step"] == run.total_steps:
+        best |= {key: summary[key] for key in summary if key.startswith("test/")}
+    else:
+        best_state, _ = checkpoint.restore_step(folder, best["step"], state)
+        best |= evaluate(best_state, dataset.test, "test")
+    summary |= {f"best/{key}": value for key, value in best.items()}
     rows = logs.read_metrics(folder / "metrics.jsonl")
     title = f"{run.model['name']} on {dataset.name}"
     draw_curves(rows, folder / "curves.png", title)

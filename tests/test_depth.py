@@ -1,0 +1,174 @@
+"""The depth axis: a stage is its blocks one after another, however it is walked."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import numpy as jnp
+
+from cvjax.errors import UserError
+from cvjax.nn import depth
+from cvjax.nn.depth import Stage
+
+LENGTH = 3
+X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+WEIGHTS = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+
+
+class Block(nn.Module):
+    """A block without convolutions, quick to compile: tanh(BatchNorm(x W + b))."""
+
+    train: bool = True
+    in_loop: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=not self.train, momentum=0.9, name="bn")
+        return jnp.tanh(norm(nn.Dense(x.shape[-1], name="dense")(x)))
+
+
+def init(length=LENGTH, walk="auto"):
+    return Stage(Block, length, walk).init(jax.random.key(0), X)
+
+
+def walk_stage(variables, x, walk):
+    stage = Stage(Block, LENGTH, walk)
+    return stage.apply(variables, x, mutable=["batch_stats"])
+
+
+def walk_by_hand(variables, x):
+    """One block after another, each with its slice of the variables."""
+    updates = []
+    for i in range(LENGTH):
+        own = {
+            collection: jax.tree.map(lambda leaf, i=i: leaf[i], tree["blocks"])
+            for collection, tree in variables.items()
+        }
+        x, updated = Block().apply(own, x, mutable=["batch_stats"])
+        updates.append(updated)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
+    return x, {"batch_stats": {"blocks": stacked["batch_stats"]}}
+
+
+def output_statistics_and_gradients(walk, variables, x):
+    def loss(params, x):
+        y, updated = walk({**variables, "params": params}, x)
+        return (y * WEIGHTS).sum(), (y, updated)
+
+    gradients, aux = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], x)
+    return *aux, gradients
+
+
+# Walks
+
+
+@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
+def test_a_stage_is_its_blocks_in_a_chain(walk):
+    variables = init()
+    actual, wanted = (
+        output_statistics_and_gradients(function, variables, X)
+        for function in (partial(walk_stage, walk=walk), walk_by_hand)
+    )
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, wanted)
+    by_kernel = actual[2][0]["blocks"]["dense"]["kernel"]
+    assert (np.abs(by_kernel).max(axis=(1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("length", [1, LENGTH])
+def test_only_a_rolled_walk_is_a_loop(length):
+    variables = init(length)
+
+    def has_loop(walk):
+        stage = Stage(partial(Block, train=False), length, walk)
+        return "stablehlo.while" in jax.jit(stage.apply).lower(variables, X).as_text()
+
+    assert has_loop("rolled") and not has_loop("unrolled")
+
+
+def test_blocks_are_told_whether_they_are_in_a_loop():
+    told = []
+
+    class Listening(Block):
+        def __call__(self, x):
+            told.append(self.in_loop)
+            return x * 1.0
+
+    def in_loop(walk, method):
+        told.clear()
+        stage = Stage(Listening, LENGTH, walk)
+        if method == "init":
+            stage.init(jax.random.key(0), X)
+        else:
+            stage.apply({}, X)
+        (answer,) = set(told)
+        return answer
+
+    assert in_loop("rolled", "apply") is True
+    assert in_loop("unrolled", "apply") is False
+    # Parameters are drawn in a loop always, for that compiles fast.
+    assert in_loop("unrolled", "init") is True
+
+
+def test_auto_rolls_on_accelerators_only(monkeypatch):
+    for backend, rolled in (("cpu", False), ("gpu", True), ("tpu", True)):
+        monkeypatch.setattr(depth.jax, "default_backend", lambda backend=backend: backend)
+        assert depth.is_rolled("auto") is rolled
+        assert depth.is_rolled("rolled") is True
+        assert depth.is_rolled("unrolled") is False
+
+
+def test_unknown_walk():
+    with pytest.raises(UserError) as caught:
+        init(walk="rol")
+    assert str(caught.value) == "walk must be one of auto, rolled, unrolled, got 'rol'."
+
+
+# Variables
+
+
+def test_every_leaf_has_the_depth_axis():
+    single = jax.eval_shape(Block().init, jax.random.key(0), X)
+    stage = jax.eval_shape(partial(init, 7))
+    wanted = {
+        collection: {"blocks": jax.tree.map(lambda leaf: (7, *leaf.shape), tree)}
+        for collection, tree in single.items()
+    }
+    assert set(wanted) == {"params", "batch_stats"}
+    assert jax.tree.map(lambda leaf: leaf.shape, stage) == wanted
+
+
+def test_each_block_is_drawn_by_itself():
+    kernels = init()["params"]["blocks"]["dense"]["kernel"]
+    for i in range(LENGTH):
+        for j in range(i):
+            assert np.abs(kernels[i] - kernels[j]).min() > 0
+    # By the rule for one block: linen's variance is 1 / fan_in, whatever the length.
+    many = init(length=400)["params"]["blocks"]["dense"]["kernel"]
+    assert 0.9 < many.var() * X.shape[1] < 1.1
+
+
+def test_initial_values_do_not_depend_on_the_walk():
+    rolled, unrolled = (init(walk=walk) for walk in ("rolled", "unrolled"))
+    jax.tree.map(np.testing.assert_array_equal, rolled, unrolled)
+
+
+@pytest.mark.parametrize("walk", depth.WALKS)
+def test_length_zero_is_the_identity_without_variables(walk):
+    y, variables = Stage(Block, 0, walk).init_with_output(jax.random.key(0), X)
+    assert variables == {}
+    np.testing.assert_array_equal(y, X)
+
+
+@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
+def test_each_block_has_statistics_of_its_own(walk):
+    variables = init()
+    _, updated = walk_stage(variables, X, walk)
+    means = updated["batch_stats"]["blocks"]["bn"]["mean"]
+    # The first block's, by hand: 0.9 times zero and 0.1 times the mean of x W + b.
+    dense = variables["params"]["blocks"]["dense"]
+    seen = X @ np.asarray(dense["kernel"][0]) + np.asarray(dense["bias"][:1])
+    np.testing.assert_allclose(means[0], 0.1 * seen.mean(axis=0), atol=1e-6)
+    assert np.abs(means[1] - means[0]).min() > 0 and np.abs(means[2] - means[1]).min() > 0
