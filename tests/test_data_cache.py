@@ -1,5 +1,6 @@
 """The cache of decoded images, without any data set behind it."""
 
+import json
 import threading
 import time
 
@@ -91,6 +92,16 @@ def cut_the_manifest(entry):
     file.write_text(file.read_text()[:20])
 
 
+def write_an_older_manifest(entry):
+    manifest = json.loads((entry / "manifest.json").read_text())
+    del manifest["fingerprint"]
+    (entry / "manifest.json").write_text(json.dumps(manifest))
+
+
+def swap_a_file(entry):
+    np.save(entry / "train_labels.npy", np.zeros(3, np.int32))
+
+
 def overwrite_a_header(entry):
     file = entry / "train_images.npy"
     file.write_bytes(b"\0" * 128 + file.read_bytes()[128:])
@@ -108,6 +119,8 @@ def another_format(entry):
         lose_a_file,
         lose_the_manifest,
         cut_the_manifest,
+        write_an_older_manifest,
+        swap_a_file,
         overwrite_a_header,
         another_format,
     ],

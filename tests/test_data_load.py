@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pathlib
+import shutil
 import struct
 import subprocess
 import sys
@@ -42,7 +43,16 @@ def png(image, level=6):
     return file.getvalue()
 
 
-def write(folder, splits, *, shape=(4, 5, 3), keys=("image", "label"), level=6, config=""):
+def write(
+    folder,
+    splits,
+    *,
+    shape=(4, 5, 3),
+    dtype=np.uint8,
+    keys=("image", "label"),
+    encode=png,
+    config="",
+):
     """Writes a prepared set named "shapes" with TFDS, and gives its folder."""
 
     class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -53,7 +63,7 @@ def write(folder, splits, *, shape=(4, 5, 3), keys=("image", "label"), level=6, 
 
         def _info(self):
             features = {
-                "image": tfds.features.Image(shape=shape),
+                "image": tfds.features.Image(shape=shape, dtype=dtype),
                 "label": tfds.features.ClassLabel(names=CLASSES),
                 "weight": np.float32,
             }
@@ -68,7 +78,7 @@ def write(folder, splits, *, shape=(4, 5, 3), keys=("image", "label"), level=6, 
 
         def _generate_examples(self, images, labels):
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield i, {"image": png(image, level), "label": label, "weight": 1.0}
+                yield i, {"image": encode(image), "label": label, "weight": 1.0}
 
     builder = Shapes(data_dir=folder, file_format="array_record", config=config or None)
     builder.download_and_prepare()
@@ -180,8 +190,11 @@ def test_changed_source_is_decoded_again(load, tmp_path):
 
 
 def test_fingerprint_is_of_the_pixels_not_of_the_files(load, tmp_path):
-    for name, level, seed in (("a", 0, 0), ("b", 9, 0), ("c", 9, 1)):
-        write(tmp_path / name, draw(seed=seed), level=level)
+    changed = draw()
+    changed["test"][0][4, 0, 0, 0] ^= 1  # one pixel, and no label
+    write(tmp_path / "a", draw())
+    write(tmp_path / "b", draw(), encode=lambda image: png(image, level=0))
+    write(tmp_path / "c", changed)
     a, b, c = (load(data_dir=str(tmp_path / name)) for name in "abc")
     assert_equal(a, b)
     assert c.fingerprint != a.fingerprint
@@ -194,6 +207,7 @@ def test_source_that_is_gone(load, tmp_path, caplog):
     caplog.set_level("INFO")
     assert_equal(load(), first)
     assert f"shapes is not in {tmp_path / 'data'}; its images come from" in caplog.text
+    assert "unchecked" in caplog.text
 
 
 def test_where_prepared_sets_are_looked_for(load, tmp_path, monkeypatch):
@@ -229,8 +243,9 @@ def test_newest_version_is_taken(load, tmp_path):
     write(tmp_path / "data", newest).rename(tmp_path / "data/shapes/1.10.0")
     write(tmp_path / "data", draw())
     # What an interrupted preparation of TFDS leaves is no version.
-    (tmp_path / "data/shapes/incomplete.X_2.0.0").mkdir()
     info = tmp_path / "data/shapes/1.10.0/dataset_info.json"
+    (tmp_path / "data/shapes/incomplete.X_2.0.0").mkdir()
+    shutil.copy(info, tmp_path / "data/shapes/incomplete.X_2.0.0")
     info.write_text(info.read_text().replace('"1.2.0"', '"1.10.0"'))
     assert split_rows(load().test) == rows(*newest["test"])
 
@@ -245,22 +260,50 @@ def test_validation_serves_as_test(load, tmp_path):
 
 def test_no_test_split(load, tmp_path):
     write(tmp_path / "data", draw({"train": 60}))
-    with pytest.raises(UserError, match="shapes has the splits train; it takes"):
+    with pytest.raises(UserError, match=r"^shapes has the splits train; it takes"):
         load()
 
 
-@pytest.mark.parametrize("keys", [None, ("image", "weight"), ("image", "label", "weight")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        None,
+        ("image", "weight"),
+        ("weight", "label"),
+        ("image", "label", "weight"),
+        (("image", "weight"), "label"),
+    ],
+)
 def test_not_image_classification(keys, load, tmp_path):
     write(tmp_path / "data", draw(), keys=keys)
-    with pytest.raises(UserError, match="shapes is not an image classification set"):
+    with pytest.raises(UserError, match=r"^shapes is not an image classification set"):
         load()
+
+
+def test_images_of_16_bits(load, tmp_path):
+    write(tmp_path / "data", draw(shape=(4, 5, 1)), shape=(4, 5, 1), dtype=np.uint16)
+    with pytest.raises(UserError, match=r"^shapes is not .*; choose one of uint8 images"):
+        load()
+
+
+def test_images_that_are_none(load, tmp_path):
+    write(tmp_path / "data", draw(), encode=lambda image: b"no image")
+    with pytest.raises(UserError, match=r"is damaged .*cannot identify image"):
+        load()
+
+
+def test_other_splits_are_not_decoded(load, tmp_path):
+    write(tmp_path / "data", draw({**SIZES, "extra": 6}))
+    load()
+    files = [path.name for path in (tmp_path / "cache").rglob("*_images.npy")]
+    assert sorted(files) == ["test_images.npy", "train_images.npy"]
 
 
 def test_images_that_differ_in_size(load, tmp_path):
     images = [np.zeros((4, 5 + i % 2, 3), np.uint8) for i in range(60)]
     splits = draw() | {"train": (images, np.arange(60) % 3)}
     write(tmp_path / "data", splits, shape=(None, None, 3))
-    with pytest.raises(UserError, match=r"shapes differ in size; .*equal sizes"):
+    with pytest.raises(UserError, match=r"^the images of .* differ .*equal sizes"):
         load()
 
 
@@ -268,7 +311,7 @@ def test_another_file_format(load, tmp_path):
     folder = write(tmp_path / "data", draw())
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(UserError, match=r"prepared as tfrecord; .*--file_format=array_rec"):
+    with pytest.raises(UserError, match=rf"^{folder} is prepared as tfrecord; "):
         load()
 
 
@@ -296,7 +339,7 @@ def lose_the_features(folder):
 def test_damaged_source(damage, load, tmp_path):
     folder = write(tmp_path / "data", draw())
     damage(folder)
-    with pytest.raises(UserError, match=f"prepared data in {folder} is damaged"):
+    with pytest.raises(UserError, match=rf"^the prepared data in {folder} is damaged"):
         load()
     # Nothing of it stays in the cache.
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -315,7 +358,7 @@ def test_damaged_source(damage, load, tmp_path):
     ],
 )
 def test_unknown_name(name, hint, load, tmp_path):
-    (tmp_path / "data/shapes").mkdir()
+    write(tmp_path / "data", draw())
     with pytest.raises(UserError) as caught:
         load(name)
     assert f"there is no data set {name!r}; {hint}" in str(caught.value)

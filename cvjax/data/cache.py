@@ -136,5 +136,5 @@ def _read(entry: pathlib.Path) -> Decoded | None:
             class_names=tuple(manifest["class_names"]),
             fingerprint=manifest["fingerprint"],
         )
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError):
         return None

@@ -28,8 +28,7 @@ class Source:
       name: as it was asked for, without the version.
       version: for example "3.0.2".
       folder: of that version.
-      fingerprint: hex digest of its description and of the names, sizes and modification
-        times of its files.
+      fingerprint: hex digest of the names, sizes and modification times of its files.
     """
 
     name: str
@@ -114,8 +113,6 @@ def find_source(name: str, data_dir: pathlib.Path) -> Source | None:
         status = file.stat()
         # The time, because equally long records make equally long shards.
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        if file.suffix == ".json":
-            digest.update(file.read_bytes())
     return Source(path, version, folder, digest.hexdigest())
 
 

@@ -1,0 +1,161 @@
+"""Normalisation by hand and in float64; crops that are windows; flips that are mirrors."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from cvjax.data.augment import (
+    NORMALIZATIONS,
+    Augmentation,
+    augment,
+    compute_statistics,
+    normalize,
+    random_crop,
+    random_flip,
+)
+from cvjax.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(256, size=(50, 4, 5, 3)).astype(np.uint8)
+KEY = jax.random.key(0)
+
+# Normalisation
+
+
+def normalized(images, normalization):
+    statistics = compute_statistics(images, normalization)
+    for leaf in (statistics.mean, statistics.std):
+        assert leaf.shape == images.shape[1:] and leaf.dtype == np.float32
+    return normalize(jnp.asarray(images), statistics)
+
+
+def test_normalizations_by_hand():
+    # Two images of one pixel and two channels.
+    images = np.array([[0, 51], [102, 255]], np.uint8).reshape(2, 1, 1, 2)
+    wanted = {
+        "none": [[0, 0.2], [0.4, 1]],
+        "pixel_mean": [[-0.2, -0.4], [0.2, 0.4]],
+        "channel": [[-1, -1], [1, 1]],
+    }
+    assert set(wanted) == set(NORMALIZATIONS)
+    for normalization, values in wanted.items():
+        actual = normalized(images, normalization).reshape(2, 2)
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, values, atol=1e-6)
+
+
+def test_pixel_mean_is_one_for_each_pixel_and_channel():
+    statistics = compute_statistics(IMAGES, "pixel_mean")
+    wanted = (np.float64(IMAGES) / 255).mean(axis=0)
+    np.testing.assert_allclose(statistics.mean, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(statistics.std, np.ones((4, 5, 3)))
+
+
+def test_channel_statistics_equal_numpys():
+    images = IMAGES // np.array([1, 2, 5], np.uint8)  # channels that differ
+    statistics = compute_statistics(images, "channel")
+    values = np.float64(images) / 255
+    for actual, wanted in (
+        (statistics.mean, values.mean(axis=(0, 1, 2))),
+        (statistics.std, values.std(axis=(0, 1, 2))),
+    ):
+        np.testing.assert_allclose(actual, np.broadcast_to(wanted, (4, 5, 3)), rtol=1e-6)
+
+
+def test_a_constant_channel_has_no_deviation():
+    images = IMAGES.copy()
+    images[..., 1] = 77
+    with pytest.raises(UserError) as caught:
+        compute_statistics(images, "channel")
+    assert str(caught.value) == (
+        "data.normalization 'channel' cannot be used: a channel of the training images is "
+        "constant; use 'pixel_mean' or 'none'."
+    )
+    np.testing.assert_array_equal(normalized(images, "pixel_mean")[..., 1], 0)
+
+
+# Crops
+
+
+def numbered(count, height, width, channels=1):
+    """Images without zeros, in which each pixel is told from all others."""
+    values = jnp.arange(1, count * height * width * channels + 1, dtype=jnp.float32)
+    return values.reshape(count, height, width, channels)
+
+
+def test_each_crop_is_a_window_of_its_own_padded_image():
+    images = numbered(300, 3, 4, 2)
+    crops = random_crop(KEY, images, 2)
+    assert crops.shape == images.shape and crops.dtype == images.dtype
+    offsets = []
+    for image, crop in zip(np.asarray(images), np.asarray(crops), strict=True):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+        windows = {
+            (top, left): padded[top : top + 3, left : left + 4]
+            for top in range(5)
+            for left in range(5)
+        }
+        (offset,) = (key for key, value in windows.items() if (value == crop).all())
+        offsets.append(offset)
+    # All 25 occur, about 12 times each, and rows do not depend on columns.
+    counts = np.zeros((5, 5))
+    np.add.at(counts, tuple(np.transpose(offsets)), 1)
+    assert counts.min() > 0 and counts.max() < 30
+    assert abs(np.corrcoef(np.transpose(offsets))[0, 1]) < 0.2
+
+
+def test_a_constant_image_is_bordered_by_zeros_only():
+    crops = np.asarray(random_crop(KEY, jnp.full((40, 4, 4, 1), 7.0), 1))
+    assert set(np.unique(crops)) == {0, 7}
+    # At most one row and one column of four are lost.
+    assert (crops == 7).sum(axis=(1, 2, 3)).min() == 9
+
+
+# Flips
+
+
+def test_about_half_of_the_images_are_mirrored():
+    images = numbered(400, 2, 3)
+    flipped = random_flip(KEY, images)
+    mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    same = (flipped == images).all(axis=(1, 2, 3))
+    assert (mirrored ^ same).all()
+    assert 150 < mirrored.sum() < 250
+    np.testing.assert_array_equal(random_flip(KEY, flipped), images)
+
+
+# Both
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "changes"),
+    [
+        (Augmentation(crop_padding=0, flip=False), False),
+        (Augmentation(crop_padding=0, flip=True), True),
+        (Augmentation(crop_padding=1, flip=False), True),
+    ],
+)
+def test_only_what_is_asked_for(augmentation, changes):
+    images = numbered(16, 3, 4)
+    out = augment(KEY, images, augmentation)
+    assert bool((out != images).any()) is changes
+    if augmentation.flip:  # no pixel is lost
+        np.testing.assert_array_equal(jnp.sort(out, axis=2), jnp.sort(images, axis=2))
+
+
+def test_draws_are_the_keys():
+    images, both = numbered(64, 3, 4), Augmentation(crop_padding=1, flip=True)
+    first, again = augment(KEY, images, both), augment(KEY, images, both)
+    np.testing.assert_array_equal(first, again)
+    assert (augment(jax.random.key(1), images, both) != first).any()
+
+
+def test_crops_and_flips_are_drawn_apart():
+    # With one key for both, offsets and flips could go together.
+    images, both = numbered(600, 3, 4), Augmentation(crop_padding=1, flip=True)
+    out = np.asarray(augment(KEY, images, both))
+    middle = out[:, 1, 1:3, 0]  # inside of every crop, so never padding
+    flipped = middle[:, 0] > middle[:, 1]
+    row = (np.asarray(middle[:, 0] - 1) // 4).astype(int) % 3  # which was the crop's
+    for offset in range(3):
+        assert 0.35 < flipped[row == offset].mean() < 0.65

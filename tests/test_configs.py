@@ -1,0 +1,55 @@
+"""Every file in configs/, made small: a new one is tested on the day it arrives."""
+
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from cvjax import data
+from cvjax.data.dataset import Dataset, Split
+from cvjax.training import train_and_evaluate
+from cvjax.training.config import parse_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+
+
+def load_config(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def fake_dataset(name):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, *SHAPES[name])).astype(np.uint8)
+    split = Split(images, np.arange(20, dtype=np.int32) % 10)
+    return Dataset(name, split, split, split, tuple("0123456789"), "fake")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_trains(name, tmp_path, monkeypatch):
+    config = load_config(name)
+    monkeypatch.setattr(data, "load", lambda name, **kwargs: fake_dataset(name))
+    config.total_steps = 2
+    config.data.batch_size = 4
+    config.data.eval_batch_size = 20
+    config.train_eval_examples = min(config.train_eval_examples, 10)
+    if config.model.name == "resnet_cifar":
+        config.model.update(depth=8, width=2)
+    summary = train_and_evaluate(config, tmp_path)
+    assert summary["step"] == 2
+    assert np.isfinite(summary["test/loss"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_valid_as_it_stands(name):
+    parse_config(load_config(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_says_command_cost_and_expectation(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    assert f"Command:  python train.py --config=configs/{name}.py --workdir=" in text
+    assert "Cost:" in text
+    assert "Expected:" in text
