@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 from absl import flags, logging
@@ -32,8 +33,8 @@ NETS = {"plain": "none", "residual": "A"}
 ERRORS = {
     "train_eval/error": "training",
     "val/error": "validation",
-    "test/error": "test (last)",
-    "best/test/error": "test (best val.)",
+    "test/error": "test",
+    "best/test/error": "test, best val.",
 }
 
 
@@ -159,13 +160,15 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
-    shown = rich.table.Table(title="Error in %, mean ± standard deviation over the seeds")
-    for heading in ("net", "layers", "parameters", "seeds", *ERRORS.values()):
-        shown.add_column(heading, justify="left" if heading == "net" else "right")
+    title = "Error in %, mean ± standard deviation over the seeds"
+    box = rich.box.SIMPLE_HEAD
+    shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("net", "layers", "seeds", *ERRORS.values()):
+        left = heading == "net"
+        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in table:
         errors = [format_error(**row[key]) for key in ERRORS]
-        cells = (row["depth"], f"{row['parameters']:,}", row["n"])
-        shown.add_row(row["net"], *map(str, cells), *errors)
+        shown.add_row(row["net"], str(row["depth"]), str(row["n"]), *errors)
     rich.console.Console().print(shown)
 
 

@@ -12,7 +12,7 @@ from cvjax.training import train_and_evaluate
 from cvjax.training.config import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 

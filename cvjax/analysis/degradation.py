@@ -65,8 +65,14 @@ def _draw_curves(panel, runs: list[dict[str, Any]], colors: dict[int, Any]) -> N
                 std = errors.std(axis=0, ddof=1)
                 band = (np.clip(mean - std, 0, None), mean + std)
                 panel.fill_between(steps, *band, color=colors[depth], alpha=0.15, lw=0)
-    _label(panel, "step", "error (%)   dashed: training, solid: validation")
-    panel.legend(fontsize=8, frameon=False)
+    _label(panel, "step", "error (%)")
+    panel.legend(
+        fontsize=8,
+        frameon=False,
+        title="dashed: training\nsolid: validation",
+        title_fontsize=8,
+        alignment="left",
+    )
 
 
 def _draw_final(panel, runs: list[dict[str, Any]], depths: list[int]) -> None:

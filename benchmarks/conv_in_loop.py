@@ -1,0 +1,81 @@
+"""What a convolution's gradient costs inside a rolled loop (see cvjax/nn/conv.py).
+
+    python -m benchmarks.conv_in_loop
+
+Forward and gradient of four 3x3 convolutions with ReLU in a chain, three ways: unrolled
+with XLA's own gradients, in a `lax.scan` with XLA's own gradients, and in a `lax.scan` with
+`conv(..., in_loop=True)`. The ways are timed in turns; printed are medians, their spread
+(quartiles) and ratios, compilation apart.
+"""
+
+import functools
+import time
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import flags
+from jax import numpy as jnp
+
+from cvjax import program
+from cvjax.nn.conv import conv
+
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
+
+LAYERS = 4
+SHAPES = ((32, 16), (16, 32), (8, 64))  # side, channels: the three stages of a CIFAR ResNet
+WAYS = {"unrolled": (False, False), "loop": (True, False), "loop, in_loop": (True, True)}
+
+
+def chain(x, kernels, *, rolled: bool, in_loop: bool):
+    """The sum over the output of the last layer."""
+
+    def layer(x, kernel):
+        return jax.nn.relu(conv(x, kernel, padding=((1, 1), (1, 1)), in_loop=in_loop)), None
+
+    unroll = 1 if rolled else LAYERS + 1
+    return jax.lax.scan(layer, x, kernels, unroll=unroll)[0].sum()
+
+
+def main(arguments):
+    program.refuse_arguments(arguments)
+    table = rich.table.Table(title=f"{LAYERS} layers, batch {BATCH_SIZE.value}, ms")
+    for heading in ("images", "way", "median", "quartiles", "ratio", "compile"):
+        table.add_column(
+            heading, justify="left" if heading in ("images", "way") else "right"
+        )
+    for side, channels in SHAPES:
+        x_rng, kernel_rng = jax.random.split(jax.random.key(0))
+        x = jax.random.normal(x_rng, (BATCH_SIZE.value, side, side, channels))
+        kernels = 0.1 * jax.random.normal(kernel_rng, (LAYERS, 3, 3, channels, channels))
+        compiled, compile_ms = {}, {}
+        for way, (rolled, in_loop) in WAYS.items():
+            walk = functools.partial(chain, rolled=rolled, in_loop=in_loop)
+            start = time.perf_counter()
+            compiled[way] = jax.jit(jax.grad(walk, (0, 1))).lower(x, kernels).compile()
+            compile_ms[way] = 1000 * (time.perf_counter() - start)
+            jax.block_until_ready(compiled[way](x, kernels))
+        times = {way: [] for way in WAYS}
+        for _ in range(ROUNDS.value):
+            for way, run in compiled.items():
+                start = time.perf_counter()
+                jax.block_until_ready(run(x, kernels))
+                times[way].append(1000 * (time.perf_counter() - start))
+        for way in WAYS:
+            low, median, high = np.percentile(times[way], (25, 50, 75))
+            table.add_row(
+                f"{side}x{side}x{channels}",
+                way,
+                f"{median:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{median / np.median(times['unrolled']):.1f}",
+                f"{compile_ms[way]:.0f}",
+            )
+    rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+    jnp.zeros(())  # starts the backend, so that its start is not timed
+    program.run(main)
