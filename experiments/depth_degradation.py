@@ -34,7 +34,7 @@ ERRORS = {
     "train_eval/error": "training",
     "val/error": "validation",
     "test/error": "test",
-    "best/test/error": "test, best val.",
+    "best/test/error": "test, best",
 }
 
 
@@ -162,7 +162,7 @@ def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
     title = "Error in %, mean ± standard deviation over the seeds"
     box = rich.box.SIMPLE_HEAD
-    shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=0)
     for heading in ("net", "layers", "seeds", *ERRORS.values()):
         left = heading == "net"
         shown.add_column(heading, justify="left" if left else "right", no_wrap=True)

@@ -65,7 +65,7 @@ def write(
             features = {
                 "image": tfds.features.Image(shape=shape, dtype=dtype),
                 "label": tfds.features.ClassLabel(names=CLASSES),
-                "weight": np.float32,
+                "weight": np.uint8,
             }
             return tfds.core.DatasetInfo(
                 builder=self,
@@ -78,7 +78,7 @@ def write(
 
         def _generate_examples(self, images, labels):
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield i, {"image": encode(image), "label": label, "weight": 1.0}
+                yield i, {"image": encode(image), "label": label, "weight": 1}
 
     builder = Shapes(data_dir=folder, file_format="array_record", config=config or None)
     builder.download_and_prepare()

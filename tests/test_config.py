@@ -1,0 +1,330 @@
+"""The config: what is accepted, and the sentence for everything that is not."""
+
+import ml_collections
+import pytest
+
+from cvjax.errors import UserError
+from cvjax.models import MODELS, create_model
+from cvjax.training.config import (
+    RESUMABLE_KEYS,
+    DataConfig,
+    RunConfig,
+    check_data,
+    default_config,
+    parse_config,
+)
+from cvjax.training.losses import LossConfig
+from cvjax.training.optim import OptimConfig
+
+
+def leaves(values, prefix=""):
+    """Every dotted key with its value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def config_with(changes, model="resnet_cifar"):
+    """The default config with some values replaced, whatever their types."""
+    values = default_config(model).to_dict()
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        group = values
+        for name in groups:
+            group = group[name]
+        group[last] = value
+    return ml_collections.ConfigDict(values)
+
+
+def refusal(config):
+    with pytest.raises(UserError) as caught:
+        run = parse_config(config)
+        create_model(num_classes=10, **run.model)
+    return str(caught.value)
+
+
+KEYS = [
+    (model, key, value)
+    for model in sorted(MODELS)
+    for key, value in leaves(default_config(model).to_dict())
+    if (model == "mlp" or key.startswith("model.")) and key != "model.name"
+]
+TYPED = [case for case in KEYS if not isinstance(case[2], tuple)]
+
+
+# What is accepted
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_defaults_are_the_classes_defaults(model):
+    run = parse_config(default_config(model))
+    assert run == RunConfig(model=run.model)
+    assert (run.data, run.optim, run.loss) == (DataConfig(), OptimConfig(), LossConfig())
+    assert run.model["name"] == model
+    assert create_model(num_classes=10, **run.model) == MODELS[model](num_classes=10)
+
+
+def test_unknown_model():
+    with pytest.raises(UserError) as caught:
+        default_config("resnet_cifra")
+    assert str(caught.value) == (
+        "model.name must be one of convnet, mlp, resnet_cifar, got 'resnet_cifra'; did you "
+        "mean 'resnet_cifar'?"
+    )
+
+
+CHOICES = {
+    "data.normalization": "channel",
+    "optim.decayed": "all",
+    "optim.schedule": "cosine",
+    "loss.name": "sigmoid",
+    "model.pool": "average",
+    "model.shortcut": "B",
+    "model.walk": "rolled",
+    "optim.name": "adamw",
+}
+
+
+def another(key, value):
+    """A value that is as good as the default."""
+    if key in CHOICES:
+        return CHOICES[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + (6 if key == "model.depth" else 1)
+    if isinstance(value, float):
+        return value / 2 + 0.125
+    if isinstance(value, str):
+        return f"{value}x"
+    return {"optim.boundaries": (0.25, 100)}.get(key, tuple(x + 1 for x in value))
+
+
+@pytest.mark.parametrize(("model", "key", "value"), KEYS)
+def test_every_key_arrives(model, key, value):
+    changed = another(key, value)
+    assert changed != value
+    run = parse_config(config_with({key: changed}, model))
+    target = run
+    *groups, last = key.split(".")
+    for name in groups:
+        target = getattr(target, name)
+    if groups == ["model"]:
+        net = create_model(num_classes=10, **target)
+        assert getattr(net, last) == target[last] == changed
+    else:
+        assert getattr(target, last) == changed
+    assert run != parse_config(default_config(model))
+
+
+def test_whole_numbers_are_taken_for_floats():
+    run = parse_config(config_with({"optim.learning_rate": 1, "optim.weight_decay": 0}))
+    for value, wanted in ((run.optim.learning_rate, 1.0), (run.optim.weight_decay, 0.0)):
+        assert value == wanted and type(value) is float
+    net = create_model(
+        num_classes=10, **parse_config(config_with({"model.step_size": 1})).model
+    )
+    assert type(net.step_size) is float
+
+
+def test_lists_are_taken_for_tuples():
+    run = parse_config(config_with({"optim.boundaries": [0.25, 500]}))
+    assert run.optim.boundaries == (0.25, 500)
+    assert hash(run.optim)
+
+
+def test_resumable_keys_exist():
+    keys = {key for model in MODELS for key, _ in leaves(default_config(model).to_dict())}
+    assert set(RESUMABLE_KEYS) <= keys
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("model", "key", "value"), TYPED)
+def test_every_key_refuses_another_type(model, key, value):
+    wrong = {bool: 1, int: 1.5, float: "1", str: 1}[type(value)]
+    text = refusal(config_with({key: wrong}, model))
+    group, _, field = key.rpartition(".")
+    named = f"model field {field!r}" if group == "model" else key
+    kind = type(value).__name__
+    assert text == f"{named} takes a value of type {kind}, got {wrong!r}."
+
+
+def test_a_model_that_is_no_name():
+    assert refusal(config_with({"model.name": 1})) == (
+        "model name must be one of convnet, mlp, resnet_cifar, got 1."
+    )
+
+
+@pytest.mark.parametrize("key", ["seed", "data.crop_padding"])
+def test_true_is_no_number(key):
+    assert refusal(config_with({key: True})).endswith("a value of type int, got True.")
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        (
+            "sed",
+            "sed is not a setting: config has seed, total_steps, log_every, eval_every, "
+            "checkpoint_every, keep_checkpoints, train_eval_examples, data, model, optim, "
+            "loss; did you mean seed?",
+        ),
+        (
+            "loss.smoothing",
+            "loss.smoothing is not a setting: loss has name, label_smoothing; did you mean "
+            "loss.label_smoothing?",
+        ),
+        (
+            "data.x",
+            "data.x is not a setting: data has name, data_dir, cache_dir, val_examples, "
+            "batch_size, eval_batch_size, normalization, crop_padding, flip.",
+        ),
+        (
+            "model.width",
+            "model 'mlp' has no field 'width', only widths; did you mean 'widths'?",
+        ),
+    ],
+)
+def test_unknown_key(key, sentence):
+    assert refusal(config_with({key: 1}, "mlp")) == sentence
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "data", "data.flip", "optim.boundaries", "loss.name"]
+)
+def test_missing_key(key):
+    values = default_config("mlp").to_dict()
+    *groups, last = key.split(".")
+    del (values[groups[0]] if groups else values)[last]
+    assert refusal(ml_collections.ConfigDict(values)) == (
+        f"{key} is missing; start the config from cvjax.training.config.default_config, "
+        "which has every key."
+    )
+
+
+def test_missing_model_name():
+    values = default_config("mlp").to_dict()
+    del values["model"]["name"]
+    assert refusal(ml_collections.ConfigDict(values)) == (
+        "model.name is missing; it is one of convnet, mlp, resnet_cifar."
+    )
+
+
+AT_LEAST = {
+    "seed": 0,
+    "total_steps": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "train_eval_examples": -1,
+    "data.batch_size": 1,
+    "data.eval_batch_size": 1,
+    "data.crop_padding": 0,
+    "optim.momentum": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup_steps": 0,
+    "optim.warmup_learning_rate": 0,
+    "loss.label_smoothing": 0,
+}
+
+
+@pytest.mark.parametrize("key", AT_LEAST)
+def test_too_little(key):
+    # Boundaries of their own would refuse the shortest run.
+    constant = {"optim.schedule": "constant"}
+    least = AT_LEAST[key]
+    parse_config(config_with({**constant, key: least}))
+    below = least - 1
+    if isinstance(dict(leaves(default_config("mlp").to_dict()))[key], float):
+        below = float(below)
+    assert refusal(config_with({**constant, key: below})) == (
+        f"{key} must be {least} or more, got {below}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"optim.learning_rate": 0.0}, "optim.learning_rate must be above 0, got 0.0."),
+        (
+            {"optim.learning_rate": float("inf")},
+            "optim.learning_rate must be above 0, got inf.",
+        ),
+        (
+            {"optim.learning_rate": float("nan")},
+            "optim.learning_rate must be above 0, got nan.",
+        ),
+        ({"optim.momentum": 1.0}, "optim.momentum must be below 1, got 1.0."),
+        ({"loss.label_smoothing": 1.0}, "loss.label_smoothing must be below 1, got 1.0."),
+        (
+            {"optim.warmup_steps": 1000},
+            "optim.warmup_steps (1000) must be below total_steps (1000).",
+        ),
+        (
+            {"optim.boundaries": (0.5, 1000)},
+            "optim.boundaries (0.5, 1000) must lie between 0 and total_steps (1000); give "
+            "steps, or parts of the run such as (0.5, 0.75).",
+        ),
+        (
+            {"data.normalization": "mean"},
+            "data.normalization must be one of pixel_mean, channel, none, got 'mean'.",
+        ),
+        (
+            {"optim.name": "adamax"},
+            "optim.name must be one of sgd, adam, adamw, got 'adamax'; did you mean "
+            "'adam'?",
+        ),
+        (
+            {"optim.schedule": "steps"},
+            "optim.schedule must be one of constant, step, cosine, got 'steps'; did you "
+            "mean 'step'?",
+        ),
+        (
+            {"optim.decayed": "kernel"},
+            "optim.decayed must be one of kernels, all, got 'kernel'; did you mean "
+            "'kernels'?",
+        ),
+        ({"loss.name": "l2"}, "loss.name must be one of softmax, sigmoid, got 'l2'."),
+    ],
+)
+def test_impossible_value(changes, sentence):
+    assert refusal(config_with(changes)) == sentence
+
+
+# What depends on the data
+
+
+def test_what_fits_the_data():
+    changes = {"data.batch_size": 50, "train_eval_examples": 50, "data.crop_padding": 7}
+    check_data(parse_config(config_with(changes)), 50, (8, 9, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"data.batch_size": 51},
+            "data.batch_size 51 is larger than the 50 training examples of digits; choose "
+            "50 or less.",
+        ),
+        (
+            {"data.batch_size": 9, "train_eval_examples": 51},
+            "train_eval_examples 51 is more than the 50 training examples of digits; use "
+            "-1 for all.",
+        ),
+        (
+            {"data.batch_size": 9, "data.crop_padding": 8},
+            "data.crop_padding 8 would let a crop miss a 9x8 image altogether; choose "
+            "less.",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_data(changes, sentence):
+    with pytest.raises(UserError) as caught:
+        check_data(parse_config(config_with(changes)), 50, (9, 8, 1))
+    assert str(caught.value) == sentence
