@@ -19,7 +19,9 @@ import threading
 import numpy as np
 import pytest
 
-from cvjax.data.prepare import PREPARABLE, Archive, prepare
+from cvjax.data import download
+from cvjax.data.download import Archive
+from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.errors import UserError
 
 # The attribute `prepare` of cvjax.data is the function.
@@ -220,7 +222,7 @@ def test_nothing_is_done_twice(served, tmp_path, monkeypatch):
     before = times(tmp_path / "mnist/3.0.1")
     for file in (tmp_path / "downloads/cvjax").glob("*.gz"):
         file.unlink()
-    monkeypatch.setattr(module, "_download", None)
+    monkeypatch.setattr(download, "_download", None)
     prepare("mnist", tmp_path)
     assert times(tmp_path / "mnist/3.0.1") == before
 
@@ -291,7 +293,7 @@ def test_no_server(no_server, tmp_path):
 
 
 def test_silent_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(download, "_TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match=r"cannot be downloaded \(timed out\)"):

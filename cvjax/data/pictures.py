@@ -43,7 +43,7 @@ def load_picture(
     height, width, channels = image_shape
     if channels not in _MODES:
         raise UserError(
-            f"the network takes images with {channels} channels; image files give it 1 or 3."
+            f"the network takes images with {channels} channels; image files give 1 or 3."
         )
     path = pathlib.Path(path)
     if path.is_dir():
@@ -86,7 +86,9 @@ def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65_535:
-            raise UserError(f"{path} has pixels of more than 16 bits; save it with 8 or 16.")
+            raise UserError(
+                f"{path} has pixels of more than 16 bits; save it with 8 or 16."
+            )
         # Pillow would cut off everything above 255.
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))
     elif image.mode == "F":

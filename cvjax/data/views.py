@@ -44,7 +44,7 @@ class Views:
 
 
 def create_views(images: jax.Array, views: Views) -> Iterator[jax.Array]:
-    """Yields the views of normalised images [batch, height, width, channels], in batches."""
+    """Yields each view of normalised images [batch, height, width, channels]."""
     height, width = images.shape[1:3]
     if views.scales:
         sources = (resize(images, scale) for scale in views.scales)
