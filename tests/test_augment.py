@@ -148,14 +148,3 @@ def test_draws_are_the_keys():
     first, again = augment(KEY, images, both), augment(KEY, images, both)
     np.testing.assert_array_equal(first, again)
     assert (augment(jax.random.key(1), images, both) != first).any()
-
-
-def test_crops_and_flips_are_drawn_apart():
-    # With one key for both, offsets and flips could go together.
-    images, both = numbered(600, 3, 4), Augmentation(crop_padding=1, flip=True)
-    out = np.asarray(augment(KEY, images, both))
-    middle = out[:, 1, 1:3, 0]  # inside of every crop, so never padding
-    flipped = middle[:, 0] > middle[:, 1]
-    row = (np.asarray(middle[:, 0] - 1) // 4).astype(int) % 3  # which was the crop's
-    for offset in range(3):
-        assert 0.35 < flipped[row == offset].mean() < 0.65

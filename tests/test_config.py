@@ -1,5 +1,7 @@
 """The config: what is accepted, and the sentence for everything that is not."""
 
+import dataclasses
+
 import ml_collections
 import pytest
 
@@ -45,6 +47,10 @@ def refusal(config):
     return str(caught.value)
 
 
+def names(cls):
+    return ", ".join(field.name for field in dataclasses.fields(cls))
+
+
 KEYS = [
     (model, key, value)
     for model in sorted(MODELS)
@@ -70,41 +76,53 @@ def test_unknown_model():
     with pytest.raises(UserError) as caught:
         default_config("resnet_cifra")
     assert str(caught.value) == (
-        "model.name must be one of convnet, mlp, resnet_cifar, got 'resnet_cifra'; did you "
-        "mean 'resnet_cifar'?"
+        f"model.name must be one of {', '.join(MODELS)}, got 'resnet_cifra'; did you mean "
+        "'resnet_cifar'?"
     )
 
 
-CHOICES = {
+# Where not any other string or number will do.
+OTHERS = {
     "data.normalization": "channel",
     "optim.decayed": "all",
-    "optim.schedule": "cosine",
-    "loss.name": "sigmoid",
-    "model.pool": "average",
-    "model.shortcut": "B",
-    "model.walk": "rolled",
     "optim.name": "adamw",
+    "optim.schedule": "cosine",
+    "optim.boundaries": (0.25, 100),
+    "loss.name": "sigmoid",
+    "model.dtype": "bfloat16",
+    "model.head": "small",
+    "model.pad_channels": "both",
+    "model.pool": "average",
+    "model.shortcut": "C",
+    "model.version": "1",
+    "model.walk": "rolled",
 }
+OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
+OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 
 
-def another(key, value):
+def another(model, key, value):
     """A value that is as good as the default."""
-    if key in CHOICES:
-        return CHOICES[key]
+    if key == "model.depth":
+        return OTHER_DEPTHS[model]
+    if key == "model.variant":
+        return OTHER_VARIANTS[model]
+    if key in OTHERS:
+        return OTHERS[key]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + (6 if key == "model.depth" else 1)
+        return value + 1
     if isinstance(value, float):
         return value / 2 + 0.125
     if isinstance(value, str):
         return f"{value}x"
-    return {"optim.boundaries": (0.25, 100)}.get(key, tuple(x + 1 for x in value))
+    return tuple(x + 1 for x in value)
 
 
 @pytest.mark.parametrize(("model", "key", "value"), KEYS)
 def test_every_key_arrives(model, key, value):
-    changed = another(key, value)
+    changed = another(model, key, value)
     assert changed != value
     run = parse_config(config_with({key: changed}, model))
     target = run
@@ -155,7 +173,7 @@ def test_every_key_refuses_another_type(model, key, value):
 
 def test_a_model_that_is_no_name():
     assert refusal(config_with({"model.name": 1})) == (
-        "model name must be one of convnet, mlp, resnet_cifar, got 1."
+        f"model name must be one of {', '.join(MODELS)}, got 1."
     )
 
 
@@ -169,23 +187,20 @@ def test_true_is_no_number(key):
     [
         (
             "sed",
-            "sed is not a setting: config has seed, total_steps, log_every, eval_every, "
-            "checkpoint_every, keep_checkpoints, train_eval_examples, data, model, optim, "
-            "loss; did you mean seed?",
+            f"sed is not a setting: config has {names(RunConfig)}; did you mean seed?",
         ),
         (
             "loss.smoothing",
-            "loss.smoothing is not a setting: loss has name, label_smoothing; did you mean "
+            f"loss.smoothing is not a setting: loss has {names(LossConfig)}; did you mean "
             "loss.label_smoothing?",
         ),
         (
             "data.x",
-            "data.x is not a setting: data has name, data_dir, cache_dir, val_examples, "
-            "batch_size, eval_batch_size, normalization, crop_padding, flip.",
+            f"data.x is not a setting: data has {names(DataConfig)}.",
         ),
         (
             "model.width",
-            "model 'mlp' has no field 'width', only widths; did you mean 'widths'?",
+            "model 'mlp' has no field 'width', only widths, dtype; did you mean 'widths'?",
         ),
     ],
 )
@@ -210,7 +225,7 @@ def test_missing_model_name():
     values = default_config("mlp").to_dict()
     del values["model"]["name"]
     assert refusal(ml_collections.ConfigDict(values)) == (
-        "model.name is missing; it is one of convnet, mlp, resnet_cifar."
+        f"model.name is missing; it is one of {', '.join(MODELS)}."
     )
 
 
@@ -272,7 +287,8 @@ def test_too_little(key):
         ),
         (
             {"data.normalization": "mean"},
-            "data.normalization must be one of pixel_mean, channel, none, got 'mean'.",
+            "data.normalization must be one of pixel_mean, channel, none, init_from, got "
+            "'mean'.",
         ),
         (
             {"optim.name": "adamax"},

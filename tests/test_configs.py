@@ -13,7 +13,17 @@ from cvjax.training.config import parse_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+SHAPES = {
+    "digits": (8, 8, 1),
+    "mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "imagenet2012": (32, 32, 3),  # small, like the networks
+}
+SMALL = {
+    "resnet_cifar": {"depth": 8, "width": 2},
+    "resnet": {"depth": 18, "width": 2},
+    "vgg": {"depth": 11, "width": 2, "hidden": 4},
+}
 
 
 def load_config(name):
@@ -31,14 +41,13 @@ def fake_dataset(name):
 def test_config_trains(name, tmp_path, monkeypatch):
     config = load_config(name)
     monkeypatch.setattr(data, "load", lambda name, **kwargs: fake_dataset(name))
-    config.total_steps = 2
+    config.total_steps = 10  # enough for all boundaries to lie inside
     config.data.batch_size = 4
     config.data.eval_batch_size = 20
     config.train_eval_examples = min(config.train_eval_examples, 10)
-    if config.model.name == "resnet_cifar":
-        config.model.update(depth=8, width=2)
+    config.model.update(SMALL.get(config.model.name, {}))
     summary = train_and_evaluate(config, tmp_path)
-    assert summary["step"] == 2
+    assert summary["step"] == 10
     assert np.isfinite(summary["test/loss"])
 
 

@@ -18,7 +18,7 @@ from cvjax.nn.depth import Stage
 # Compiling these small programs takes longer than running them.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-CIFAR, DIGITS, MNIST = (32, 32, 3), (8, 8, 1), (28, 28, 1)
+CIFAR, DIGITS, MNIST, IMAGENET = (32, 32, 3), (8, 8, 1), (28, 28, 1), (224, 224, 3)
 
 
 def create(name, fields, classes=10):
@@ -89,6 +89,11 @@ GOLDEN = [
         for depth, shortcut, classes, golden in RESNETS
     ),
     ("resnet_cifar", {"depth": 14, "width": 8}, DIGITS, 10, 43_490),
+    # One of each; their variants are in test_models_imagenet.py.
+    ("alexnet", {}, IMAGENET, 1000, 61_100_840),
+    ("googlenet", {"auxiliary_heads": False}, IMAGENET, 1000, 6_998_552),
+    ("resnet", {}, IMAGENET, 1000, 25_557_032),
+    ("vgg", {}, IMAGENET, 1000, 138_357_544),
 ]
 
 
@@ -196,6 +201,7 @@ class Paper:
         self.variables, self.train = variables, train
         self.n = (fields["depth"] - 2) // 6
         self.shortcut = fields["shortcut"]
+        self.pad_channels = fields.get("pad_channels", "end")
         self.pre_activation = fields.get("pre_activation", False)
         self.step_size = fields.get("step_size", 1.0)
         self.statistics = {}  # what BatchNorm's averages become, by path
@@ -238,7 +244,8 @@ class Paper:
             y = self.bn(around, (*path, "shortcut", "bn"), block) + self.step_size * y
         elif self.shortcut != "none":
             around = np.zeros(y.shape)
-            around[..., : x.shape[-1]] = x[:, ::stride, ::stride]
+            first = changes * x.shape[-1] // 2 if self.pad_channels == "both" else 0
+            around[..., first : first + x.shape[-1]] = x[:, ::stride, ::stride]
             y = around + self.step_size * y
         return y if self.pre_activation else np.maximum(y, 0)
 
@@ -280,6 +287,7 @@ def random_variables(model, image_shape, seed=0):
     [
         ({"depth": 14, "shortcut": "A"}, False),
         ({"depth": 14, "shortcut": "A", "walk": "rolled"}, True),
+        ({"depth": 8, "shortcut": "A", "pad_channels": "both"}, False),
         ({"depth": 8, "shortcut": "none"}, True),
         ({"depth": 8, "shortcut": "B", "step_size": 0.5}, True),
         ({"depth": 8, "shortcut": "C"}, True),
@@ -498,7 +506,7 @@ def test_equal_fields_make_equal_models():
 
 
 def test_model_fields_are_what_can_be_set():
-    assert set(model_fields("mlp")) == {"widths"}
+    assert set(model_fields("mlp")) == {"widths", "dtype"}
     for name in MODELS:
         fields = {field: spec.default for field, spec in model_fields(name).items()}
         assert create(name, fields) == create(name, {})
@@ -506,19 +514,19 @@ def test_model_fields_are_what_can_be_set():
 
 BAD = [
     (
-        "resnet",
+        "resnet_cifra",
         {},
-        "model name must be one of convnet, mlp, resnet_cifar, got 'resnet'; did you mean "
+        f"model name must be one of {', '.join(MODELS)}, got 'resnet_cifra'; did you mean "
         "'resnet_cifar'?",
     ),
-    ("x", {}, "model name must be one of convnet, mlp, resnet_cifar, got 'x'."),
+    ("x", {}, f"model name must be one of {', '.join(MODELS)}, got 'x'."),
     (
         "mlp",
         {"width": 3},
-        "model 'mlp' has no field 'width', only widths; did you mean 'widths'?",
+        "model 'mlp' has no field 'width', only widths, dtype; did you mean 'widths'?",
     ),
-    ("mlp", {"depth": 3}, "model 'mlp' has no field 'depth', only widths."),
-    ("mlp", {"parent": None}, "model 'mlp' has no field 'parent', only widths."),
+    ("mlp", {"depth": 3}, "model 'mlp' has no field 'depth', only widths, dtype."),
+    ("mlp", {"parent": None}, "model 'mlp' has no field 'parent', only widths, dtype."),
     ("mlp", {"widths": (4, 0)}, "widths must be 1 or more, got (4, 0)."),
     (
         "resnet_cifar",
@@ -564,6 +572,28 @@ BAD = [
         {"shortcut": "none", "step_size": 0.5},
         "step_size is 0.5 but a plain net (shortcut 'none') has no step; set it to 1.0 or "
         "choose shortcut A, B or C.",
+    ),
+    (
+        "resnet_cifar",
+        {"pad_channels": "start"},
+        "pad_channels must be one of end, both, got 'start'.",
+    ),
+    *(
+        (
+            "resnet_cifar",
+            {"pad_channels": "both", "shortcut": shortcut, "width": width},
+            "pad_channels 'both' is for shortcut A and an even width, got shortcut "
+            f"{shortcut!r} and width {width}; leave it at 'end'.",
+        )
+        for shortcut, width in (("B", 16), ("A", 5))
+    ),
+    *(
+        (
+            name,
+            {"dtype": "float16"},
+            "dtype must be one of float32, bfloat16, got 'float16'; did you mean 'bfloat16'?",
+        )
+        for name in MODELS
     ),
     (
         "convnet",

@@ -9,8 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cvjax.errors import UserError
 
-# PPM stands for PBM and PGM too, MPO is what some cameras write into a .jpg.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# PPM stands for PBM and PGM too. EPS is left out: Pillow would run a PostScript program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Where Pillow too refuses: a file of some kilobytes can unfold into that many pixels.
 MAX_PIXELS = 178_956_970
 

@@ -7,12 +7,24 @@ from typing import Any
 from flax import linen as nn
 
 from cvjax.errors import UserError
+from cvjax.models.alexnet import AlexNet
 from cvjax.models.checks import check_choice
 from cvjax.models.convnet import ConvNet
+from cvjax.models.googlenet import GoogLeNet
 from cvjax.models.mlp import MLP
+from cvjax.models.resnet import ResNet
 from cvjax.models.resnet_cifar import CifarResNet
+from cvjax.models.vgg import VGG
 
-MODELS = {"convnet": ConvNet, "mlp": MLP, "resnet_cifar": CifarResNet}
+MODELS = {
+    "alexnet": AlexNet,
+    "convnet": ConvNet,
+    "googlenet": GoogLeNet,
+    "mlp": MLP,
+    "resnet": ResNet,
+    "resnet_cifar": CifarResNet,
+    "vgg": VGG,
+}
 
 
 def model_fields(name: str) -> dict[str, dataclasses.Field]:

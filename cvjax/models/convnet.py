@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
-from cvjax.nn.conv import Conv
+from cvjax.nn.conv import DTYPES, Conv
 
 POOLS = {"max": nn.max_pool, "average": nn.avg_pool}
 
@@ -27,6 +27,7 @@ class ConvNet(nn.Module):
       features, kernels, strides, paddings: of the convolutions, one number a layer: K, F,
         S and P of the lecture's formulas.
       pool: "max" or "average", over `pool_size` pixels a side, without overlap.
+      dtype: of the computation, "float32" or "bfloat16"; parameters and logits are float32.
 
     Raises:
       UserError: at construction for impossible fields; on the first call for images that
@@ -40,8 +41,10 @@ class ConvNet(nn.Module):
     paddings: tuple[int, ...] = (0, 0)
     pool: str = "max"
     pool_size: int = 2
+    dtype: str = "float32"
 
     def __post_init__(self):
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("pool", self.pool, tuple(POOLS))
         check_positive(
             num_classes=self.num_classes,
@@ -67,7 +70,10 @@ class ConvNet(nn.Module):
         x = images
         layers = zip(self.features, self.kernels, self.strides, self.paddings, strict=True)
         for layer, shape in enumerate(layers, start=1):
-            x = nn.relu(Conv(*shape, use_bias=True, name=f"conv{layer}")(x))
+            conv = Conv(
+                *shape, use_bias=True, dtype=DTYPES[self.dtype], name=f"conv{layer}"
+            )
+            x = nn.relu(conv(x))
         if min(x.shape[1:3]) < self.pool_size:
             raise UserError(
                 f"pool_size {self.pool_size} does not fit on the {x.shape[1]}x"

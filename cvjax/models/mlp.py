@@ -7,8 +7,8 @@ by a softmax (one class) or by sigmoids (each class for itself) is the loss's ch
 import jax
 from flax import linen as nn
 
-from cvjax.models.checks import check_positive
-from cvjax.nn.conv import he_normal
+from cvjax.models.checks import check_choice, check_positive
+from cvjax.nn.conv import DTYPES, he_normal
 
 
 class MLP(nn.Module):
@@ -17,15 +17,18 @@ class MLP(nn.Module):
     Attributes:
       num_classes: size of the logits.
       widths: of the hidden layers.
+      dtype: of the computation, "float32" or "bfloat16"; parameters and logits are float32.
 
     Raises:
-      UserError: at construction, for a width below 1.
+      UserError: at construction, for a width below 1 or another dtype.
     """
 
     num_classes: int
     widths: tuple[int, ...] = (400, 100, 700)
+    dtype: str = "float32"
 
     def __post_init__(self):
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         check_positive(num_classes=self.num_classes, widths=self.widths)
         super().__post_init__()
 
@@ -34,5 +37,11 @@ class MLP(nn.Module):
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         x = images.reshape(images.shape[0], -1)
         for layer, width in enumerate(self.widths, start=1):
-            x = nn.relu(nn.Dense(width, kernel_init=he_normal, name=f"dense{layer}")(x))
+            dense = nn.Dense(
+                width,
+                dtype=DTYPES[self.dtype],
+                kernel_init=he_normal,
+                name=f"dense{layer}",
+            )
+            x = nn.relu(dense(x))
         return nn.Dense(self.num_classes, name="head")(x)

@@ -21,6 +21,7 @@ net in front of its first shortcut).
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -29,10 +30,11 @@ from jax import numpy as jnp
 from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn import depth as depth_axis
-from cvjax.nn.conv import Conv
+from cvjax.nn.conv import DTYPES, Conv
 
 ModuleDef = Callable[..., nn.Module]
 SHORTCUTS = ("A", "B", "C", "none")
+PADS = ("end", "both")
 
 
 class PostActivation(nn.Module):
@@ -71,7 +73,7 @@ class Shortcut(nn.Module):
     """The path around f (He et al. 2015, section 4.1, options A, B and C).
 
     A: the identity; where shapes change, every second pixel and zeros for the new
-       channels, appended at the end. No parameters.
+       channels, all of them at the end or half of them on both sides. No parameters.
     B: the identity; where shapes change, a 1x1 convolution and BatchNorm.
     C: always a 1x1 convolution and BatchNorm.
     """
@@ -81,6 +83,7 @@ class Shortcut(nn.Module):
     stride: int
     conv: ModuleDef
     norm: ModuleDef
+    pad_channels: str = "end"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -91,7 +94,9 @@ class Shortcut(nn.Module):
         if not changes:
             return x
         x = x[:, :: self.stride, :: self.stride]
-        return jnp.pad(x, ((0, 0),) * 3 + ((0, self.features - x.shape[-1]),))
+        zeros = self.features - x.shape[-1]
+        before = zeros // 2 if self.pad_channels == "both" else 0
+        return jnp.pad(x, ((0, 0),) * 3 + ((before, zeros - before),))
 
 
 class Block(nn.Module):
@@ -106,16 +111,25 @@ class Block(nn.Module):
     pre_activation: bool
     step_size: float
     norm: ModuleDef
+    pad_channels: str = "end"
     in_loop: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(Conv, in_loop=self.in_loop)
+        conv = partial(Conv, in_loop=self.in_loop, dtype=self.dtype)
         shape = (self.features, self.stride)
         f = PreActivation if self.pre_activation else PostActivation
         y = f(*shape, conv, self.norm, name="f")(x)
         if self.shortcut != "none":
-            around = Shortcut(self.shortcut, *shape, conv, self.norm, name="shortcut")
+            around = Shortcut(
+                self.shortcut,
+                *shape,
+                conv,
+                self.norm,
+                self.pad_channels,
+                name="shortcut",
+            )
             y = around(x) + self.step_size * y
         return y if self.pre_activation else nn.relu(y)
 
@@ -127,11 +141,16 @@ class CifarResNet(nn.Module):
       num_classes: size of the logits.
       depth: number of layers with weights, 6n + 2.
       shortcut: "A", "B" or "C" of the paper, or "none" for the plain net.
+      pad_channels: where shortcut "A" puts the zeros for new channels: at the "end", or
+        half of them on "both" sides, as the common PyTorch port does
+        (akamaster/pytorch_resnet_cifar10); another function of the same parameters.
       pre_activation: the form of He et al. 2016 instead of 2015.
       width: features of the first stage; the paper's is 16.
       step_size: h in x + h * f(x); 1 in the papers.
       norm_momentum: of BatchNorm's running averages.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+      dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
+        parameters, normalisation, its averages and logits are float32.
 
     Raises:
       UserError: at construction, for values that make no net.
@@ -140,15 +159,19 @@ class CifarResNet(nn.Module):
     num_classes: int
     depth: int = 20
     shortcut: str = "A"
+    pad_channels: str = "end"
     pre_activation: bool = False
     width: int = 16
     step_size: float = 1.0
     norm_momentum: float = 0.9
     walk: str = "auto"
+    dtype: str = "float32"
 
     def __post_init__(self):
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         check_positive(num_classes=self.num_classes, width=self.width)
         check_choice("shortcut", self.shortcut, SHORTCUTS)
+        check_choice("pad_channels", self.pad_channels, PADS)
         check_choice("walk", self.walk, depth_axis.WALKS)
         if self.depth < 8 or (self.depth - 2) % 6:
             below = max(8, self.depth - (self.depth - 2) % 6)
@@ -162,27 +185,36 @@ class CifarResNet(nn.Module):
                 f"step_size is {self.step_size} but a plain net (shortcut 'none') has no "
                 "step; set it to 1.0 or choose shortcut A, B or C."
             )
+        if self.pad_channels == "both" and (self.shortcut != "A" or self.width % 2):
+            raise UserError(
+                "pad_channels 'both' is for shortcut A and an even width, got shortcut "
+                f"{self.shortcut!r} and width {self.width}; leave it at 'end'."
+            )
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
+        dtype = DTYPES[self.dtype]
         norm = partial(
             nn.BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
             epsilon=1e-5,
+            dtype=dtype,
         )
         block = partial(
             Block,
             shortcut=self.shortcut,
+            pad_channels=self.pad_channels,
             pre_activation=self.pre_activation,
             step_size=self.step_size,
             norm=norm,
+            dtype=dtype,
         )
         n = (self.depth - 2) // 6
 
-        x = Conv(self.width, 3, padding=1, name="stem_conv")(images)
+        x = Conv(self.width, 3, padding=1, dtype=dtype, name="stem_conv")(images)
         if not self.pre_activation:
             x = nn.relu(norm(name="stem_bn")(x))
         for stage in (1, 2, 3):

@@ -14,9 +14,11 @@ used. `benchmarks/conv_in_loop.py` measures the difference.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax import numpy as jnp
 
@@ -24,6 +26,10 @@ from cvjax.errors import UserError
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
+
+# What a model's field `dtype` means to its layers. Parameters are float32 in any case, and
+# None computes in the type of parameters and inputs.
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 # He et al. 2015b (arXiv:1502.01852), fan-in form: normal with variance 2 / fan_in. Not
 # linen's `he_normal`, which truncates.
@@ -36,26 +42,37 @@ def conv(
     strides: tuple[int, int] = (1, 1),
     padding: Pads = ((0, 0), (0, 0)),
     *,
+    groups: int = 1,
     in_loop: bool = False,
 ) -> jax.Array:
     """Convolves images with a kernel (cross-correlation, as all the papers mean it).
 
     Args:
       x: [batch, height, width, channels].
-      kernel: [kernel height, kernel width, channels, features].
+      kernel: [kernel height, kernel width, channels / groups, features].
       strides: of height and width.
       padding: rows of zeros (above, below), columns of zeros (left, right).
+      groups: into how many groups channels and features are split, in order; features see
+        the channels of their own group only.
       in_loop: whether the call is traced into the body of a rolled loop.
 
     Returns:
       [batch, (height - kernel height + pads) // stride + 1, likewise, features].
+
+    Raises:
+      UserError: for more than one group in a loop on CPU.
     """
     if in_loop and jax.default_backend() == "cpu":
+        if groups != 1:
+            raise UserError(
+                f"A convolution in {groups} groups has no fast gradient in a rolled loop "
+                "on CPU; use walk 'unrolled'."
+            )
         return _conv_in_loop(x, kernel, strides, padding)
-    return _conv(x, kernel, strides, padding)
+    return _conv(x, kernel, strides, padding, groups=groups)
 
 
-def _conv(x, kernel, strides, padding, lhs_dilation=(1, 1)):
+def _conv(x, kernel, strides, padding, lhs_dilation=(1, 1), groups=1):
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -63,6 +80,7 @@ def _conv(x, kernel, strides, padding, lhs_dilation=(1, 1)):
         padding,
         lhs_dilation=lhs_dilation,
         dimension_numbers=DIMENSIONS,
+        feature_group_count=groups,
     )
 
 
@@ -120,10 +138,11 @@ def _kernel_gradient(cotangent, x, kernel_shape, strides, padding):
 class Conv(nn.Module):
     """A convolution layer; the only one that this project's models use.
 
-    Parameters: `kernel` [kernel, kernel, channels, features] and, if asked for, `bias`
-    [features]: (kernel * kernel * channels) * features + features in all. A side of W
-    pixels becomes (W - kernel + 2 * padding) // stride + 1. Padding is always explicit:
-    "SAME" would pad strided convolutions on one side only, unlike the papers.
+    Parameters: `kernel` [kernel, kernel, channels / groups, features] and, if asked for,
+    `bias` [features]: (kernel * kernel * channels / groups) * features + features in all. A
+    side of W pixels becomes (W - kernel + 2 * padding) // stride + 1. Padding is always
+    explicit: "SAME" would pad strided convolutions on one side only, unlike the papers.
+    `dtype` is that of the computation and of the result, see `DTYPES`.
     """
 
     features: int
@@ -131,7 +150,9 @@ class Conv(nn.Module):
     stride: int = 1
     padding: int = 0
     use_bias: bool = False
+    groups: int = 1
     in_loop: bool = False
+    dtype: Any = None
     kernel_init: nn.initializers.Initializer = he_normal
 
     @nn.compact
@@ -144,15 +165,16 @@ class Conv(nn.Module):
                 f"{x.shape[1]}x{x.shape[2]} pixels with padding {self.padding}; use "
                 "larger images, a smaller kernel or fewer layers that shrink them."
             )
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        pads = ((self.padding, self.padding),) * 2
-        strides = (self.stride, self.stride)
-        y = conv(x, kernel, strides, pads, in_loop=self.in_loop)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            y = y + bias.reshape(1, 1, 1, -1)
-        return y
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        pads = ((self.padding, self.padding),) * 2
+        strides = (self.stride, self.stride)
+        y = conv(x, kernel, strides, pads, groups=self.groups, in_loop=self.in_loop)
+        return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
 def out_size(size: int, kernel: int, stride: int = 1, padding: int = 0) -> int:

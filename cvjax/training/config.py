@@ -8,6 +8,7 @@ the config stops there.
 
 import dataclasses
 import difflib
+import re
 from typing import Any
 
 import ml_collections
@@ -37,7 +38,8 @@ class DataConfig:
       val_examples: split off the training set for validation; -1 for the set's default.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
-      normalization: see `data.augment.compute_statistics`.
+      normalization: see `data.augment.compute_statistics`; or "init_from", the statistics
+        of the run that this one starts from (see `training.transfer`).
       crop_padding: see `data.augment.Augmentation`.
       flip: see `data.augment.Augmentation`.
     """
@@ -68,6 +70,8 @@ class RunConfig:
       train_eval_examples: how many training images each evaluation also measures, as they
         are (not augmented) and in evaluation mode; -1 for all, 0 for none. At the end all
         are measured, unless it is 0.
+      init_from: the workdir of a run whose network this one starts from, "" for none; see
+        `training.transfer`.
       data: see `DataConfig`.
       model: the model's name and its fields.
       optim: see `training.optim.OptimConfig`.
@@ -81,6 +85,7 @@ class RunConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     train_eval_examples: int = -1
+    init_from: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -134,11 +139,23 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
     )
     if "name" not in run.model:
         raise UserError(f"model.name is missing; it is one of {', '.join(MODELS)}.")
-    check_choice("data.normalization", run.data.normalization, NORMALIZATIONS)
+    choices = (*NORMALIZATIONS, "init_from")
+    check_choice("data.normalization", run.data.normalization, choices)
+    if run.data.normalization == "init_from" and not run.init_from:
+        raise UserError(
+            "data.normalization is 'init_from', but init_from is empty; name a workdir "
+            "there, or choose another normalization."
+        )
     check_choice("optim.name", run.optim.name, OPTIMIZERS)
     check_choice("optim.schedule", run.optim.schedule, SCHEDULES)
     check_choice("optim.decayed", run.optim.decayed, DECAYED)
     check_choice("loss.name", run.loss.name, LOSSES)
+    try:
+        re.compile(run.optim.freeze)
+    except re.error as error:
+        raise UserError(
+            f"optim.freeze {run.optim.freeze!r} is no regular expression ({error})."
+        ) from error
     _check_ranges(run)
     boundary_steps(run.optim, run.total_steps)
     return run

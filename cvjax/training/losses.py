@@ -19,10 +19,13 @@ class LossConfig:
       label_smoothing: the part of the target that is spread evenly: over all classes by
         "softmax", between yes and no by "sigmoid". Only in training; evaluation reports
         the plain loss.
+      auxiliary_weight: of the losses of auxiliary heads, for models that have such (0.3 in
+        Szegedy et al. 2014). Only in training.
     """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
+    auxiliary_weight: float = 0.3
 
 
 def targets(labels: jax.Array, num_classes: int) -> jax.Array:

@@ -26,7 +26,7 @@ from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.training import checkpoint as checkpoints
 from cvjax.training import workdir as workdirs
-from cvjax.training.config import RunConfig, parse_config
+from cvjax.training.config import RunConfig, default_config, parse_config
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
 
@@ -90,7 +90,7 @@ def load_network(workdir: workdirs.Path, checkpoint: str = "last") -> Network:
             f"--checkpoint takes last, best or the number of a step, got {checkpoint!r}."
         )
     folder = pathlib.Path(workdir).absolute()
-    run = parse_config(ml_collections.ConfigDict(workdirs.read_manifest(folder)["config"]))
+    run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
     statistics, class_names = _read_inputs(folder)
     recipe = Recipe(
         model=create_model(num_classes=len(class_names), **run.model),
@@ -133,10 +133,18 @@ def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def _complete(config: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Settings that are newer than the run get their defaults, which change nothing."""
+    complete = default_config(config["model"]["name"]).to_dict()
+    for key, value in config.items():
+        complete[key] = complete[key] | value if isinstance(value, dict) else value
+    return ml_collections.ConfigDict(complete)
+
+
 def _read_inputs(folder: pathlib.Path) -> tuple[Statistics, tuple[str, ...]]:
     path = folder / "inputs.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             statistics = Statistics(jnp.asarray(arrays["mean"]), jnp.asarray(arrays["std"]))
             return statistics, tuple(arrays["class_names"].tolist())
     except FileNotFoundError:
@@ -146,8 +154,8 @@ def _read_inputs(folder: pathlib.Path) -> tuple[Statistics, tuple[str, ...]]:
         ) from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); put a good copy there, or have train.py "
-            "write it anew by resuming the run."
+            f"{path} cannot be read ({error}); put a good copy there, or train again with "
+            "another --workdir."
         ) from error
 
 

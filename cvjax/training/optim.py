@@ -1,6 +1,8 @@
 """Optimisers and learning-rate schedules."""
 
 import dataclasses
+import operator
+import re
 from collections.abc import Callable
 
 import jax
@@ -35,6 +37,13 @@ class OptimConfig:
       warmup_steps: number of updates before the schedule begins, 0 for none.
       warmup_learning_rate: held during the warm-up (He et al. 2015 for 110 layers: 0.01
         for about 400 updates); with "cosine" the rate rises from it in a line.
+      freeze: a regular expression, "" for none: parameters in whose path it is found do
+        not change at all, by weight decay neither. Paths look like
+        "stage1/blocks/f/conv1/kernel", so "stem|stage1" freezes stem and first stage; the
+        stacked blocks of a stage are one array and freeze together. BatchNorm of a frozen
+        part goes on normalising by its batch and averaging over the batches that it sees,
+        as in PyTorch: evaluation and training then see the same features. The gradient's
+        logged norm is over all parameters.
     """
 
     name: str = "sgd"
@@ -48,6 +57,7 @@ class OptimConfig:
     decay_factor: float = 0.1
     warmup_steps: int = 0
     warmup_learning_rate: float = 0.01
+    freeze: str = ""
 
 
 def boundary_steps(optim: OptimConfig, total_steps: int) -> tuple[int, ...]:
@@ -94,8 +104,36 @@ def is_kernel(params):
     )
 
 
+def is_frozen(params, freeze: str):
+    """Which leaves have `freeze` (see `OptimConfig`) in their path: a tree of booleans."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(
+            re.search(freeze, jax.tree_util.keystr(path, simple=True, separator="/"))
+        ),
+        params,
+    )
+
+
 def create_optimizer(optim: OptimConfig, total_steps: int) -> optax.GradientTransformation:
     """The update rule; its state counts the completed updates for the schedule."""
+    tx = _create_rule(optim, total_steps)
+    if not optim.freeze:
+        return tx
+
+    def frozen(params):
+        return is_frozen(params, optim.freeze)
+
+    def trained(params):
+        return jax.tree.map(operator.not_, frozen(params))
+
+    # Not zero: adding 0.0 would turn -0.0 into 0.0, adding -0.0 changes nothing.
+    stand_still = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+    )
+    return optax.chain(optax.masked(tx, trained), optax.masked(stand_still, frozen))
+
+
+def _create_rule(optim: OptimConfig, total_steps: int) -> optax.GradientTransformation:
     decay = optax.add_decayed_weights(
         optim.weight_decay, mask=is_kernel if optim.decayed == "kernels" else None
     )

@@ -24,6 +24,10 @@ from cvjax.training.optim import create_optimizer
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import Monitor, TrainState
 
+# What a step's key is folded with for dropout. `augment` splits the same key in two, which
+# gives the keys that folding with 0 and 1 would give.
+DROPOUT_DRAWS = 2
+
 
 @struct.dataclass
 class Constants:
@@ -42,7 +46,12 @@ class Constants:
 def train_step(
     state: TrainState, batch: Batch, constants: Constants, *, recipe: Recipe
 ) -> TrainState:
-    """One update on a batch of "image" (uint8) and "label"; `state` is given up."""
+    """One update on a batch of "image" (uint8) and "label"; `state` is given up.
+
+    A model may draw from the stream "dropout", and may sow logits into the collection
+    "auxiliary" [batch, classes]: the loss that is minimised, and logged, is then its own
+    plus `recipe.loss.auxiliary_weight` times those of the sown logits.
+    """
     rng = jax.random.fold_in(constants.rng, state.step)
     images = augment.normalize(batch["image"], constants.statistics)
     images = augment.augment(rng, images, recipe.augmentation)
@@ -50,9 +59,16 @@ def train_step(
     def mean_loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = recipe.model.apply(
-            variables, images, train=True, mutable=["batch_stats"]
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats", "auxiliary"],
+            rngs={"dropout": jax.random.fold_in(rng, DROPOUT_DRAWS)},
         )
         losses = loss_per_example(logits, batch["label"], recipe.loss)
+        for auxiliary in jax.tree.leaves(updated.get("auxiliary", {})):
+            others = loss_per_example(auxiliary, batch["label"], recipe.loss)
+            losses += recipe.loss.auxiliary_weight * others
         return losses.mean(), (losses, logits, updated.get("batch_stats", {}))
 
     (loss, (losses, logits, batch_stats)), gradient = jax.value_and_grad(

@@ -1,6 +1,7 @@
 """One run from its config to its summary: set up or resume, train, evaluate on test.
 
 workdir/config.json       the config, versions, device, commit
+workdir/inputs.npz        normalisation and class names, for the use of the network
 workdir/metrics.jsonl     training and validation metrics (and TensorBoard's files)
 workdir/checkpoints/      the latest states, and the best on validation
 workdir/curves.png        loss and error against steps
@@ -22,9 +23,10 @@ from cvjax.data.augment import Augmentation, Statistics, compute_statistics
 from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from cvjax.training import checkpoint, interrupt, logs, loop, steps
+from cvjax.training import checkpoint, interrupt, logs, loop, steps, transfer
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
+from cvjax.training.network import Network, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import TrainState, create_train_state
@@ -70,6 +72,10 @@ def train_and_evaluate(
 
 def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path):
     started = time.perf_counter()
+    resumes = checkpoint.latest_step(folder) is not None
+    source = None
+    if run.init_from and not resumes:
+        source = transfer.load_source(run.init_from, run.model, folder)
     dataset = data.load(
         run.data.name,
         data_dir=run.data.data_dir,
@@ -77,7 +83,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
         val_examples=run.data.val_examples,
     )
     check_data(run, len(dataset.train.labels), dataset.image_shape)
-    statistics = compute_statistics(dataset.train.images, run.data.normalization)
+    statistics = _statistics(run, dataset, source, folder)
     logging.info(
         "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
         *(dataset.name, len(dataset.train.labels), len(dataset.val.labels)),
@@ -92,8 +98,13 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
         augmentation=Augmentation(run.data.crop_padding, run.data.flip),
     )
     state, record = _initial_or_restored(run, recipe, dataset, folder)
+    if source is not None:
+        state = transfer.start_from(state, source, run.init_from)
+    trained = transfer.check_freeze(state.params, run.optim.freeze)
+    # Before config.json, by which readers know the run.
+    write_inputs(folder, statistics, dataset.class_names)
     workdirs.write_manifest(folder, config.to_dict())
-    _log_plan(run, state)
+    _log_plan(run, state, trained)
 
     rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
     start = int(state.step)
@@ -145,6 +156,16 @@ def _finished(folder: pathlib.Path, run: RunConfig) -> dict[str, float] | None:
     return summary if summary["step"] == run.total_steps else None
 
 
+def _statistics(
+    run: RunConfig, dataset: Dataset, source: Network | None, folder: pathlib.Path
+) -> Statistics:
+    if run.data.normalization != transfer.NORMALIZATION:
+        return compute_statistics(dataset.train.images, run.data.normalization)
+    if source is None:
+        return transfer.own_statistics(folder)
+    return transfer.statistics_like(source.statistics, dataset.image_shape)
+
+
 def _initial_or_restored(
     run: RunConfig, recipe: Recipe, dataset: Dataset, folder: pathlib.Path
 ) -> tuple[TrainState, loop.Record]:
@@ -167,15 +188,17 @@ def _initial_or_restored(
     return state, loop.Record(**expect, last=info["last"], best=info["best"])
 
 
-def _log_plan(run: RunConfig, state: TrainState) -> None:
+def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
     parameters = count_parameters(state.params)
     schedule = create_schedule(run.optim, run.total_steps)
     drops = boundary_steps(run.optim, run.total_steps)
     changes = sorted({0, run.optim.warmup_steps, *drops})
     rates = ", ".join(f"{float(schedule(step)):.3g} from step {step}" for step in changes)
+    still = f" ({trained:,} of them trained)" if trained < parameters else ""
     logging.info(
-        "%s with %s parameters; %d steps of %d images; learning rate (%s) %s.",
-        *(run.model["name"], f"{parameters:,}", run.total_steps, run.data.batch_size),
+        "%s with %s parameters%s; %d steps of %d images; learning rate (%s) %s.",
+        *(run.model["name"], f"{parameters:,}", still),
+        *(run.total_steps, run.data.batch_size),
         *(run.optim.schedule, rates),
     )
 

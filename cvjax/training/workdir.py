@@ -87,10 +87,15 @@ def lock(workdir: Path) -> Iterator[None]:
 
 def write_manifest(workdir: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Writes workdir/config.json: the config, and all else that made the run."""
+    manifest = {"config": config, "seed": config.get("seed"), **provenance()}
+    write_json(pathlib.Path(workdir) / "config.json", manifest)
+    return manifest
+
+
+def provenance() -> dict[str, Any]:
+    """What computes here and now: versions, device, commit, command."""
     device = jax.devices()[0]
-    manifest = {
-        "config": config,
-        "seed": config.get("seed"),
+    return {
         "versions": {
             "python": platform.python_version(),
             **{key: _version(name) for key, name in _DISTRIBUTIONS.items()},
@@ -106,8 +111,6 @@ def write_manifest(workdir: Path, config: dict[str, Any]) -> dict[str, Any]:
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
     }
-    write_json(pathlib.Path(workdir) / "config.json", manifest)
-    return manifest
 
 
 def read_manifest(workdir: Path) -> dict[str, Any]:

@@ -1,0 +1,434 @@
+"""Evaluates a trained network: errors, confusion matrix, calibration.
+
+    python -m cvjax.evaluate --workdir=runs/cifar10_resnet
+    python -m cvjax.evaluate --workdir=runs/cifar10_resnet --crops=10
+    python -m cvjax.evaluate --workdir=runs/cifar10_resnet --scales=28,32,40
+
+The run may be finished or going on; nothing of it is changed. Results are shown, and
+written to WORKDIR/evaluation: a JSON file with all numbers and where they come from, the
+confusion matrix and the reliability diagram. Every example counts once, whatever the batch
+size. Errors are fractions in the JSON file and per cent on the terminal.
+
+With several views of an image (--crops, --scales; see cvjax/data/views.py) the class
+probabilities are averaged, and the loss is that of the average. The expected calibration
+error sorts the examples by the probability of the predicted class into 15 bins of equal
+width, and averages over the examples how far their bin's accuracy is from its mean
+confidence (Guo et al. 2017).
+"""
+
+import json
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+from absl import flags, logging
+from flax import errors as flax_errors
+
+from cvjax import data, program
+from cvjax.analysis import classification
+from cvjax.data import augment
+from cvjax.data.dataset import Dataset, Split
+from cvjax.data.pipeline import eval_batches
+from cvjax.data.views import CROPS, Views, create_views
+from cvjax.errors import UserError
+from cvjax.training import steps
+from cvjax.training import workdir as workdirs
+from cvjax.training.losses import targets
+from cvjax.training.network import Network, apply_model, load_network, probabilities
+
+SPLITS = ("test", "val", "train")
+
+_ONE_VIEW = Views()
+_SHOWN_CLASSES = 20
+
+
+def evaluate(
+    workdir: workdirs.Path,
+    *,
+    split: str = "test",
+    checkpoint: str = "last",
+    crops: int = 1,
+    scales: tuple[int, ...] = (),
+    batch_size: int | None = None,
+    data_dir: str = "",
+    cache_dir: str = "",
+) -> dict[str, Any]:
+    """Evaluates the network of a run, and writes results and figures to its folder.
+
+    Args:
+      workdir: the run's folder.
+      split: one of `SPLITS`.
+      checkpoint: "last", "best" or the number of a step.
+      crops, scales: see `data.views`; the padding of ten crops is what the network was
+        trained with, or if that is none, an eighth of the images' short side.
+      batch_size: in images; None for the run's own. It does not change the results.
+      data_dir, cache_dir: where the data set is; "" for where it was at training.
+
+    Returns:
+      What is written as JSON; "files" are the paths of all that is written.
+
+    Raises:
+      UserError: for a mistake that the user can mend.
+    """
+    network = load_network(workdir, checkpoint)
+    views = choose_views(network, crops, scales)
+    folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
+    dataset = load_data(network, data_dir, cache_dir)
+    examples = getattr(dataset, split)
+    if examples.labels.ndim > 1:
+        raise UserError(
+            f"{dataset.name} has several classes an image; only sets with one can be "
+            "evaluated here."
+        )
+    scores = predict_split(network, examples, views, batch_size)
+    if views == _ONE_VIEW:
+        errors = _as_in_training(network, examples, batch_size)
+    else:
+        errors = measure(scores, examples.labels, network.run.loss.name)
+    predicted = scores.argmax(axis=-1)
+    matrix = classification.confusion_matrix(
+        examples.labels, predicted, len(dataset.class_names)
+    )
+    calibration = classification.calibrate(
+        scores.max(axis=-1), predicted == examples.labels
+    )
+
+    name = _name(split, network.step, views)
+    files = {
+        "results": folder / f"{name}.json",
+        "confusion_matrix": folder / f"{name}_confusion.png",
+        "reliability": folder / f"{name}_reliability.png",
+    }
+    title = f"{network.run.model['name']} on {dataset.name}, {split}"
+    if views.count > 1:
+        title += f", {views.count} views"
+    classification.draw_confusion_matrix(
+        matrix, dataset.class_names, files["confusion_matrix"], title
+    )
+    classification.draw_reliability(calibration, files["reliability"], title)
+    manifest = workdirs.read_manifest(workdir)
+    results = {
+        "workdir": str(pathlib.Path(workdir).absolute()),
+        "checkpoint": checkpoint,
+        "step": network.step,
+        "data": dataset.name,
+        "split": split,
+        "examples": len(examples.labels),
+        "views": {
+            "count": views.count,
+            "crops": views.crops,
+            "scales": list(views.scales),
+            "padding": views.padding,
+        },
+        **errors,
+        "expected_calibration_error": calibration.expected_error,
+        "classes": _class_rows(matrix, dataset.class_names),
+        "confusion_matrix": matrix.tolist(),
+        "calibration": _calibration_rows(calibration),
+        "files": {key: str(path) for key, path in files.items()},
+        "evaluated_by": workdirs.provenance(),
+        "trained_by": {key: manifest[key] for key in manifest if key != "config"},
+    }
+    workdirs.write_json(files["results"], results)
+    return results
+
+
+def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views:
+    """The views for a network's images.
+
+    Raises:
+      UserError: if the network cannot be applied to them.
+    """
+    height, width, channels = network.image_shape
+    side = min(height, width)
+    if crops == 10:
+        if scales and min(scales) <= side:
+            raise UserError(
+                f"--scales with --crops=10 must be above {side}, the images' short side, "
+                f"which is also that of a crop; got {min(scales)}."
+            )
+        if not network.run.data.flip:
+            logging.warning(
+                "Five of the ten crops are mirror images, which the network was not "
+                "trained on (data.flip is false)."
+            )
+        padding = 0 if scales else network.run.data.crop_padding or max(1, side // 8)
+        return Views(crops, scales, padding)
+    views = Views(crops, scales)
+    images = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
+    for scale in scales:
+        view = jax.eval_shape(
+            lambda images, scale=scale: next(create_views(images, Views(1, (scale,)))),
+            images,
+        )
+        _check_size(network, view)
+    return views
+
+
+def load_data(network: Network, data_dir: str, cache_dir: str) -> Dataset:
+    """The data set that the network was trained on.
+
+    Raises:
+      UserError: it cannot be loaded, or is another one by now.
+    """
+    settings = network.run.data
+    try:
+        dataset = data.load(
+            settings.name,
+            data_dir=data_dir or settings.data_dir,
+            cache_dir=cache_dir or settings.cache_dir,
+            val_examples=settings.val_examples,
+        )
+    except UserError as error:
+        raise UserError(
+            "the run's data set cannot be loaded; if it is elsewhere now, say where with "
+            f"--data_dir or --cache_dir ({str(error).rstrip('.')})."
+        ) from error
+    if dataset.fingerprint != network.data_fingerprint:
+        raise UserError(
+            f"the data set {settings.name} found here is not the one that the network was "
+            "trained on (other images or other splits); name the folder where that one is "
+            "with --data_dir."
+        )
+    return dataset
+
+
+def predict_split(
+    network: Network, split: Split, views: Views, batch_size: int | None = None
+) -> np.ndarray:
+    """Class probabilities, averaged over the views, float64 [examples, classes]."""
+    averages = []
+    for batch in eval_batches(split, _batch_size(network, split, batch_size)):
+        images = augment.normalize(batch["image"], network.statistics)
+        scores = 0.0
+        for view in create_views(images, views):
+            logits = apply_model(network.variables, view, model=network.recipe.model)
+            scores += probabilities(logits, network.run.loss.name)
+        averages.append(scores[batch["mask"]] / views.count)
+    return np.concatenate(averages)
+
+
+def measure(scores: np.ndarray, labels: np.ndarray, loss_name: str) -> dict[str, float]:
+    """Loss and errors of class probabilities.
+
+    Args:
+      scores: float64 [n, classes].
+      labels: int [n].
+      loss_name: one of `training.losses.LOSSES`.
+
+    Returns:
+      "loss" in nats, "error" and, of more than five classes, "top5_error".
+    """
+    num_classes = scores.shape[1]
+    # Float64 ends at 1 - 2**-53 below one and at 2**-1022 above zero.
+    yes = np.log(np.maximum(scores, 2.0**-1022))
+    wanted = np.asarray(targets(labels, num_classes), np.float64)
+    losses = -(wanted * yes).sum(axis=-1)
+    if loss_name == "sigmoid":
+        no = np.log1p(-np.minimum(scores, 1 - 2.0**-53))
+        losses -= ((1 - wanted) * no).sum(axis=-1)
+    ranks = np.argsort(-scores, axis=-1, kind="stable")
+    hits = ranks == labels[:, None]
+    values = {"loss": losses.mean(), "error": (~hits[:, 0]).mean()}
+    if num_classes > 5:
+        values["top5_error"] = (~hits[:, :5].any(axis=-1)).mean()
+    return {key: float(value) for key, value in values.items()}
+
+
+def _as_in_training(
+    network: Network, split: Split, batch_size: int | None
+) -> dict[str, float]:
+    """Loss and errors by the trainer's own function: equal to summary.json, bit for bit."""
+    values = steps.evaluate(
+        network.variables["params"],
+        network.variables["batch_stats"],
+        split,
+        network.statistics,
+        recipe=network.recipe,
+        batch_size=_batch_size(network, split, batch_size),
+        prefix="",
+    )
+    return {key.removeprefix("/"): value for key, value in values.items()}
+
+
+def _batch_size(network: Network, split: Split, batch_size: int | None) -> int:
+    if batch_size is None:
+        return network.run.data.eval_batch_size
+    return min(batch_size, len(split.labels))
+
+
+def _check_size(network: Network, view: jax.ShapeDtypeStruct) -> None:
+    try:
+        jax.eval_shape(
+            lambda variables, images: apply_model(
+                variables, images, model=network.recipe.model
+            ),
+            network.variables,
+            view,
+        )
+    # A dense layer over pixels has weights for one size of images alone.
+    except (flax_errors.ScopeParamShapeError, UserError) as error:
+        height, width = network.image_shape[:2]
+        raise UserError(
+            f"{network.run.model['name']} takes images of {height}x{width} pixels only, "
+            f"not of {view.shape[1]}x{view.shape[2]}: --scales is for networks that end in "
+            "global pooling; leave it out, or use --crops=10 with it."
+        ) from error
+
+
+def _name(split: str, step: int, views: Views) -> str:
+    parts = [split, f"step{step}"]
+    if views.crops > 1:
+        parts.append(f"{views.crops}crops")
+    if views.scales:
+        parts.append(f"scales{'-'.join(map(str, views.scales))}")
+    return "_".join(parts)
+
+
+def _class_rows(matrix: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
+    errors = classification.class_errors(matrix)
+    return [
+        {
+            "class": name,
+            "examples": int(count),
+            "error": float(error) if count else None,
+        }
+        for name, count, error in zip(class_names, matrix.sum(axis=1), errors, strict=True)
+    ]
+
+
+def _calibration_rows(calibration: classification.Calibration) -> list[dict[str, Any]]:
+    num_bins = len(calibration.count)
+    return [
+        {
+            "above": k / num_bins,
+            "up_to": (k + 1) / num_bins,
+            "examples": int(count),
+            "confidence": float(calibration.confidence[k]) if count else None,
+            "accuracy": float(calibration.accuracy[k]) if count else None,
+        }
+        for k, count in enumerate(calibration.count)
+    ]
+
+
+def show(results: dict[str, Any]) -> None:
+    """The results on the terminal, errors in per cent."""
+    console = rich.console.Console()
+    views = results["views"]
+    source = (
+        f"{results['data']} {results['split']}, {results['examples']:,} examples, step "
+        f"{results['step']:,}"
+    )
+    if views["count"] > 1:
+        source += f", mean of {views['count']} views"
+    console.print(source, markup=False, highlight=False)
+    table = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("top-1 error", _percent(results["error"]))
+    if "top5_error" in results:
+        table.add_row("top-5 error", _percent(results["top5_error"]))
+    table.add_row("loss", f"{results['loss']:.4f}")
+    ece = results["expected_calibration_error"]
+    table.add_row("expected calibration error, 15 bins", _percent(ece))
+    console.print(table)
+
+    rows = [row for row in results["classes"] if row["examples"]]
+    title = "Error by class"
+    if len(rows) > _SHOWN_CLASSES:
+        rows = sorted(rows, key=lambda row: -row["error"])[:_SHOWN_CLASSES]
+        title = f"The {_SHOWN_CLASSES} classes with the most errors"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE)
+    for heading in ("class", "examples", "error"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for row in rows:
+        name = rich.markup.escape(row["class"])
+        table.add_row(name, f"{row['examples']:,}", _percent(row["error"]))
+    console.print(table)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other programs have flags of the same names."""
+    flags.DEFINE_string("workdir", None, "The folder of a run of train.py.")
+    flags.DEFINE_enum("split", "test", SPLITS, "The part of the data set.")
+    flags.DEFINE_string(
+        "checkpoint", "last", "last, best (on validation) or the number of a step."
+    )
+    flags.DEFINE_enum(
+        "crops",
+        "1",
+        [str(crops) for crops in CROPS],
+        "Views of each image: the image itself, or ten crops of its size (corners, centre "
+        "and mirror images), out of the image padded with zeros (as in training, or else "
+        "by an eighth of its side) or enlarged to --scales.",
+    )
+    flags.DEFINE_list(
+        "scales",
+        [],
+        "Sides such as 28,32,40 that each image is resized to; without crops for networks "
+        "that end in global pooling.",
+    )
+    flags.DEFINE_integer(
+        "batch_size",
+        None,
+        "Images at a time, for speed and memory; the run's data.eval_batch_size if not "
+        "given. It does not change the results.",
+        lower_bound=1,
+    )
+    flags.DEFINE_string("data_dir", "", "Where prepared TFDS sets are, if elsewhere now.")
+    flags.DEFINE_string("cache_dir", "", "Where decoded images are, if elsewhere now.")
+    flags.DEFINE_boolean("json", False, "Print the results as JSON instead of tables.")
+    flags.mark_flag_as_required("workdir")
+
+
+def main(arguments):
+    program.refuse_arguments(arguments)
+    values = flags.FLAGS
+    results = evaluate(
+        values.workdir,
+        split=values.split,
+        checkpoint=values.checkpoint,
+        crops=int(values.crops),
+        scales=parse_scales(values.scales),
+        batch_size=values.batch_size,
+        data_dir=values.data_dir,
+        cache_dir=values.cache_dir,
+    )
+    # `| head` closes the pipe: nothing to complain about.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if values.json:
+        print(json.dumps(results, indent=2))
+        return
+    show(results)
+    for path in results["files"].values():
+        print(path)
+
+
+def parse_scales(texts: list[str]) -> tuple[int, ...]:
+    """["28", "32"] -> (28, 32).
+
+    Raises:
+      UserError: for anything but different whole numbers above 0.
+    """
+    scales = [int(text) for text in texts if text.strip().isdecimal()]
+    if len(scales) < len(texts) or 0 in scales or len(set(scales)) < len(scales):
+        raise UserError(
+            "--scales takes different whole numbers above 0, such as 28,32,40, got "
+            f"{','.join(texts)!r}."
+        )
+    return tuple(scales)
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.run(main)

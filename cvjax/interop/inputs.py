@@ -1,0 +1,109 @@
+"""What an imported network takes in and tells apart, from the command line."""
+
+import dataclasses
+import pathlib
+
+from cvjax import data
+from cvjax.errors import UserError
+from cvjax.models.checks import check_positive
+
+# Mean and standard deviation of each channel, of images in [0, 1].
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a network takes in and tells apart.
+
+    Attributes:
+      image_shape: (height, width, channels).
+      mean, std: of each channel, of images in [0, 1].
+      class_names: one a class.
+      dataset: the name of the data set it is evaluated on, or "".
+      fingerprint: of that data set.
+    """
+
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    dataset: str = ""
+    fingerprint: str = ""
+
+
+def create_inputs(values) -> Inputs:
+    """The flags' word on what goes in and comes out.
+
+    Raises:
+      UserError: for flags that are missing or contradict each other.
+    """
+    if (values.normalization is None) == (not values.mean or not values.std):
+        raise UserError(
+            "say how the network's images were normalised: --normalization="
+            f"{'|'.join(NORMALIZATIONS)}, or --mean and --std of each channel."
+        )
+    if values.normalization is None:
+        mean, std = _numbers("--mean", values.mean), _numbers("--std", values.std)
+    else:
+        mean, std = NORMALIZATIONS[values.normalization]
+    if len(mean) != len(std) or min(std) <= 0:
+        raise UserError(
+            "--mean and --std take one number for each channel, --std above 0, got "
+            f"{mean} and {std}."
+        )
+    if values.dataset:
+        if values.num_classes or values.class_names or values.image_size:
+            raise UserError(
+                "--dataset says what --num_classes, --class_names and --image_size say; "
+                "give either it or them."
+            )
+        return _inputs_of_dataset(values.dataset, values.data_dir, mean, std)
+    if not values.num_classes or not values.image_size:
+        raise UserError(
+            "say what goes in and comes out: --dataset=NAME, or --num_classes and "
+            "--image_size."
+        )
+    check_positive(num_classes=values.num_classes, image_size=values.image_size)
+    names = tuple(str(number) for number in range(values.num_classes))
+    if values.class_names:
+        names = _read_class_names(values.class_names, values.num_classes)
+    return Inputs((values.image_size,) * 2 + (len(mean),), mean, std, names)
+
+
+def _inputs_of_dataset(name: str, data_dir: str, mean, std) -> Inputs:
+    dataset = data.load(name, data_dir=data_dir)
+    channels = dataset.image_shape[-1]
+    if len(mean) != channels:
+        raise UserError(
+            f"images of {name} have channels: {channels}, the normalisation: {len(mean)}."
+        )
+    return Inputs(
+        dataset.image_shape, mean, std, dataset.class_names, name, dataset.fingerprint
+    )
+
+
+def _read_class_names(path: str, count: int) -> tuple[str, ...]:
+    try:
+        names = tuple(pathlib.Path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class_names {path} cannot be read ({error}).") from error
+    if len(names) != count:
+        raise UserError(
+            f"{path} has {len(names)} lines and --num_classes is {count}: it takes the "
+            "name of one class a line."
+        )
+    return names
+
+
+def _numbers(flag: str, texts: list[str]) -> tuple[float, ...]:
+    try:
+        return tuple(float(text) for text in texts)
+    except ValueError:
+        raise UserError(f"{flag} takes numbers, got {','.join(texts)!r}.") from None

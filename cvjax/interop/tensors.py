@@ -1,0 +1,94 @@
+"""State dicts in files: of torch.save, .safetensors or .npz."""
+
+import importlib
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from cvjax.errors import UserError
+from cvjax.training import workdir as workdirs
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")
+COUNTER = "num_batches_tracked"  # of BatchNorm; nothing depends on it
+
+
+def load_tensors(path: workdirs.Path) -> dict[str, np.ndarray]:
+    """The state dict in a file, in float32, without prefixes and BatchNorm's counters.
+
+    Raises:
+      UserError: the file cannot be read, or holds no state dict.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}.")
+    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
+    state = readers.get(path.suffix, _read_torch)(path)
+    counters = [name for name in state if name.split(".")[-1] == COUNTER]
+    if counters:
+        logging.info("%d counters %s are of no use and ignored.", len(counters), COUNTER)
+    tensors = {name: state[name] for name in state if name not in counters}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensors[name] for name in tensors}
+    arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} in {path} has values that are not finite numbers.")
+    return arrays
+
+
+def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
+    torch = _import("torch", path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # Bytes that mean something else make its unpickler raise whatever they lead it to.
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a file of tensors "
+            f"({str(error).partition(chr(10))[0][:200]}); save the network's state_dict() "
+            "alone, with torch.save or as .safetensors."
+        ) from error
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
+        raise UserError(
+            f"{path} holds no state dict: it takes tensors by name, alone or under "
+            f"{', '.join(WRAPPERS)}."
+        )
+    # Numpy does not know bfloat16.
+    return {name: tensor.detach().float().numpy() for name, tensor in content.items()}
+
+
+def _read_safetensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+    safetensors = _import("safetensors", path)
+    load_file = _import("safetensors.numpy", path).load_file
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}).") from error
+
+
+def _read_npz(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+    try:
+        # Opened here: of a damaged file numpy would leave its own open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as .npz ({error}).") from error
+
+
+def _import(name: str, path: pathlib.Path):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"reading {path.name} needs {name.partition('.')[0]}, which is not installed: "
+            "`pip install 'cvjax[torch]'`, or `pip install torch safetensors`."
+        ) from error

@@ -1,0 +1,256 @@
+"""Weights from PyTorch, as the workdir of a run.
+
+    python -m cvjax.interop.torch resnet20.th --model=resnet_cifar \\
+        --fields=depth=20,pad_channels=both --dataset=cifar10 \\
+        --normalization=imagenet --workdir=runs/resnet20
+    python -m cvjax.interop.torch resnet50.pth --model=resnet --fields=depth=50 \\
+        --num_classes=1000 --class_names=imagenet.txt --image_size=224 \\
+        --normalization=imagenet --workdir=runs/resnet50
+
+FILE holds a state dict: of torch.save (opened with weights_only=True), .safetensors or
+.npz. The names are those of torchvision for alexnet, vgg, googlenet and resnet, and those
+of akamaster/pytorch_resnet_cifar10 for resnet_cifar (see cvjax/interop/names.py); a
+`module.` in front of all of them, or a dict with a `state_dict` around them, does no harm.
+Every tensor is used once, and all shapes have to agree.
+
+How images are normalised is a part of the network that no state dict holds: it has to be
+said, with --normalization or with --mean and --std. The authors of a file know; guesses
+cost accuracy. Two that are easy to get wrong: the CIFAR ResNets of akamaster were trained
+with "imagenet", and torchvision's trained GoogLeNet expects "symmetric" (its
+`transform_input`). What a state dict does not tell either: for CIFAR ResNets with shortcut
+"A" the field pad_channels, which is "both" in that repository.
+
+The workdir is one for `python -m cvjax.evaluate` (if there is a --dataset), for
+`python -m cvjax.predict` and for fine-tuning, `train.py --config.init_from=DIR`. Reading
+.safetensors needs no PyTorch.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from flax import linen as nn
+from flax import traverse_util
+from jax import numpy as jnp
+
+from cvjax import program
+from cvjax.data.augment import Statistics
+from cvjax.errors import UserError
+from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
+from cvjax.interop.names import torch_names
+from cvjax.interop.tensors import load_tensors
+from cvjax.models import MODELS, create_model
+from cvjax.models.checks import check_choice
+from cvjax.training import checkpoint, loop
+from cvjax.training import workdir as workdirs
+from cvjax.training.config import default_config, parse_config
+from cvjax.training.network import write_inputs
+from cvjax.training.optim import create_optimizer
+from cvjax.training.state import TrainState, create_monitor
+
+NAMED = 3  # differences of each kind in a message
+
+
+def convert(
+    tensors: Mapping[str, np.ndarray], model: nn.Module, image_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """The variables of a model from a state dict, each tensor of which is used once.
+
+    Args:
+      tensors: see `tensors.load_tensors`.
+      model: see `names.torch_names`.
+      image_shape: (height, width, channels).
+
+    Returns:
+      "params" and "batch_stats" (empty without BatchNorm) for `model.apply`.
+
+    Raises:
+      UserError: if tensors are missing, unexpected or of another shape.
+    """
+    abstract = jax.eval_shape(
+        lambda rng, images: model.init(rng, images, train=False),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, *image_shape), np.float32),
+    )
+    places = torch_names(model, abstract)
+    wanted = {name: place.shape for place in places.values() for name in place.names}
+    kinds = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} ({_shape(tensors[name].shape)}, not {_shape(shape)})"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    differences = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if differences:
+        raise UserError(
+            f"the tensors do not fit {type(model).__name__} as it was asked for; "
+            f"{'; '.join(differences)}. Give the fields (--fields), the number of classes "
+            "and of channels that the file was made with."
+        )
+    flat = {path: jnp.asarray(place.gather(tensors)) for path, place in places.items()}
+    return {"batch_stats": {}} | traverse_util.unflatten_dict(flat)
+
+
+def evident_fields(model_name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a network that the names in a state dict tell by themselves."""
+    if model_name == "googlenet":
+        has_heads = any(name.startswith("aux") for name in tensors)
+        return {"variant": "3x3", "batch_norm": True, "auxiliary_heads": has_heads}
+    if model_name == "vgg":
+        has_norm = any(name.endswith("running_mean") for name in tensors)
+        head = "small" if "classifier.weight" in tensors else "imagenet"
+        return {"batch_norm": has_norm, "head": head}
+    return {}
+
+
+def write_workdir(
+    workdir: workdirs.Path,
+    source: workdirs.Path,
+    model_name: str,
+    fields: Mapping[str, Any],
+    inputs: Inputs,
+) -> None:
+    """Makes a workdir, at step 0, of the state dict in the file `source`.
+
+    Args:
+      workdir: a folder that holds no run yet, created if need be.
+      source: see `tensors.load_tensors`.
+      model_name: a key of `models.MODELS`.
+      fields: of the model; those in `evident_fields` need not be given.
+      inputs: what the network takes in.
+
+    Raises:
+      UserError: for a file that does not fit the model, or a folder with a run in it.
+    """
+    check_choice("--model", model_name, tuple(MODELS))
+    tensors = load_tensors(source)
+    config = default_config(model_name)
+    fields = evident_fields(model_name, tensors) | dict(fields)
+    # Before the config takes them: it knows names and types, but not what makes a net.
+    model = create_model(model_name, len(inputs.class_names), **fields)
+    config.model.update(fields)
+    config.data.name = inputs.dataset or "none"
+    config.data.normalization = "channel"
+    run = parse_config(config)
+    variables = convert(tensors, model, inputs.image_shape)
+
+    params = variables["params"]
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=create_optimizer(run.optim, run.total_steps).init(params),
+        monitor=create_monitor(),
+    )
+    same_net = {key: run.model[key] for key in run.model if key != "walk"}
+    record = loop.Record(data_fingerprint=inputs.fingerprint, model=same_net)
+    statistics = Statistics(
+        mean=jnp.broadcast_to(jnp.asarray(inputs.mean, jnp.float32), inputs.image_shape),
+        std=jnp.broadcast_to(jnp.asarray(inputs.std, jnp.float32), inputs.image_shape),
+    )
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = {
+        "config": config.to_dict(),
+        "seed": run.seed,
+        "imported": {
+            "file": str(pathlib.Path(source).absolute()),
+            "sha256": digest,
+            "mean": inputs.mean,
+            "std": inputs.std,
+        },
+        **workdirs.provenance(),
+    }
+    with workdirs.lock(workdir):
+        folder = pathlib.Path(workdir).absolute()
+        if (folder / "config.json").exists() or checkpoint.list_steps(folder):
+            raise UserError(f"{folder} holds a run already; choose another --workdir.")
+        checkpoint.save(folder, 0, state, dataclasses.asdict(record))
+        write_inputs(folder, statistics, inputs.class_names)
+        workdirs.write_json(folder / "config.json", manifest)
+    logging.info(
+        "%s: %d tensors with %s parameters; %s with %s.",
+        *(source, len(tensors), f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
+        *(model_name, ", ".join(f"{key} {fields[key]}" for key in fields) or "defaults"),
+    )
+    logging.info(
+        "Images of %s in [0, 1] will be normalised with mean %s and deviation %s.",
+        *(_shape(inputs.image_shape), inputs.mean, inputs.std),
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def parse_fields(texts: list[str]) -> dict[str, Any]:
+    """["depth=20", "shortcut=A"] -> {"depth": 20, "shortcut": "A"}.
+
+    Raises:
+      UserError: for anything that is not name=value.
+    """
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--fields takes name=value,name=value, got {text!r}.")
+        value = value.capitalize() if value in ("true", "false") else value
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value
+    return fields
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other programs have flags of the same names."""
+    flags.DEFINE_string("workdir", None, "The folder to make, or an empty one.")
+    flags.DEFINE_enum("model", None, list(MODELS), "The network.")
+    flags.DEFINE_list("fields", [], "Its fields, such as depth=20,shortcut=A.")
+    flags.DEFINE_string("dataset", "", "The data set it was trained on, such as cifar10.")
+    flags.DEFINE_string("data_dir", "", "Where prepared TFDS sets are.")
+    flags.DEFINE_integer("num_classes", None, "Without --dataset: the number of classes.")
+    flags.DEFINE_string("class_names", "", "Without --dataset: a file, one name a line.")
+    flags.DEFINE_integer("image_size", None, "Without --dataset: pixels a side.")
+    flags.DEFINE_enum(
+        "normalization", None, list(NORMALIZATIONS), "How its images were normalised."
+    )
+    flags.DEFINE_list("mean", [], "Instead: of each channel, of images in [0, 1].")
+    flags.DEFINE_list("std", [], "Instead: of each channel, of images in [0, 1].")
+    flags.mark_flags_as_required(["workdir", "model"])
+
+
+def main(arguments):
+    if len(arguments) != 1:
+        raise UserError(f"name one file of weights besides the flags, got {arguments}.")
+    values = flags.FLAGS
+    fields = parse_fields(values.fields)
+    inputs = create_inputs(values)
+    if values.model == "googlenet" and values.normalization == "imagenet":
+        logging.warning(
+            "torchvision's own trained GoogLeNet expects --normalization=symmetric."
+        )
+    write_workdir(values.workdir, arguments[0], values.model, fields, inputs)
+    uses = "--config.init_from, cvjax.predict"
+    if inputs.dataset:
+        uses += ", cvjax.evaluate (--split=test: it may have been trained on all others)"
+    logging.info("Wrote %s, for %s.", values.workdir, uses)
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.run(main)

@@ -1,0 +1,129 @@
+"""VGG (Simonyan and Zisserman 2014, arXiv:1409.1556, Table 1: A, B, D and E).
+
+    stage    output (224x224 in)    features    3x3 convolutions, each with ReLU
+                                                VGG-11    13    16    19
+    1        224x224                64          1         2     2     2
+    2        112x112                128         1         2     2     2
+    3        56x56                  256         2         2     3     4
+    4        28x28                  512         2         2     3     4
+    5        14x14                  512         2         2     3     4
+    each stage ends in a 2x2 max-pooling: 7x7 after the last
+
+    head "imagenet":  fc6 and fc7, 4096 each, with ReLU and dropout; fc8, classes
+    head "small":     global average, one dense layer: for 32x32, where stage 5 ends in 1x1
+
+VGG-16 has 138,357,544 parameters for 1000 classes, and 14,719,818 with the head "small" for
+10 classes. Depth counts the layers with weights of the head "imagenet".
+
+Where the paper is silent: BatchNorm came later; `batch_norm` puts it between convolution
+and ReLU and keeps the convolution's bias, as torchvision does (momentum 0.9, eps 1e-5). So
+did the head "small". Where we differ: all kernels are He-normal, by fan-in (the paper:
+deviation 0.01, and deeper nets started from the trained VGG-11; torchvision: fan-out).
+Images of other sizes are averaged to 7x7 before fc6, as in torchvision.
+"""
+
+from functools import partial
+
+import jax
+from flax import linen as nn
+
+from cvjax.errors import UserError
+from cvjax.models.alexnet import DenseHead, check_dropout
+from cvjax.models.checks import check_choice, check_positive
+from cvjax.nn.conv import DTYPES, Conv
+
+# Convolutions of each stage, by depth.
+STAGES = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+HEADS = ("imagenet", "small")
+SMALLEST = 32  # pixels a side, halved five times
+
+
+class VGG(nn.Module):
+    """Stages of 3x3 convolutions with a pooling after each, and a dense head.
+
+    Attributes:
+      num_classes: size of the logits.
+      depth: 11, 13, 16 or 19.
+      batch_norm: whether BatchNorm stands between each convolution and its ReLU.
+      head: "imagenet" (three dense layers) or "small" (one).
+      width: features of the first stage; the paper's is 64.
+      hidden: features of each of the two hidden layers of the head "imagenet".
+      dropout: rate in training, after both hidden layers or in front of the small head's
+        only layer; it draws from the stream "dropout".
+      norm_momentum: of BatchNorm's running averages.
+      dtype: of the computation, "float32" or "bfloat16"; parameters, normalisation, its
+        averages and logits are float32.
+
+    Raises:
+      UserError: at construction for impossible fields; on the first call for images of
+        less than 32 pixels a side.
+    """
+
+    num_classes: int
+    depth: int = 16
+    batch_norm: bool = False
+    head: str = "imagenet"
+    width: int = 64
+    hidden: int = 4096
+    dropout: float = 0.5
+    norm_momentum: float = 0.9
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_positive(num_classes=self.num_classes, width=self.width, hidden=self.hidden)
+        if self.depth not in STAGES:
+            raise UserError(
+                f"depth must be one of {', '.join(map(str, STAGES))}, got {self.depth}."
+            )
+        check_choice("head", self.head, HEADS)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_dropout(dropout=self.dropout)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
+        height, width = images.shape[1:3]
+        if min(height, width) < SMALLEST:
+            raise UserError(
+                f"VGG needs images of {SMALLEST} pixels a side or more, got "
+                f"{height}x{width}; use larger images, or resnet_cifar for small ones."
+            )
+        dtype = DTYPES[self.dtype]
+        norm = partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.norm_momentum,
+            epsilon=1e-5,
+            dtype=dtype,
+        )
+        x = images
+        for stage, length in enumerate(STAGES[self.depth], start=1):
+            features = self.width * min(2 ** (stage - 1), 8)
+            for layer in range(1, length + 1):
+                conv = Conv(
+                    features,
+                    3,
+                    padding=1,
+                    use_bias=True,
+                    dtype=dtype,
+                    name=f"conv{stage}_{layer}",
+                )
+                x = conv(x)
+                if self.batch_norm:
+                    x = norm(name=f"bn{stage}_{layer}")(x)
+                x = nn.relu(x)
+            x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="VALID")
+
+        if self.head == "imagenet":
+            head = DenseHead(
+                self.num_classes, 7, self.hidden, self.dropout, dtype, name="head"
+            )
+            return head(x, train=train)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
+        return nn.Dense(self.num_classes, name="head")(x)

@@ -1,0 +1,191 @@
+"""Fine-tuning: a run that starts from the network of another run.
+
+`config.init_from` names the workdir of a run of train.py, finished or not, or of
+cvjax.interop.torch. Parameters and BatchNorm's averages come from its last checkpoint (not
+the one that did best on validation); the optimiser and the step start afresh. The network
+must be the same one but for `FREE_FIELDS` and the number of classes: where that differs,
+the layers that make logits are drawn anew, and the log says so. What is loaded is saved
+with the run's own checkpoints, so a resumed run does not load it again.
+
+With `config.data.normalization = "init_from"` images are normalised as they were for that
+network; else by the statistics of the new training images, which suits a network that is
+going to be trained as a whole.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import traverse_util
+from jax import numpy as jnp
+
+from cvjax.data.augment import Statistics
+from cvjax.errors import UserError
+from cvjax.training import network as networks
+from cvjax.training import workdir as workdirs
+from cvjax.training.network import Network
+from cvjax.training.optim import is_frozen
+from cvjax.training.state import TrainState
+
+# What may differ: none of it changes what parameters mean.
+FREE_FIELDS = ("walk", "dtype", "dropout", "auxiliary_dropout", "norm_momentum")
+NORMALIZATION = "init_from"  # as a value of config.data.normalization
+NAMED = 3  # differences in a message
+
+
+def load_source(
+    init_from: workdirs.Path, model: Mapping[str, Any], folder: pathlib.Path
+) -> Network:
+    """The network to start from.
+
+    Args:
+      init_from: the workdir of its run.
+      model: name and fields of the network that is to be trained.
+      folder: the workdir of the run that starts.
+
+    Raises:
+      UserError: there is no such network, or it is not this one.
+    """
+    source = pathlib.Path(init_from).expanduser().absolute()
+    if source.resolve() == folder.resolve():
+        raise UserError(f"init_from is the workdir itself, {folder}; name another run.")
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"init_from {source} is no folder of a run: it has no config.json; name the "
+            "--workdir of train.py or of cvjax.interop.torch."
+        )
+    try:
+        if "config" not in workdirs.read_manifest(source):
+            raise UserError(f"the config.json in {source} is none of ours.")
+        network = networks.load_network(source, "last")
+    except UserError as error:
+        raise UserError(f"init_from cannot be used: {error}") from error
+    differences = workdirs.config_differences(_fixed(network.run.model), _fixed(model))
+    if differences:
+        raise UserError(
+            f"init_from {source} is of another network ({'; '.join(differences)}); give "
+            "the model fields that it has."
+        )
+    if not (source / "summary.json").exists() and network.step:
+        logging.warning(
+            "%s is not finished; its network is taken as of step %d.", source, network.step
+        )
+    return network
+
+
+def start_from(state: TrainState, source: Network, init_from: str) -> TrainState:
+    """The state before the first update, with the variables of `source`.
+
+    Args:
+      state: as drawn; layers that make another number of logits keep what they have.
+      source: see `load_source`.
+      init_from: its workdir, for the log.
+
+    Raises:
+      UserError: for arrays that differ in anything but the number of classes.
+    """
+    drawn = {"params": state.params, "batch_stats": state.batch_stats}
+    wanted = traverse_util.flatten_dict(drawn)
+    loaded = traverse_util.flatten_dict(source.variables)
+    classes = len(source.class_names)
+    heads, differences = [], []
+    for path in wanted.keys() | loaded.keys():
+        name = "/".join(path)
+        ours, theirs = (np.shape(tree.get(path)) for tree in (wanted, loaded))
+        if path not in loaded or path not in wanted:
+            differences.append(f"{name} is {'missing' if path in wanted else 'unexpected'}")
+        elif ours != theirs:
+            # The fields agree, so a last axis that counts classes is that of logits.
+            if ours[:-1] == theirs[:-1] and theirs[-1] == classes:
+                heads.append(path)
+            else:
+                differences.append(f"{name} is {theirs} and not {ours}")
+    if differences:
+        differences.sort()
+        more = len(differences) - NAMED
+        raise UserError(
+            f"init_from {init_from} is of another network or of images of another size "
+            f"({source.image_shape}): in it, {', '.join(differences[:NAMED])}"
+            f"{f' and {more} more' if more > 0 else ''}."
+        )
+    flat = {path: wanted[path] if path in heads else loaded[path] for path in wanted}
+    variables = traverse_util.unflatten_dict(flat)
+    logging.info(
+        "Starting from %s, step %d (its last checkpoint): %d of %d arrays.",
+        *(init_from, source.step, len(flat) - len(heads), len(flat)),
+    )
+    if heads:
+        logging.info(
+            "Drawn anew, as there are other classes than its %d: %s.",
+            *(classes, ", ".join(sorted("/".join(path) for path in heads))),
+        )
+    return state.replace(
+        params=variables["params"], batch_stats=variables.get("batch_stats", {})
+    )
+
+
+def statistics_like(source: Statistics, image_shape: tuple[int, ...]) -> Statistics:
+    """The statistics of another run, for images that may be of another size.
+
+    Raises:
+      UserError: they differ from pixel to pixel, and the size differs.
+    """
+    if source.mean.shape == image_shape:
+        return source
+    pixel = Statistics(source.mean[:1, :1], source.std[:1, :1])
+    same = all(
+        bool((ours == all_of_them).all())
+        for ours, all_of_them in zip(
+            jax.tree.leaves(pixel), jax.tree.leaves(source), strict=True
+        )
+    )
+    if not same or source.mean.shape[-1] != image_shape[-1]:
+        raise UserError(
+            f"data.normalization 'init_from' cannot be used: the statistics there are of "
+            f"images of {source.mean.shape}, pixel by pixel, and not of {image_shape}; "
+            "use 'channel' or 'pixel_mean'."
+        )
+    return jax.tree.map(lambda array: jnp.broadcast_to(array, image_shape), pixel)
+
+
+def own_statistics(folder: pathlib.Path) -> Statistics:
+    """Those that a run was started with, for when it is resumed."""
+    statistics, _ = networks._read_inputs(folder)
+    return statistics
+
+
+def check_freeze(params: Any, freeze: str) -> int:
+    """The number of parameters that are trained.
+
+    Raises:
+      UserError: if `freeze` matches no parameter, or all.
+    """
+    if not freeze:
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+    frozen = is_frozen(params, freeze)
+    counts = [
+        0 if is_still else leaf.size
+        for leaf, is_still in zip(
+            jax.tree.leaves(params), jax.tree.leaves(frozen), strict=True
+        )
+    ]
+    if all(counts) or not any(counts):
+        modules = sorted({re.split("/", path)[0] for path in _paths(params)})
+        raise UserError(
+            f"optim.freeze {freeze!r} matches {'no' if all(counts) else 'every'} "
+            f"parameter; their paths begin with {', '.join(modules)}."
+        )
+    return sum(counts)
+
+
+def _paths(params: Any) -> list[str]:
+    return ["/".join(path) for path in traverse_util.flatten_dict(params)]
+
+
+def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {key: model[key] for key in model if key not in FREE_FIELDS}
+    return {"model": fields}
