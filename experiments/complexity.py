@@ -11,8 +11,8 @@ counted, and by which conventions, says `cvjax.analysis.accounting`.
 
 --preset=quick counts, nothing is compiled: half a minute on two CPU cores. --preset=full
 also compiles each network, forward and with gradients, and shows XLA's own figures beside
-(`cvjax.analysis.compiled`): a quarter of an hour at first, less once JAX has cached them;
-networks of more than 56 layers are only counted.
+(`cvjax.analysis.compiled`): ten minutes at first, one when JAX has cached them; networks of
+more than 56 layers are only counted.
 
 The accuracies are published ones, each with its source in results.json: torchvision's
 weights IMAGENET1K_V1 (https://docs.pytorch.org/vision/stable/models.html).

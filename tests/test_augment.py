@@ -9,6 +9,7 @@ from cvjax.data.augment import (
     NORMALIZATIONS,
     Augmentation,
     augment,
+    augment_colors,
     compute_statistics,
     normalize,
     random_crop,
@@ -148,3 +149,31 @@ def test_draws_are_the_keys():
     first, again = augment(KEY, images, both), augment(KEY, images, both)
     np.testing.assert_array_equal(first, again)
     assert (augment(jax.random.key(1), images, both) != first).any()
+
+
+def test_each_color_setting_does_its_own_thing():
+    images = jnp.asarray(IMAGES) / 255
+    axes = jnp.eye(3)
+    none = Augmentation(crop_padding=0, flip=False)
+    np.testing.assert_array_equal(augment_colors(KEY, images, none, axes), images)
+    results = [
+        np.asarray(augment_colors(KEY, images, Augmentation(0, False, **setting), axes))
+        for setting in ({"brightness": 0.3}, {"contrast": 0.3}, {"lighting": 0.1})
+    ]
+    for result in results:
+        assert result.shape == images.shape
+        # Each image has a draw of its own: no two changes are alike.
+        change = (result - np.asarray(images)).reshape(len(images), -1)
+        assert len(np.unique(change.round(6), axis=0)) == len(images)
+    ratios = results[0][images > 0.1] / np.asarray(images)[images > 0.1]
+    assert 0.69 < ratios.min() < ratios.max() < 1.31
+    assert not np.allclose(results[0], results[1])
+
+
+def test_scale_crops_only_when_asked_for():
+    images = jnp.asarray(IMAGES, jnp.float32)
+    scaled = augment(KEY, images, Augmentation(0, False, scale_min=4, scale_max=8))
+    assert scaled.shape == images.shape
+    assert not np.array_equal(scaled, images)
+    same = augment(KEY, images, Augmentation(0, False, scale_min=4, scale_max=4))
+    np.testing.assert_allclose(same, images, atol=1e-3)

@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(workdir, *flags):
-    command = [sys.executable, "-m", "experiments.depth_degradation", f"--workdir={workdir}"]
+    program = [sys.executable, "-m", "experiments.depth_degradation"]
+    command = [*program, f"--workdir={workdir}"]
     return subprocess.run(
         [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -79,6 +80,8 @@ def test_full_preset_is_the_papers_recipe():
         "step_size": 1.0,
         "norm_momentum": 0.9,
         "walk": "auto",
+        "dtype": "float32",
+        "pad_channels": "end",
     }
     optim = config.optim
     assert (optim.name, optim.momentum, optim.nesterov) == ("sgd", 0.9, False)

@@ -733,12 +733,14 @@ def randomize(net, side, seed=0):
         if value.ndim > 1:
             value.data = normal(value.shape, (2 / value[0].numel()) ** 0.5)
         elif name.endswith("weight"):
-            value.data = 0.25 + torch.rand(value.shape, generator=generator) / 2
+            value.data = 0.75 + torch.rand(value.shape, generator=generator) / 2
         else:
             value.data = normal(value.shape, 0.1)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5
+        if hasattr(module, "count"):  # a residual block: 50 of them should not explode
+            getattr(module, f"bn{module.count}").weight.data *= 0.3
     with torch.no_grad():
         net.train()(normal((4, 3, side, side), 1.0))
     return net.eval()
@@ -813,7 +815,8 @@ def test_same_logits_as_pytorch(case, tmp_path):
     actual = apply_model(variables, images, model=model)
     difference = np.abs(actual - expected).max()
     print(f"{case}: max difference {difference:.1e}, logits' {np.abs(expected).max():.2f}")
-    assert 0.3 < np.abs(expected).max() < 100
+    assert np.abs(expected).max() < 20
+    assert np.abs(expected[0] - expected[1]).max() > 0.1  # they do depend on the images
     assert difference < TOLERANCE
 
 

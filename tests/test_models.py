@@ -591,7 +591,8 @@ BAD = [
         (
             name,
             {"dtype": "float16"},
-            "dtype must be one of float32, bfloat16, got 'float16'; did you mean 'bfloat16'?",
+            "dtype must be one of float32, bfloat16, got 'float16'; did you mean "
+            "'bfloat16'?",
         )
         for name in MODELS
     ),

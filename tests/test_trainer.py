@@ -275,6 +275,8 @@ def test_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
     [
         ({"data.batch_size": 1198}, "larger than the 1197 training examples of digits"),
         ({"data.crop_padding": 8}, "would let a crop miss a 8x8 image"),
+        ({"data.scale_max": 12}, "are two ways to crop"),
+        ({"data.crop_padding": 0, "data.scale_max": 12}, r"short side of the images \(8\)"),
         ({"train_eval_examples": 5000}, "more than the 1197 training examples"),
         ({"model.widths": (0,)}, "widths must be 1 or more"),
         ({"data.name": "didgits"}, "did you mean digits"),
@@ -284,6 +286,25 @@ def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         train_and_evaluate(create_config(**settings), tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_photographic_augmentation_trains_and_resumes(tmp_path, monkeypatch):
+    settings = {
+        "data.crop_padding": 0,
+        "data.scale_min": 8,
+        "data.scale_max": 12,
+        "data.brightness": 0.4,
+        "data.contrast": 0.4,
+        "data.lighting": 0.1,
+    }
+    folders = tmp_path / "straight", tmp_path / "stopped"
+    train_and_evaluate(create_config(**settings), folders[0])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(InterruptedRun):
+            train_and_evaluate(create_config(**settings), folders[1])
+    train_and_evaluate(create_config(**settings), folders[1])
+    check_equal(folders[1], folders[0])
 
 
 def test_sigmoid_loss_trains_on_multi_label_data(tmp_path, monkeypatch):

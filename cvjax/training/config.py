@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from cvjax.data.augment import NORMALIZATIONS
+from cvjax.data.augment import NORMALIZATIONS, Augmentation
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
 from cvjax.models.checks import check_choice
@@ -40,8 +40,8 @@ class DataConfig:
       eval_batch_size: of evaluation; it changes speed and memory, not results.
       normalization: see `data.augment.compute_statistics`; or "init_from", the statistics
         of the run that this one starts from (see `training.transfer`).
-      crop_padding: see `data.augment.Augmentation`.
-      flip: see `data.augment.Augmentation`.
+      crop_padding, flip, scale_min, scale_max, brightness, contrast, lighting: see
+        `data.augment.Augmentation`.
     """
 
     name: str = "digits"
@@ -53,6 +53,17 @@ class DataConfig:
     normalization: str = "pixel_mean"
     crop_padding: int = 0
     flip: bool = False
+    scale_min: int = 0
+    scale_max: int = 0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    lighting: float = 0.0
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The settings of the training images' random changes."""
+        names = [field.name for field in dataclasses.fields(Augmentation)]
+        return Augmentation(**{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +184,16 @@ def _check_ranges(run: RunConfig) -> None:
         "data.batch_size": (run.data.batch_size, 1),
         "data.eval_batch_size": (run.data.eval_batch_size, 1),
         "data.crop_padding": (run.data.crop_padding, 0),
+        "data.scale_min": (run.data.scale_min, 0),
+        "data.brightness": (run.data.brightness, 0),
+        "data.contrast": (run.data.contrast, 0),
+        "data.lighting": (run.data.lighting, 0),
         "optim.momentum": (run.optim.momentum, 0),
         "optim.weight_decay": (run.optim.weight_decay, 0),
         "optim.warmup_steps": (run.optim.warmup_steps, 0),
         "optim.warmup_learning_rate": (run.optim.warmup_learning_rate, 0),
         "loss.label_smoothing": (run.loss.label_smoothing, 0),
+        "loss.auxiliary_weight": (run.loss.auxiliary_weight, 0),
     }
     for key, (value, least) in at_least.items():
         if not value >= least:
@@ -187,6 +203,8 @@ def _check_ranges(run: RunConfig) -> None:
             f"optim.learning_rate must be above 0, got {run.optim.learning_rate}."
         )
     below_one = {
+        "data.brightness": run.data.brightness,
+        "data.contrast": run.data.contrast,
         "optim.momentum": run.optim.momentum,
         "loss.label_smoothing": run.loss.label_smoothing,
     }
@@ -216,6 +234,18 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
         raise UserError(
             f"train_eval_examples {run.train_eval_examples} is more than the "
             f"{train_examples} training examples of {run.data.name}; use -1 for all."
+        )
+    data = run.data
+    if data.scale_max and data.crop_padding:
+        raise UserError(
+            f"data.crop_padding {data.crop_padding} and data.scale_max {data.scale_max} "
+            "are two ways to crop; set one of them to 0."
+        )
+    side = min(image_shape[:2])
+    if (data.scale_min or data.scale_max) and not side <= data.scale_min <= data.scale_max:
+        raise UserError(
+            f"data.scale_min {data.scale_min} and data.scale_max {data.scale_max} must be "
+            f"the short side of the images ({side}) or more, in this order (or both 0)."
         )
     if run.data.crop_padding >= min(image_shape[:2]):
         raise UserError(

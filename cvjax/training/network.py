@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.data.augment import Augmentation, Statistics
+from cvjax.data.augment import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.training import checkpoint as checkpoints
@@ -97,7 +97,7 @@ def load_network(workdir: workdirs.Path, checkpoint: str = "last") -> Network:
         optim=run.optim,
         total_steps=run.total_steps,
         loss=run.loss,
-        augmentation=Augmentation(run.data.crop_padding, run.data.flip),
+        augmentation=run.data.augmentation,
     )
     abstract_state = create_train_state.eval_shape(
         jax.random.key(0), recipe=recipe, image_shape=statistics.mean.shape

@@ -24,9 +24,9 @@ from cvjax.training.optim import create_optimizer
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import Monitor, TrainState
 
-# What a step's key is folded with for dropout. `augment` splits the same key in two, which
-# gives the keys that folding with 0 and 1 would give.
-DROPOUT_DRAWS = 2
+# What a step's key is folded with for dropout and for colours. `augment` splits the same
+# key in two, which gives the keys that folding with 0 and 1 would give.
+DROPOUT_DRAWS, COLOR_DRAWS = 2, 3
 
 
 @struct.dataclass
@@ -36,10 +36,12 @@ class Constants:
     Attributes:
       rng: the root of all draws made while training; each step folds its number in.
       statistics: of the training images.
+      color_axes: of the training images, for `Augmentation.lighting`.
     """
 
     rng: jax.Array
     statistics: Statistics
+    color_axes: jax.Array | None = None
 
 
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
@@ -53,7 +55,13 @@ def train_step(
     plus `recipe.loss.auxiliary_weight` times those of the sown logits.
     """
     rng = jax.random.fold_in(constants.rng, state.step)
-    images = augment.normalize(batch["image"], constants.statistics)
+    images = augment.augment_colors(
+        jax.random.fold_in(rng, COLOR_DRAWS),
+        augment.to_unit(batch["image"]),
+        recipe.augmentation,
+        constants.color_axes,
+    )
+    images = augment.standardize(images, constants.statistics)
     images = augment.augment(rng, images, recipe.augmentation)
 
     def mean_loss(params):

@@ -19,8 +19,9 @@ from absl import logging
 
 from cvjax import data, progress
 from cvjax.analysis.curves import draw_curves
-from cvjax.data.augment import Augmentation, Statistics, compute_statistics
+from cvjax.data.augment import Statistics, compute_statistics
 from cvjax.data.dataset import Dataset, Split
+from cvjax.data.photographs import compute_color_axes
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.training import checkpoint, interrupt, logs, loop, steps, transfer
@@ -95,7 +96,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
         optim=run.optim,
         total_steps=run.total_steps,
         loss=run.loss,
-        augmentation=Augmentation(run.data.crop_padding, run.data.flip),
+        augmentation=run.data.augmentation,
     )
     state, record = _initial_or_restored(run, recipe, dataset, folder)
     if source is not None:
@@ -118,7 +119,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
             record,
             run=run,
             recipe=recipe,
-            constants=steps.Constants(rng, statistics),
+            constants=steps.Constants(rng, statistics, _color_axes(run, dataset)),
             dataset=dataset,
             folder=folder,
             stop=stop,
@@ -126,6 +127,12 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
             show=show,
         )
     return _finish(state, record, run, recipe, statistics, dataset, folder)
+
+
+def _color_axes(run: RunConfig, dataset: Dataset) -> jax.Array | None:
+    if not run.data.lighting:
+        return None
+    return compute_color_axes(dataset.train.images)
 
 
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
