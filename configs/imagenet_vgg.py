@@ -30,6 +30,9 @@ def get_config():
     config.data.batch_size = 256
     config.data.normalization = "channel"
     config.data.flip = True
+    config.data.scale_min = 256
+    config.data.scale_max = 512
+    config.data.lighting = 0.1
 
     config.model.depth = 16
     config.model.head = "imagenet"
