@@ -23,6 +23,7 @@ from cvjax.interop.inputs import Inputs
 from cvjax.interop.names import Place, torch_names
 from cvjax.interop.tensors import load_tensors
 from cvjax.models import create_model
+from cvjax.training import default_config, trainer
 from cvjax.training.network import apply_model, load_network
 
 try:
@@ -355,6 +356,25 @@ def test_imported_network(imported):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     other = numpy_net(tiny_state(), images.transpose(0, 3, 1, 2), "end")
     assert np.abs(other - expected).max() > 1e-2
+
+
+def test_imported_network_is_trained_on(imported, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
+    config = default_config("resnet_cifar")
+    config.model.update(TINY)
+    config.update(total_steps=4, init_from=str(imported[0]), train_eval_examples=0)
+    config.data.normalization = "init_from"
+    config.optim.freeze = "stem|stage"
+    trainer.train_and_evaluate(config, tmp_path)
+    before, after = load_network(imported[0]), load_network(tmp_path)
+    assert (after.statistics.mean == np.float32(MEAN)).all()
+    changed = jax.tree.map(
+        lambda a, b: bool((a != b).any()),
+        before.variables["params"],
+        after.variables["params"],
+    )
+    assert all(jax.tree.leaves(changed.pop("head")))
+    assert not any(jax.tree.leaves(changed))
 
 
 def test_import_does_not_overwrite(imported, tmp_path):

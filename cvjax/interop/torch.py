@@ -236,7 +236,10 @@ def define_flags() -> None:
 
 def main(arguments):
     if len(arguments) != 1:
-        raise UserError(f"name one file of weights besides the flags, got {arguments}.")
+        raise UserError(
+            "name one file of weights besides the flags, and separate --fields by commas; "
+            f"got {', '.join(arguments) or 'none'}."
+        )
     values = flags.FLAGS
     fields = parse_fields(values.fields)
     inputs = create_inputs(values)
