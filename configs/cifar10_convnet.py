@@ -2,7 +2,7 @@
 
 Command:  python train.py --config=configs/cifar10_convnet.py --workdir=runs/cifar10_convnet
 Cost:     about ten minutes on two CPU cores
-Expected: test error 35 to 42 %
+Expected: test error 35 to 42 % (an estimate: not yet run to the end)
 """
 
 from cvjax.training import default_config

@@ -1,8 +1,8 @@
 """The lecture's fully connected net, 3072-400-100-700-10, on CIFAR-10.
 
 Command:  python train.py --config=configs/cifar10_mlp.py --workdir=runs/cifar10_mlp
-Cost:     a few minutes on two CPU cores
-Expected: test error 44 to 50 %
+Cost:     two to three minutes on two CPU cores
+Expected: test error 43 to 46 % (one run: 44.0 %)
 """
 
 from cvjax.training import default_config

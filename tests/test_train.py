@@ -72,7 +72,12 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGINT, 75, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
+    ],
 )
 def test_stopped_process_says_so_and_goes_on_in_a_new_one(
     number, code, uninterrupted, tmp_path

@@ -91,7 +91,7 @@ def load_network(workdir: workdirs.Path, checkpoint: str = "last") -> Network:
         )
     folder = pathlib.Path(workdir).absolute()
     run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
-    statistics, class_names = _read_inputs(folder)
+    statistics, class_names = read_inputs(folder)
     recipe = Recipe(
         model=create_model(num_classes=len(class_names), **run.model),
         optim=run.optim,
@@ -141,7 +141,7 @@ def _complete(config: dict[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(complete)
 
 
-def _read_inputs(folder: pathlib.Path) -> tuple[Statistics, tuple[str, ...]]:
+def read_inputs(folder: pathlib.Path) -> tuple[Statistics, tuple[str, ...]]:
     path = folder / "inputs.npz"
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:

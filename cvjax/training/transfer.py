@@ -154,7 +154,7 @@ def statistics_like(source: Statistics, image_shape: tuple[int, ...]) -> Statist
 
 def own_statistics(folder: pathlib.Path) -> Statistics:
     """Those that a run was started with, for when it is resumed."""
-    statistics, _ = networks._read_inputs(folder)
+    statistics, _ = networks.read_inputs(folder)
     return statistics
 
 
