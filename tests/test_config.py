@@ -177,6 +177,45 @@ def test_a_model_that_is_no_name():
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("optim.boundaries", 0.5, "int or float"),
+        ("optim.boundaries", "0.5", "int or float"),
+        ("optim.boundaries", (0.5, "x"), "int or float"),
+        ("optim.boundaries", (True,), "int or float"),
+        ("optim.boundaries", None, "int or float"),
+        ("model.widths", 5, "int"),
+        ("model.widths", "abc", "int"),
+        ("model.widths", (5, 5.5), "int"),
+        ("model.widths", [True], "int"),
+    ],
+)
+def test_several_values_of_another_type(key, value, kind):
+    named = "model field 'widths'" if key == "model.widths" else key
+    assert refusal(config_with({key: value}, "mlp")) == (
+        f"{named} takes several values of type {kind}, got {value!r}."
+    )
+
+
+@pytest.mark.parametrize("value", [[20], None])
+def test_a_list_is_no_number(value):
+    assert refusal(config_with({"model.depth": value})) == (
+        f"model field 'depth' takes a value of type int, got {value!r}."
+    )
+
+
+@pytest.mark.parametrize("group", ["data", "model", "optim", "loss"])
+def test_a_group_that_is_none(group):
+    assert refusal(config_with({group: 3})) == f"{group} is a group of settings, got 3."
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("key", ["optim.decay_factor", "optim.weight_decay"])
+def test_numbers_must_be_finite(key, value):
+    assert refusal(config_with({key: value})) == f"{key} must be 0 or more, got {value}."
+
+
 @pytest.mark.parametrize("key", ["seed", "data.crop_padding"])
 def test_true_is_no_number(key):
     assert refusal(config_with({key: True})).endswith("a value of type int, got True.")
@@ -242,6 +281,7 @@ AT_LEAST = {
     "data.crop_padding": 0,
     "optim.momentum": 0,
     "optim.weight_decay": 0,
+    "optim.decay_factor": 0,
     "optim.warmup_steps": 0,
     "optim.warmup_learning_rate": 0,
     "loss.label_smoothing": 0,

@@ -1,6 +1,8 @@
 """The cache of decoded images, without any data set behind it."""
 
+import dataclasses
 import json
+import shutil
 import threading
 import time
 
@@ -194,6 +196,22 @@ def test_entry_without_source(tmp_path):
         assert_sound(cache.find_entry(name, tmp_path))
     for name in ("toy:1.0.1", "to", "toy/x", "toy:1.0"):
         assert cache.find_entry(name, tmp_path) is None, name
+
+
+def test_entry_without_source_of_a_like_name(tmp_path):
+    for name, version in (("toy/dark-blue", "1.0.0"), ("toy/dark", "9.0.0")):
+        source = tfds.Source(**{**vars(SOURCE), "name": name, "version": version})
+        cache.read_or_decode(source, decode, tmp_path)
+    newest = dataclasses.replace(make_decoded(), fingerprint="newest")
+    source = tfds.Source(**{**vars(SOURCE), "name": "toy/dark", "version": "10.0.0"})
+    cache.read_or_decode(source, lambda _: newest, tmp_path)
+    assert cache.find_entry("toy/dark", tmp_path).fingerprint == "newest"
+    assert_sound(cache.find_entry("toy/dark:9.0.0", tmp_path))
+    for entry in tmp_path.glob("toy~dark-?*.0.0-*"):
+        if entry.is_dir() and "blue" not in entry.name:
+            shutil.rmtree(entry)
+    assert cache.find_entry("toy/dark", tmp_path) is None
+    assert_sound(cache.find_entry("toy/dark-blue", tmp_path))
 
 
 def test_default_folder(monkeypatch, tmp_path):

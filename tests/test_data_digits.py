@@ -58,7 +58,7 @@ def test_each_class_has_its_share(digits):
     share = np.bincount(labels) / len(labels)
     for split in (digits.train, digits.val, digits.test):
         counts = np.bincount(split.labels, minlength=10)
-        np.testing.assert_allclose(counts, share * len(split.labels), rtol=0, atol=2)
+        np.testing.assert_allclose(counts, share * len(split.labels), rtol=0, atol=1)
 
 
 def test_always_the_same(digits):

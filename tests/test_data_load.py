@@ -307,6 +307,13 @@ def test_images_that_differ_in_size(load, tmp_path):
         load()
 
 
+def test_splits_that_differ_in_size(load, tmp_path):
+    splits = draw() | {"test": draw({"test": 9}, shape=(6, 5, 3))["test"]}
+    write(tmp_path / "data", splits, shape=(None, None, 3))
+    with pytest.raises(UserError, match=r"^the images of .* differ .*equal sizes"):
+        load()
+
+
 def test_another_file_format(load, tmp_path):
     folder = write(tmp_path / "data", draw())
     info = json.loads((folder / "dataset_info.json").read_text())

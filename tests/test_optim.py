@@ -93,7 +93,7 @@ def test_boundaries_are_parts_or_steps():
 
 
 @pytest.mark.parametrize(
-    "boundaries", [(0,), (10,), (5, 11), (1.0,), (0.0,), (-3,), (1.5,)]
+    "boundaries", [(0,), (10,), (5, 11), (1.0,), (0.0,), (-3,), (1.5,), (math.nan,)]
 )
 def test_boundaries_outside_of_the_run(boundaries):
     with pytest.raises(UserError) as caught:
@@ -102,6 +102,12 @@ def test_boundaries_outside_of_the_run(boundaries):
         f"optim.boundaries {boundaries} must lie between 0 and total_steps (10); give "
         "steps, or parts of the run such as (0.5, 0.75)."
     )
+
+
+def test_a_boundary_that_is_named_twice():
+    # One drop would be lost.
+    with pytest.raises(UserError, match=r"name a step twice \(\(5, 5\)\)"):
+        boundary_steps(OptimConfig(boundaries=(5, 0.5)), 10)
 
 
 # Updates

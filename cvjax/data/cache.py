@@ -10,6 +10,7 @@ under a temporary name and renamed when it is complete.
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -79,14 +80,23 @@ def read_or_decode(
 
 
 def find_entry(name: str, cache: pathlib.Path) -> Decoded | None:
-    """Images that are in the cache although their source is gone.
+    """Images that are in the cache although their source is gone, the newest version's.
 
     `name` is the data set's, with the version if one is asked for.
     """
     path, _, version = name.partition(":")
-    for entry in sorted(cache.glob(f"{_prefix(path)}{version or '*'}-*"), reverse=True):
-        if entry.is_dir() and (decoded := _read(entry)) is not None:
-            return decoded
+    # Not a glob: the entries of shapes/dark-blue begin like those of shapes/dark.
+    pattern = re.compile(rf"{re.escape(_prefix(path))}(\d+)\.(\d+)\.(\d+)-\w+")
+    found = [
+        (tuple(map(int, match.groups())), entry)
+        for entry in cache.iterdir()
+        if entry.is_dir() and (match := pattern.fullmatch(entry.name))
+    ]
+    for numbers, entry in sorted(found, reverse=True):
+        if version in ("", ".".join(map(str, numbers))):
+            decoded = _read(entry)
+            if decoded is not None:
+                return decoded
     return None
 
 

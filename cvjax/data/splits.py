@@ -18,7 +18,8 @@ def stratified(labels: np.ndarray, sizes: tuple[int, ...]) -> list[np.ndarray]:
 
     Returns:
       For each part the indices of its examples, sorted, int64 [size]. The parts are
-      disjoint, and no class deviates from its share by more than one example a part.
+      disjoint. Each class has its share of every part: to within one example where the
+      classes are about equally large, to within a few where they are not.
     """
     if sum(sizes) != len(labels):
         raise ValueError(f"parts of {sizes} do not add up to {len(labels)} examples")

@@ -151,16 +151,17 @@ def _decode(source: Source) -> Decoded:
     }
     images, labels = {}, {}
     with progress.open(sum(splits.values()), 0, f"decoding {source.name}") as show:
-        done = 0
+        done, shape = 0, None
         for split, count in splits.items():
             records = _open(builder, split, source)
             labels[split] = np.empty(count, np.int32)
             for start in range(0, count, CHUNK):
                 chunk = records.__getitems__(list(range(start, min(start + CHUNK, count))))
                 pictures = [example[image_key] for example in chunk]
+                shape = shape or pictures[0].shape
                 if split not in images:
-                    images[split] = np.empty((count, *pictures[0].shape), np.uint8)
-                if any(picture.shape != images[split].shape[1:] for picture in pictures):
+                    images[split] = np.empty((count, *shape), np.uint8)
+                if any(picture.shape != shape for picture in pictures):
                     raise UserError(
                         f"the images of {source.name} differ in size; cvjax keeps them all "
                         "in memory and needs equal sizes, as in cifar10 or mnist."

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from cvjax.errors import UserError
 from cvjax.models.alexnet import AlexNet
-from cvjax.models.checks import check_choice
+from cvjax.models.checks import as_type, check_choice
 from cvjax.models.convnet import ConvNet
 from cvjax.models.googlenet import GoogLeNet
 from cvjax.models.mlp import MLP
@@ -60,13 +60,5 @@ def create_model(name: str, num_classes: int, **fields: Any) -> nn.Module:
             raise UserError(
                 f"model {name!r} has no field {field!r}, only {', '.join(types)}{hint}"
             )
-        if isinstance(value, list):
-            fields[field] = tuple(value)
-        elif types[field] is float and type(value) is int:
-            fields[field] = float(value)
-        elif isinstance(types[field], type) and type(value) is not types[field]:
-            raise UserError(
-                f"model field {field!r} takes a value of type {types[field].__name__}, "
-                f"got {value!r}."
-            )
+        fields[field] = as_type(f"model field {field!r}", value, types[field])
     return MODELS[name](num_classes=num_classes, **fields)

@@ -16,7 +16,7 @@ import ml_collections
 from cvjax.data.augment import NORMALIZATIONS, Augmentation
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
-from cvjax.models.checks import check_choice
+from cvjax.models.checks import as_type, check_choice
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
     DECAYED,
@@ -190,13 +190,14 @@ def _check_ranges(run: RunConfig) -> None:
         "data.lighting": (run.data.lighting, 0),
         "optim.momentum": (run.optim.momentum, 0),
         "optim.weight_decay": (run.optim.weight_decay, 0),
+        "optim.decay_factor": (run.optim.decay_factor, 0),
         "optim.warmup_steps": (run.optim.warmup_steps, 0),
         "optim.warmup_learning_rate": (run.optim.warmup_learning_rate, 0),
         "loss.label_smoothing": (run.loss.label_smoothing, 0),
         "loss.auxiliary_weight": (run.loss.auxiliary_weight, 0),
     }
     for key, (value, least) in at_least.items():
-        if not value >= least:
+        if not least <= value < float("inf"):
             raise UserError(f"{key} must be {least} or more, got {value}.")
     if not 0 < run.optim.learning_rate < float("inf"):
         raise UserError(
@@ -272,15 +273,10 @@ def _typed(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
                 f"{prefix}{name} is missing; start the config from "
                 "cvjax.training.config.default_config, which has every key."
             )
-        value = values[name]
-        if isinstance(value, list):
-            value = tuple(value)
-        if field.type is float and type(value) is int:
-            value = float(value)
-        if field.type in (int, float, bool, str) and type(value) is not field.type:
-            raise UserError(
-                f"{prefix}{name} takes a value of type {field.type.__name__}, "
-                f"got {value!r}."
-            )
-        typed[name] = value
+        if field.default_factory is dataclasses.MISSING:
+            typed[name] = as_type(f"{prefix}{name}", values[name], field.type)
+        elif isinstance(values[name], dict):
+            typed[name] = values[name]
+        else:
+            raise UserError(f"{name} is a group of settings, got {values[name]!r}.")
     return typed

@@ -68,14 +68,20 @@ def boundary_steps(optim: OptimConfig, total_steps: int) -> tuple[int, ...]:
     """
     if optim.schedule != "step":
         return ()
-    steps = tuple(
-        round(boundary * total_steps) if isinstance(boundary, float) else boundary
+    exact = [
+        boundary * total_steps if isinstance(boundary, float) else boundary
         for boundary in optim.boundaries
-    )
-    if any(not 0 < step < total_steps for step in steps):
+    ]
+    if any(not 0.5 < step < total_steps - 0.5 for step in exact):
         raise UserError(
             f"optim.boundaries {optim.boundaries} must lie between 0 and total_steps "
             f"({total_steps}); give steps, or parts of the run such as (0.5, 0.75)."
+        )
+    steps = tuple(map(round, exact))
+    if len(set(steps)) < len(steps):
+        raise UserError(
+            f"optim.boundaries {optim.boundaries} name a step twice ({steps}); give each "
+            "once, with a smaller optim.decay_factor for a larger drop."
         )
     return steps
 
