@@ -109,7 +109,8 @@ def provenance() -> dict[str, Any]:
         "threefry_partitionable": jax.config.jax_threefry_partitionable,
         "git": _git(),
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": sys.argv,
+        # The name alone: where somebody keeps the program is nobody's business.
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
