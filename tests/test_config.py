@@ -384,3 +384,10 @@ def test_what_does_not_fit_the_data(changes, sentence):
     with pytest.raises(UserError) as caught:
         check_data(parse_config(config_with(changes)), 50, (9, 8, 1))
     assert str(caught.value) == sentence
+
+
+def test_the_number_of_classes_is_the_data_sets():
+    config = default_config("mlp")
+    config.model.num_classes = 4
+    with pytest.raises(UserError, match="num_classes is not a setting"):
+        parse_config(config)

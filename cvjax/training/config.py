@@ -151,6 +151,10 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
     if "name" not in run.model:
         raise UserError(f"model.name is missing; it is one of {', '.join(MODELS)}.")
     choices = (*NORMALIZATIONS, "init_from")
+    if "num_classes" in run.model:
+        raise UserError(
+            "model.num_classes is not a setting: the data set says how many there are."
+        )
     check_choice("data.normalization", run.data.normalization, choices)
     if run.data.normalization == "init_from" and not run.init_from:
         raise UserError(
