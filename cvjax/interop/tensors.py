@@ -90,5 +90,5 @@ def _import(name: str, path: pathlib.Path):
     except ModuleNotFoundError as error:
         raise UserError(
             f"reading {path.name} needs {name.partition('.')[0]}, which is not installed: "
-            "`pip install 'cvjax[torch]'`, or `pip install torch safetensors`."
+            "`pip install torch safetensors`."
         ) from error
