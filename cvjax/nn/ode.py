@@ -1,0 +1,333 @@
+"""Continuous depth: x(1), where x(0) = x and dx/dt = f(x, t; theta(t)).
+
+Chen et al. 2018 (arXiv:1806.07366). f is a residual function, and its parameters lie on the
+depth axis as those of a stage do (nn/depth.py): every leaf of theta has a leading axis. Time
+runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) is one slice of
+that axis, or the line between two. With Euler's method, a step a piece and theta piecewise
+constant, this is the residual stage x + h f(x) with h = 1 / n.
+
+Equal steps are walked as a stage is (nn/fixed.py: unrolled on CPU, a loop elsewhere),
+adaptive ones are diffrax's (nn/adaptive.py).
+
+What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
+"kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral
+of the mean of f**2 over an image's values (Finlay et al. 2020, arXiv:2002.02798), [batch].
+If the collection "trajectory" is asked for, it sows x before the first and after each of its
+equal steps, [steps + 1, batch, height, width, channels].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import struct
+from jax import numpy as jnp
+
+from cvjax.errors import UserError
+from cvjax.nn import depth, fixed
+
+# How a solve ended.
+SUCCESSFUL, MAX_STEPS, UNDERFLOW, NOT_FINITE = range(4)
+
+METHODS = ("euler", "midpoint", "heun", "rk4", "tsit5", "dopri5", "reversible_heun")
+ADAPTIVE = ("midpoint", "heun", "tsit5", "dopri5", "reversible_heun")
+GRADIENTS = ("checkpoint", "direct", "backsolve")
+PER_SAMPLE = ("eval", "always", "never")
+THETAS = ("constant", "piecewise_constant", "piecewise_linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How an ODE is solved.
+
+    Attributes:
+      method: one of `METHODS`. Order 1: "euler"; 2: "midpoint", "heun", "reversible_heun";
+        4: "rk4"; 5: "tsit5", "dopri5".
+      steps: the number of equal steps, or 0 for steps that adapt to the tolerances; the
+        methods for which they can are `ADAPTIVE`.
+      rtol, atol: of adaptive steps; the error estimated for a step is kept below
+        atol + rtol * |x|, root mean square over what shares the step.
+      max_steps: of adaptive steps, rejected ones included; more is a failure.
+      gradient: "checkpoint" and "direct" are exact: they differentiate the steps taken,
+        keeping some of them (about the root of their number; diffrax: the logarithm of
+        `max_steps`) and computing the others again, or keeping all. "backsolve" is the
+        continuous adjoint of Chen et al.: memory does not grow with the steps, and the
+        gradient has an error of the order of the solver's.
+      per_sample: when images have adaptive steps of their own, so that none depends on
+        its batch: in evaluation ("eval"), "always" (in training this needs a gradient
+        of all parameters for each image) or "never".
+
+    Raises:
+      UserError: at construction, for values that make no solver.
+    """
+
+    method: str = "heun"
+    steps: int = 8
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    max_steps: int = 256
+    gradient: str = "checkpoint"
+    per_sample: str = "eval"
+
+    def __post_init__(self):
+        for name, choices in (
+            ("method", METHODS),
+            ("gradient", GRADIENTS),
+            ("per_sample", PER_SAMPLE),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"The solver's {name} must be one of {', '.join(choices)}, got "
+                    f"{getattr(self, name)!r}."
+                )
+        if self.steps < 0:
+            raise UserError(
+                f"The solver's steps must be 1 or more, or 0 for adaptive steps, got "
+                f"{self.steps}."
+            )
+        if self.max_steps < 1:
+            raise UserError(
+                f"The solver's max_steps must be 1 or more, got {self.max_steps}."
+            )
+        if not self.steps and self.method not in ADAPTIVE:
+            raise UserError(
+                f"{self.method} estimates no error, so its steps cannot adapt; give it a "
+                f"number of steps, or choose one of {', '.join(ADAPTIVE)}."
+            )
+        least = 1e-6 if not jax.config.jax_enable_x64 else 1e-14
+        for name in ("rtol", "atol"):
+            if not least <= getattr(self, name) < 1:
+                raise UserError(
+                    f"The solver's {name} must be below 1 and at least {least:g}, which is "
+                    f"what {'float64' if least < 1e-6 else 'float32'} can resolve, got "
+                    f"{getattr(self, name)}."
+                )
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether its steps are those of nn/fixed.py, and may be unrolled."""
+        return bool(
+            self.steps
+            and self.gradient != "backsolve"
+            and self.method != "reversible_heun"
+        )
+
+
+@struct.dataclass
+class Stats:
+    """What the solver of one block did, for each image of a batch; all int32 [batch].
+
+    Attributes:
+      evaluations: of f in the forward solve, those of rejected steps included (NFE).
+      steps: tried.
+      rejected: of these.
+      result: `SUCCESSFUL`, `MAX_STEPS`, `UNDERFLOW` (steps too short for the type) or
+        `NOT_FINITE`.
+    """
+
+    evaluations: jax.Array
+    steps: jax.Array
+    rejected: jax.Array
+    result: jax.Array
+
+
+class ODEBlock(nn.Module):
+    """x(1), where x(0) = x and dx/dt = f(x, t; theta(t)); shapes stay as they are.
+
+    The parameters of f stand under `f`, every leaf with a leading axis: one slice for
+    "constant", `pieces` for "piecewise_constant", `pieces` + 1 for "piecewise_linear", each
+    initialised by a key of its own.
+
+    Attributes:
+      field: makes f, called as `field(in_loop=..., parent=None)`; f(x, t) has the shape
+        of x, t is a scalar. `in_loop` is for its convolutions (see nn/conv.py).
+      solver: see `Solver`.
+      theta: one of `THETAS`.
+      pieces: of the time from 0 to 1.
+      walk: whether equal steps are a loop, one of `nn.depth.WALKS`.
+      train: whether the call is for training (see `Solver.per_sample`).
+
+    Raises:
+      UserError: if f has variables that are not parameters, such as BatchNorm's averages,
+        or if `pieces` do not fit.
+    """
+
+    field: Callable[..., nn.Module]
+    solver: Solver
+    theta: str = "constant"
+    pieces: int = 1
+    walk: str = "auto"
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, height, width, channels] -> the same."""
+        check_pieces(self.theta, self.pieces, self.solver)
+        theta = self.param("f", self._init_theta, x)
+        if self.is_initializing():
+            self._sow(Stats(*[jnp.zeros(len(x), jnp.int32)] * 4))
+            return x
+        rolled = depth.is_rolled(self.walk) or not self.solver.unrolls
+        f = self._vector_field(in_loop=rolled)
+        wants_energy = self.is_mutable_collection("kinetic")
+        if wants_energy:
+            f = _with_energy(f)
+        start = (x, jnp.zeros(len(x), x.dtype)) if wants_energy else x
+        if self.solver.unrolls:
+            end, stats = self._equal_steps(f, theta, start, rolled)
+        else:
+            end, stats = self._diffrax(f, theta, start)
+        if wants_energy:
+            end, energy = end
+            self.sow("kinetic", "energy", energy, reduce_fn=lambda _, new: new)
+        finite = jnp.isfinite(end).all(axis=range(1, x.ndim))
+        finite |= stats.result != SUCCESSFUL  # that failure came first
+        self._sow(stats.replace(result=jnp.where(finite, stats.result, NOT_FINITE)))
+        return end
+
+    def _init_theta(self, rng: jax.Array, x: jax.Array):
+        field = self.field(in_loop=True, parent=None)
+        slices = self.pieces + (self.theta == "piecewise_linear")
+
+        def init(rng):
+            variables = field.init(rng, x, jnp.zeros((), x.dtype))
+            others = sorted(set(variables) - {"params"})
+            if others:
+                raise UserError(
+                    f"f of an ODE has variables that are not parameters ({others[0]}), as "
+                    "BatchNorm has: a solver evaluates f a varying number of times and "
+                    "at varying t, so there is no one average; use GroupNorm."
+                )
+            return variables["params"]
+
+        return jax.vmap(init)(jax.random.split(rng, slices))
+
+    def _vector_field(self, in_loop: bool):
+        """f as a function of (theta, x, t, piece), with theta the whole depth axis."""
+        field = self.field(in_loop=in_loop, parent=None)
+
+        def f(theta, x, t, piece):
+            if self.theta == "piecewise_linear":
+                part = t * self.pieces - piece
+                now = jax.tree.map(
+                    lambda leaf: (1 - part) * leaf[piece] + part * leaf[piece + 1], theta
+                )
+            else:
+                now = jax.tree.map(lambda leaf: leaf[piece], theta)
+            t = jnp.asarray(t, x.dtype)
+            if self.solver.steps:
+                return field.apply({"params": now}, x, t)
+            # The noise of fast matrix units would be taken for error and made smaller.
+            with jax.default_matmul_precision("highest"):
+                return field.apply({"params": now}, x, t)
+
+        return f
+
+    def _equal_steps(self, f, theta, x, rolled: bool):
+        solver = self.solver
+        if solver.method in fixed.TABLEAUS:
+            tableau = fixed.TABLEAUS[solver.method]
+        else:
+            from cvjax.nn.adaptive import tableau_of
+
+            tableau = tableau_of(solver.method)
+        h, steps_a_piece = 1 / solver.steps, solver.steps // self.pieces
+
+        def one_step(theta, x, number):
+            piece = number // steps_a_piece if self.pieces > 1 else 0
+            return fixed.step(tableau, lambda x, t: f(theta, x, t, piece), x, number * h, h)
+
+        if self.is_mutable_collection("trajectory"):
+            x, path = jax.lax.scan(
+                lambda x, number: (one_step(theta, x, number), x),
+                x,
+                jnp.arange(solver.steps),
+            )
+            path = jax.tree.map(lambda leaf, end: jnp.vstack([leaf, end[None]]), path, x)
+            self.sow("trajectory", "x", path, reduce_fn=lambda _, new: new)
+        else:
+            checkpoint = solver.gradient == "checkpoint"
+            x = fixed.walk(
+                one_step, theta, x, solver.steps, rolled=rolled, checkpoint=checkpoint
+            )
+        batch = len(jax.tree.leaves(x)[0])
+        evaluations = jnp.full(batch, solver.steps * len(tableau.b), jnp.int32)
+        steps = jnp.full(batch, solver.steps, jnp.int32)
+        zeros = jnp.zeros(batch, jnp.int32)
+        return x, Stats(evaluations, steps, rejected=zeros, result=zeros)
+
+    def _diffrax(self, f, theta, x):
+        batch = len(jax.tree.leaves(x)[0])
+        alone = self.solver.per_sample == "always" or (
+            self.solver.per_sample == "eval" and not self.train
+        )
+        solve = functools.partial(_solve_pieces, f, theta, self.solver, self.pieces)
+        if alone and not self.solver.steps:
+            one_image = jax.tree.map(lambda leaf: leaf[:, None], x)
+            x, stats = jax.vmap(solve)(one_image)
+            return jax.tree.map(lambda leaf: leaf[:, 0], x), stats
+        x, stats = solve(x)
+        return x, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, batch), stats)
+
+    def _sow(self, stats: Stats) -> None:
+        self.sow("solver", "stats", stats, reduce_fn=lambda _, new: new)
+
+
+def _solve_pieces(f, theta, solver: Solver, pieces: int, x):
+    """One solve a piece, as theta(t) is smooth only within them."""
+    from cvjax.nn import adaptive
+
+    def one_piece(carry, piece):
+        x, before = carry
+        solution = adaptive.solve(
+            lambda theta, x, t: f(theta[0], x, t, theta[1]),
+            (theta, piece),
+            x,
+            piece / pieces,
+            (piece + 1) / pieces,
+            method=solver.method,
+            steps=solver.steps // pieces,
+            rtol=solver.rtol,
+            atol=solver.atol,
+            max_steps=solver.max_steps,
+            gradient=solver.gradient,
+        )
+        here = Stats(*solution[1:])
+        total = jax.tree.map(jnp.add, before, here)
+        failed = before.result != SUCCESSFUL
+        result = jnp.where(failed, before.result, here.result)
+        return (solution.x, total.replace(result=result)), None
+
+    nothing = Stats(*[jnp.zeros((), jnp.int32)] * 4)
+    if pieces == 1:
+        return one_piece((x, nothing), 0)[0]
+    return jax.lax.scan(one_piece, (x, nothing), jnp.arange(pieces))[0]
+
+
+def _with_energy(f):
+    """The vector field of (x, kinetic energy so far)."""
+
+    def both(theta, state, t, piece):
+        x, _ = state
+        slope = f(theta, x, t, piece)
+        return slope, (slope**2).mean(axis=range(1, x.ndim))
+
+    return both
+
+
+def check_pieces(theta: str, pieces: int, solver: Solver) -> None:
+    """Raises UserError for pieces that do not go with theta(t) or the solver's steps."""
+    if theta not in THETAS:
+        raise UserError(f"theta must be one of {', '.join(THETAS)}, got {theta!r}.")
+    if pieces < 1 or (theta == "constant" and pieces != 1):
+        raise UserError(
+            f"pieces must be 1 or more, and 1 for theta 'constant', got {pieces}."
+        )
+    if solver.steps % pieces:
+        raise UserError(
+            f"{solver.steps} equal steps cannot be shared by {pieces} pieces; choose steps "
+            "as a multiple of pieces."
+        )
