@@ -12,6 +12,7 @@ from cvjax.models.checks import as_type, check_choice
 from cvjax.models.convnet import ConvNet
 from cvjax.models.googlenet import GoogLeNet
 from cvjax.models.mlp import MLP
+from cvjax.models.odenet import DiscreteNet, ODENet
 from cvjax.models.resnet import ResNet
 from cvjax.models.resnet_cifar import CifarResNet
 from cvjax.models.vgg import VGG
@@ -21,6 +22,8 @@ MODELS = {
     "convnet": ConvNet,
     "googlenet": GoogLeNet,
     "mlp": MLP,
+    "odenet": ODENet,
+    "odenet_discrete": DiscreteNet,
     "resnet": ResNet,
     "resnet_cifar": CifarResNet,
     "vgg": VGG,

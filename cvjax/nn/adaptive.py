@@ -102,9 +102,7 @@ class Counted(diffrax.AbstractStepSizeController):
         return Counted(wrapped, self.at_start, self.first, self.later)
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
-        next_t, state = self.inner.init(
-            terms, t0, t1, y0, dt0, args, func, error_order
-        )
+        next_t, state = self.inner.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return next_t, (state, jnp.asarray(self.at_start, jnp.int32), jnp.asarray(False))
 
     def adapt_step_size(
@@ -155,16 +153,12 @@ def solve(
     else:
         # Float32 cannot tell times apart that are nearer than this.
         shortest = 10 * float(jnp.finfo(jax.tree.leaves(x)[0].dtype).eps)
-        settings = {
-            "rtol": rtol, "atol": atol, "dtmin": shortest, "force_dtmin": False
-        }
+        settings = {"rtol": rtol, "atol": atol, "dtmin": shortest, "force_dtmin": False}
         controller = diffrax.PIDController(norm=_norm_of_state, **settings)
         dt0, at_start = None, 2  # the first step's length takes two evaluations
         if gradient == "backsolve":
             # Not controlled: the error of the parameters' gradient (Kidger et al. 2021).
-            backward = diffrax.PIDController(
-                norm=diffrax.adjoint_rms_seminorm, **settings
-            )
+            backward = diffrax.PIDController(norm=diffrax.adjoint_rms_seminorm, **settings)
             adjoint = diffrax.BacksolveAdjoint(stepsize_controller=backward)
     if isinstance(solver, diffrax.AbstractERK):
         first = solver.tableau.num_stages

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 from flax import linen as nn
+from jax import numpy as jnp
 
 from cvjax.errors import UserError
 
@@ -68,4 +69,38 @@ class Stage(nn.Module):
             unroll=1 if rolled else self.length + 1,
         )
         x, _ = chain(self.block(in_loop=rolled, name="blocks"), x, None)
+        return x
+
+
+class TiedStage(nn.Module):
+    """x[l+1] = x[l] + h * f(x[l], t[l]; theta) with one theta for all, h = 1 / length.
+
+    Explicit Euler on the time from 0 to 1, t[l] = l * h (Chen et al. 2018, RK-Net). The
+    variables of f stand under `f`, without a leading axis.
+
+    Attributes:
+      f: makes f, called as `f(in_loop=..., name=...)`; f(x, t) has the shape of x.
+      length: number of blocks; 0 for the identity.
+      walk: one of `WALKS`, see `is_rolled`.
+    """
+
+    f: Callable[..., nn.Module]
+    length: int
+    walk: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.length == 0:
+            return x
+        rolled = is_rolled(self.walk) or self.is_initializing()
+        h = 1 / self.length
+        chain = nn.scan(
+            lambda f, x, t: (x + h * f(x, t), None),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=self.length,
+            unroll=1 if rolled else self.length + 1,
+        )
+        times = h * jnp.arange(self.length, dtype=x.dtype)
+        x, _ = chain(self.f(in_loop=rolled, name="f"), x, times)
         return x

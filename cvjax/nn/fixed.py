@@ -4,9 +4,9 @@ A step of length h evaluates f at a few times and adds a weighted sum of the res
 
     k[i] = f(x + h * sum_j a[i, j] k[j], t + c[i] h)        x + h * sum_i b[i] k[i]
 
-Euler is the residual block x + h f(x, t). As in a residual stage (nn/depth.py) the steps are
-a loop or unrolled, and unlike diffrax's loop, an unrolled one keeps XLA's fast convolution
-gradients on CPU (nn/conv.py).
+Euler is the residual block x + h f(x, t). As in a residual stage (nn/depth.py) the steps
+are a loop or unrolled, and unlike diffrax's loop, an unrolled one keeps XLA's fast
+convolution gradients on CPU (nn/conv.py).
 """
 
 import functools

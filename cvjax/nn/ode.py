@@ -1,10 +1,10 @@
 """Continuous depth: x(1), where x(0) = x and dx/dt = f(x, t; theta(t)).
 
-Chen et al. 2018 (arXiv:1806.07366). f is a residual function, and its parameters lie on the
-depth axis as those of a stage do (nn/depth.py): every leaf of theta has a leading axis. Time
-runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) is one slice of
-that axis, or the line between two. With Euler's method, a step a piece and theta piecewise
-constant, this is the residual stage x + h f(x) with h = 1 / n.
+Chen et al. 2018 (arXiv:1806.07366). f is a residual function, and its parameters lie on
+the depth axis as those of a stage do (nn/depth.py): every leaf of theta has a leading axis.
+Time runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) is one slice
+of that axis, or the line between two. With Euler's method, a step a piece and theta
+piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
 Equal steps are walked as a stage is (nn/fixed.py: unrolled on CPU, a loop elsewhere),
 adaptive ones are diffrax's (nn/adaptive.py).
@@ -12,14 +12,13 @@ adaptive ones are diffrax's (nn/adaptive.py).
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
 "kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral
 of the mean of f**2 over an image's values (Finlay et al. 2020, arXiv:2002.02798), [batch].
-If the collection "trajectory" is asked for, it sows x before the first and after each of its
-equal steps, [steps + 1, batch, height, width, channels].
+If the collection "trajectory" is asked for, it sows x before the first and after each of
+its equal steps, [steps + 1, batch, height, width, channels].
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import linen as nn
@@ -110,9 +109,7 @@ class Solver:
     def unrolls(self) -> bool:
         """Whether its steps are those of nn/fixed.py, and may be unrolled."""
         return bool(
-            self.steps
-            and self.gradient != "backsolve"
-            and self.method != "reversible_heun"
+            self.steps and self.gradient != "backsolve" and self.method != "reversible_heun"
         )
 
 

@@ -199,6 +199,7 @@ def _check_ranges(run: RunConfig) -> None:
         "optim.warmup_learning_rate": (run.optim.warmup_learning_rate, 0),
         "loss.label_smoothing": (run.loss.label_smoothing, 0),
         "loss.auxiliary_weight": (run.loss.auxiliary_weight, 0),
+        "loss.kinetic_weight": (run.loss.kinetic_weight, 0),
     }
     for key, (value, least) in at_least.items():
         if not least <= value < float("inf"):

@@ -109,7 +109,7 @@ def train(
         improved = False
         if due(run.eval_every) and (record.last is None or record.last["step"] < step):
             with clock.beside(state):
-                _check_finite(state, run, folder)
+                _check_sound(state, run, recipe, folder)
                 rows = evaluate(dataset.val, "val")
                 if rows is not None and seen is not None:
                     on_train = evaluate(seen, "train_eval")
@@ -126,7 +126,7 @@ def train(
                     record.best = record.last
         if saved != step and (due(run.checkpoint_every) or improved or stop.requested):
             with clock.beside(state):
-                _check_finite(state, run, folder)
+                _check_sound(state, run, recipe, folder)
                 info = dataclasses.asdict(record)
                 checkpoint.save(folder, step, state, info, run.keep_checkpoints)
             saved = step
@@ -150,11 +150,11 @@ def train(
         step += 1
         text = ""
         if due(run.log_every):
-            _check_finite(state, run, folder)
+            _check_sound(state, run, recipe, folder)
             row = _training_row(state, recipe.model.num_classes, run.data.batch_size)
             # Seven digits are all that float32 has: 0.1 and not 0.10000000149.
             row["train/learning_rate"] = float(f"{schedule(step - 1):.7g}")
-            state = state.replace(monitor=create_monitor())
+            state = state.replace(monitor=create_monitor(tuple(state.monitor.sums.solves)))
             seconds = clock.lap() / (step - lap_step)
             lap_step = step
             times["time/step_ms"] = 1000 * seconds
@@ -174,13 +174,16 @@ def _training_row(state: TrainState, num_classes: int, batch_size: int) -> dict[
 
 
 def _text(row: dict[str, float]) -> str:
+    nfe = f"NFE {row['train/nfe']:.1f}  " if "train/nfe" in row else ""
     return (
-        f"loss {row['train/loss']:.3f}  error {100 * row['train/error']:.1f} %  "
+        f"loss {row['train/loss']:.3f}  error {100 * row['train/error']:.1f} %  {nfe}"
         f"{row['time/images_per_second']:,.0f} images/s"
     )
 
 
-def _check_finite(state: TrainState, run: RunConfig, folder: pathlib.Path) -> None:
+def _check_sound(
+    state: TrainState, run: RunConfig, recipe: Recipe, folder: pathlib.Path
+) -> None:
     bad_step = int(state.monitor.bad_step)
     if bad_step == NEVER:
         return
@@ -190,6 +193,10 @@ def _check_finite(state: TrainState, run: RunConfig, folder: pathlib.Path) -> No
         if good is None
         else f"the last good checkpoint is {good}"
     )
+    failure = metrics.first_failure([jax.device_get(state.monitor.sums)])
+    if failure:
+        told = steps.describe_failure(recipe.model, *failure)
+        raise DivergedError(f"Stopped at step {bad_step}; {last}. {told}")
     raise DivergedError(
         f"The loss or the gradient was not finite at step {bad_step}; {last}. Start in "
         f"another --workdir with a lower optim.learning_rate (it is "

@@ -21,11 +21,16 @@ class LossConfig:
         the plain loss.
       auxiliary_weight: of the losses of auxiliary heads, for models that have such (0.3 in
         Szegedy et al. 2014). Only in training.
+      kinetic_weight: of the kinetic energy of ODE blocks, for models that have such: the
+        time integral of the mean of f**2 (Finlay et al. 2020, arXiv:2002.02798), the
+        blocks added up. Slow, straight trajectories take a solver fewer steps. Only in
+        training.
     """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.3
+    kinetic_weight: float = 0.0
 
 
 def targets(labels: jax.Array, num_classes: int) -> jax.Array:

@@ -3,38 +3,74 @@
 A mean of means weighs the examples of a small batch too much; sums do not.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from flax import struct
 from jax import numpy as jnp
 
+from cvjax.nn import ode
 from cvjax.training.losses import targets
 
 
 @struct.dataclass
+class Solves:
+    """What the solver of one ODE block did, over examples (see `nn.ode.Stats`).
+
+    Attributes:
+      evaluations, steps, rejected: float32 sums over the examples.
+      failure: int32, how the first solve that failed ended; `nn.ode.SUCCESSFUL` if none.
+      failed_steps, failed_rejected: int32, of that solve.
+    """
+
+    evaluations: jax.Array
+    steps: jax.Array
+    rejected: jax.Array
+    failure: jax.Array
+    failed_steps: jax.Array
+    failed_rejected: jax.Array
+
+
+@struct.dataclass
 class Sums:
-    """Sums over examples, all float32 scalars.
+    """Sums over examples, float32 scalars.
 
     Attributes:
       loss: of the losses, in nats.
       errors: examples whose most probable class is not a right one.
       top5_errors: examples whose five most probable classes hold no right one.
       count: examples.
+      most: evaluations of f by all ODE blocks for the example with the most.
+      solves: of each ODE block, by its name; empty for networks without.
     """
 
     loss: jax.Array
     errors: jax.Array
     top5_errors: jax.Array
     count: jax.Array
+    most: jax.Array
+    solves: dict[str, Solves]
 
 
-def zero_sums() -> Sums:
-    """The sums over no example."""
-    return Sums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+def zero_sums(blocks: tuple[str, ...] = ()) -> Sums:
+    """The sums over no example, for a network with these ODE blocks."""
+
+    def zeros(dtype, count):  # arrays of their own, as a step gives them up one by one
+        return [jnp.zeros((), dtype) for _ in range(count)]
+
+    solves = {
+        block: Solves(*zeros(jnp.float32, 3), *zeros(jnp.int32, 3)) for block in blocks
+    }
+    return Sums(*zeros(jnp.float32, 5), solves)
 
 
 def sum_batch(
-    losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array
+    losses: jax.Array,
+    logits: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    sown: Any = None,
 ) -> Sums:
     """Sums over the examples of a batch whose mask is True.
 
@@ -43,10 +79,13 @@ def sum_batch(
       logits: [batch, classes].
       labels: class numbers [batch] or multi-hot rows [batch, classes].
       mask: bool [batch].
+      sown: the collection "solver", from networks with ODE blocks.
     """
     right = targets(labels, logits.shape[-1])
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     hits = jnp.take_along_axis(right, best, axis=-1)
+
+    blocks = solver_stats(sown)
 
     def total(values):
         return jnp.where(mask, values, 0).sum(dtype=jnp.float32)
@@ -56,12 +95,70 @@ def sum_batch(
         errors=total(hits[:, 0] == 0),
         top5_errors=total(hits.max(axis=-1) == 0),
         count=total(jnp.ones_like(losses)),
+        most=sum(
+            (stats.evaluations for stats in blocks.values()), jnp.zeros_like(mask, int)
+        )
+        .max(where=mask, initial=0)
+        .astype(jnp.float32),
+        solves={name: _sum_solves(stats, mask) for name, stats in blocks.items()},
+    )
+
+
+def solver_stats(sown: Any) -> dict[str, ode.Stats]:
+    """The ODE blocks of a collection "solver" by name ("ode1"), in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        sown or {}, is_leaf=lambda node: isinstance(node, ode.Stats)
+    )
+    return {
+        "/".join(part.key for part in path[:-1]) or "ode": stats for path, stats in leaves
+    }
+
+
+def _sum_solves(stats: ode.Stats, mask: jax.Array) -> Solves:
+    def total(values):
+        return jnp.where(mask, values, 0).sum(dtype=jnp.float32)
+
+    results = jnp.where(mask, stats.result, ode.SUCCESSFUL)
+    failed = jnp.argmax(results != ode.SUCCESSFUL)  # 0 if there is none
+    return Solves(
+        evaluations=total(stats.evaluations),
+        steps=total(stats.steps),
+        rejected=total(stats.rejected),
+        failure=results[failed],
+        failed_steps=stats.steps[failed],
+        failed_rejected=stats.rejected[failed],
     )
 
 
 def add(a: Sums, b: Sums) -> Sums:
-    """The sums over the examples of both."""
-    return jax.tree.map(jnp.add, a, b)
+    """The sums over the examples of both; `a` came first."""
+    solves = {block: _add_solves(a.solves[block], b.solves[block]) for block in a.solves}
+    most = jnp.maximum(a.most, b.most)
+    a, b = a.replace(solves={}), b.replace(solves={})
+    return jax.tree.map(jnp.add, a, b).replace(most=most, solves=solves)
+
+
+def _add_solves(a: Solves, b: Solves) -> Solves:
+    def first(a_value, b_value):
+        return jnp.where(a.failure != ode.SUCCESSFUL, a_value, b_value)
+
+    return Solves(
+        evaluations=a.evaluations + b.evaluations,
+        steps=a.steps + b.steps,
+        rejected=a.rejected + b.rejected,
+        failure=first(a.failure, b.failure),
+        failed_steps=first(a.failed_steps, b.failed_steps),
+        failed_rejected=first(a.failed_rejected, b.failed_rejected),
+    )
+
+
+def first_failure(sums: list[Sums]) -> tuple[str, Solves] | None:
+    """The name of the first ODE block whose solver failed, and its numbers."""
+    for one in sums:
+        for block, solves in one.solves.items():
+            if int(solves.failure) != ode.SUCCESSFUL:
+                return block, solves
+    return None
 
 
 def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[str, float]:
@@ -75,7 +172,10 @@ def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[s
 
     Returns:
       "loss" in nats, "error" and, if there are more than five classes, "top5_error" as
-      fractions in [0, 1], each key behind `prefix` and a slash.
+      fractions in [0, 1]; of networks with ODE blocks "nfe", the forward evaluations of f
+      an example, all blocks together ("nfe_max": of the example with the most), and
+      "rejected", the rejected steps; of more than one block also each by itself,
+      "nfe_BLOCK". Each key stands behind `prefix` and a slash.
     """
     fetched = jax.device_get(sums)
     total = jax.tree.map(lambda *leaves: np.sum(leaves, dtype=np.float64), *fetched)
@@ -83,6 +183,20 @@ def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[s
     values = {"loss": total.loss, "error": total.errors}
     if num_classes > 5:
         values["top5_error"] = total.top5_errors
-    return {
-        f"{prefix}/{name}": float(value / total.count) for name, value in values.items()
+    if total.solves:
+        values |= _solver_values(total.solves)
+    rows = {f"{prefix}/{name}": value / total.count for name, value in values.items()}
+    if total.solves:
+        rows[f"{prefix}/nfe_max"] = max(one.most for one in fetched)
+    return {key: float(value) for key, value in rows.items()}
+
+
+def _solver_values(total: dict[str, Solves]) -> dict[str, float]:
+    """Sums, which become means by division."""
+    values = {
+        "nfe": sum(solves.evaluations for solves in total.values()),
+        "rejected": sum(solves.rejected for solves in total.values()),
     }
+    if len(total) > 1:
+        values |= {f"nfe_{block}": solves.evaluations for block, solves in total.items()}
+    return values

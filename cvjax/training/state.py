@@ -27,7 +27,7 @@ class Monitor:
       gradient_norm: sum over the steps of the gradient's Euclidean norm.
       steps: number of steps, int32.
       bad_step: the first step (counted from 1) whose loss or gradient was not finite, or
-        `NEVER`.
+        in which the solver of an ODE block failed, or `NEVER`.
     """
 
     sums: metrics.Sums
@@ -36,10 +36,10 @@ class Monitor:
     bad_step: jax.Array
 
 
-def create_monitor() -> Monitor:
-    """A monitor that has seen nothing."""
+def create_monitor(blocks: tuple[str, ...] = ()) -> Monitor:
+    """A monitor that has seen nothing, for a network with these ODE blocks."""
     return Monitor(
-        sums=metrics.zero_sums(),
+        sums=metrics.zero_sums(blocks),
         gradient_norm=jnp.zeros((), jnp.float32),
         steps=jnp.zeros((), jnp.int32),
         bad_step=jnp.full((), NEVER, jnp.int32),
@@ -88,5 +88,5 @@ def create_train_state(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=tx.init(variables["params"]),
-        monitor=create_monitor(),
+        monitor=create_monitor(tuple(metrics.solver_stats(variables.get("solver")))),
     )

@@ -18,6 +18,8 @@ from cvjax.data import augment
 from cvjax.data.augment import Statistics
 from cvjax.data.dataset import Split
 from cvjax.data.pipeline import Batch, eval_batches
+from cvjax.errors import DivergedError
+from cvjax.nn import ode
 from cvjax.training import metrics
 from cvjax.training.losses import LossConfig, loss_per_example
 from cvjax.training.optim import create_optimizer
@@ -52,7 +54,8 @@ def train_step(
 
     A model may draw from the stream "dropout", and may sow logits into the collection
     "auxiliary" [batch, classes]: the loss that is minimised, and logged, is then its own
-    plus `recipe.loss.auxiliary_weight` times those of the sown logits.
+    plus `recipe.loss.auxiliary_weight` times those of the sown logits. So it is with
+    "kinetic" [batch] (the kinetic energy of an ODE block) and `recipe.loss.kinetic_weight`.
     """
     rng = jax.random.fold_in(constants.rng, state.step)
     images = augment.augment_colors(
@@ -64,22 +67,28 @@ def train_step(
     images = augment.standardize(images, constants.statistics)
     images = augment.augment(rng, images, recipe.augmentation)
 
+    collections = ["batch_stats", "auxiliary", "solver"]
+    if recipe.loss.kinetic_weight:
+        collections.append("kinetic")
+
     def mean_loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = recipe.model.apply(
             variables,
             images,
             train=True,
-            mutable=["batch_stats", "auxiliary"],
+            mutable=collections,
             rngs={"dropout": jax.random.fold_in(rng, DROPOUT_DRAWS)},
         )
         losses = loss_per_example(logits, batch["label"], recipe.loss)
         for auxiliary in jax.tree.leaves(updated.get("auxiliary", {})):
             others = loss_per_example(auxiliary, batch["label"], recipe.loss)
             losses += recipe.loss.auxiliary_weight * others
-        return losses.mean(), (losses, logits, updated.get("batch_stats", {}))
+        for energy in jax.tree.leaves(updated.get("kinetic", {})):
+            losses += recipe.loss.kinetic_weight * energy
+        return losses.mean(), (losses, logits, updated)
 
-    (loss, (losses, logits, batch_stats)), gradient = jax.value_and_grad(
+    (loss, (losses, logits, updated)), gradient = jax.value_and_grad(
         mean_loss, has_aux=True
     )(state.params)
     tx = create_optimizer(recipe.optim, recipe.total_steps)
@@ -87,8 +96,11 @@ def train_step(
 
     step = state.step + 1
     norm = optax.tree.norm(gradient)
-    seen = metrics.sum_batch(losses, logits, batch["label"], jnp.ones_like(losses, bool))
+    mask = jnp.ones_like(losses, bool)
+    seen = metrics.sum_batch(losses, logits, batch["label"], mask, updated.get("solver"))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    for solves in seen.solves.values():
+        finite &= solves.failure == ode.SUCCESSFUL
     monitor = Monitor(
         sums=metrics.add(state.monitor.sums, seen),
         gradient_norm=state.monitor.gradient_norm + norm,
@@ -100,7 +112,7 @@ def train_step(
     return TrainState(
         step=step,
         params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
+        batch_stats=updated.get("batch_stats", {}),
         opt_state=opt_state,
         monitor=monitor,
     )
@@ -119,10 +131,12 @@ def eval_step(
     """Sums over one batch of "image" (uint8), "label" and "mask", in evaluation mode."""
     images = augment.normalize(batch["image"], statistics)
     variables = {"params": params, "batch_stats": batch_stats}
-    logits = model.apply(variables, images, train=False)
+    logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
     plain = dataclasses.replace(loss, label_smoothing=0.0)
     losses = loss_per_example(logits, batch["label"], plain)
-    return metrics.sum_batch(losses, logits, batch["label"], batch["mask"])
+    return metrics.sum_batch(
+        losses, logits, batch["label"], batch["mask"], sown.get("solver")
+    )
 
 
 def evaluate(
@@ -150,6 +164,9 @@ def evaluate(
 
     Returns:
       See `metrics.means`; None if it was given up.
+
+    Raises:
+      DivergedError: if the solver of an ODE block failed.
     """
     sums = []
     for batch in eval_batches(split, batch_size):
@@ -160,4 +177,34 @@ def evaluate(
         )
         if stop():
             return None
+    failure = metrics.first_failure(jax.device_get(sums))
+    if failure:
+        raise DivergedError(describe_failure(recipe.model, *failure))
     return metrics.means(sums, recipe.model.num_classes, prefix, len(split.labels))
+
+
+def describe_failure(model: nn.Module, block: str, solves: metrics.Solves) -> str:
+    """What happened in an ODE block whose solver failed, and what may help."""
+    tried, rejected = int(solves.failed_steps), int(solves.failed_rejected)
+    kept = f"{tried - rejected} steps accepted, {rejected} rejected"
+    how = (
+        f"{model.steps} equal steps of {model.solver}"
+        if model.steps
+        else f"{model.solver}, rtol {model.rtol:g}, atol {model.atol:g}"
+    )
+    if int(solves.failure) == ode.MAX_STEPS:
+        what = f"did not reach t = 1 in max_steps {model.max_steps}"
+        advice = (
+            "raise model.max_steps, loosen model.rtol and model.atol, or take equal steps "
+            "(model.steps=8)"
+        )
+    elif int(solves.failure) == ode.UNDERFLOW:
+        what = "had to take steps too short for the type of its numbers"
+        advice = "loosen model.rtol and model.atol, or take equal steps (model.steps=8)"
+    else:
+        what = "came to values that are not finite"
+        advice = (
+            "lower optim.learning_rate, or choose a smooth model.activation and "
+            "model.zero_init=true"
+        )
+    return f"The solver of {block} {what} ({kept}; {how}); {advice}."

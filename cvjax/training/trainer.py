@@ -102,6 +102,11 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
     if source is not None:
         state = transfer.start_from(state, source, run.init_from)
     trained = transfer.check_freeze(state.params, run.optim.freeze)
+    if run.loss.kinetic_weight and not state.monitor.sums.solves:
+        raise UserError(
+            f"loss.kinetic_weight is {run.loss.kinetic_weight:g}, but "
+            f"{run.model['name']} has no ODE block; set it to 0."
+        )
     # Before config.json, by which readers know the run.
     write_inputs(folder, statistics, dataset.class_names)
     workdirs.write_manifest(folder, config.to_dict())

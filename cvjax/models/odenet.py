@@ -1,0 +1,340 @@
+"""ODE-nets (Chen et al. 2018, arXiv:1806.07366) and their discrete counterparts.
+
+    stem     image -> width features, by one of
+               "conv"  3x3, and twice norm, activation, 4x4 with stride 2   28x28 -> 6x6
+               "res"   3x3, and two residual blocks with stride 2           28x28 -> 7x7
+               "none"  3x3 with padding                                     28x28 -> 28x28
+    body     dx/dt = f(x, t) from 0 to 1, or residual blocks x + f(x)
+    head     norm, activation, global average, 1 dense
+
+as in the authors' example for MNIST (github.com/rtqichen/torchdiffeq, odenet_mnist.py):
+with width 64, 208,266 parameters after the "conv" stem and 232,970 after "res". With more
+`stages` the body repeats, a residual block with stride 2 and twice the features between.
+
+f is the pre-activation residual function norm, activation, conv, norm, activation, conv. In
+an ODE its convolutions see t as one more channel and have biases, and a norm follows.
+The norm is GroupNorm in gcd(32, features) groups (the example: min(32, features), which not
+every number of features can be divided by). BatchNorm is refused: in an ODE there is no one
+average for it to keep.
+
+`augment` adds channels of zeros to what the stem gives (Dupont et al. 2019,
+arXiv:1904.01681), so that trajectories need not cross.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+
+from cvjax.errors import UserError
+from cvjax.models.checks import check_choice, check_positive
+from cvjax.nn import depth as depth_axis
+from cvjax.nn.conv import Conv
+from cvjax.nn.ode import (
+    GRADIENTS,
+    METHODS,
+    PER_SAMPLE,
+    THETAS,
+    ODEBlock,
+    Solver,
+    check_pieces,
+)
+
+STEMS = ("conv", "res", "none")
+BODIES = ("blocks", "tied")
+NORMS = ("group", "none")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "softplus": nn.softplus,
+    "tanh": jnp.tanh,
+    "gelu": nn.gelu,
+}
+ModuleDef = Callable[..., nn.Module]
+
+
+class Norm(nn.Module):
+    """GroupNorm in gcd(32, features) groups, or nothing."""
+
+    kind: str
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.kind == "none":
+            return x
+        groups = math.gcd(32, x.shape[-1])
+        init = self.scale_init
+        norm = nn.GroupNorm(groups, epsilon=1e-5, scale_init=init, name="group_norm")
+        return norm(x)
+
+
+class Residual(nn.Module):
+    """f: norm, activation, conv, norm, activation, conv (He et al. 2016).
+
+    Called with t it is f of an ODE: see the top of this file. `zero_init` starts it as
+    zero, and what it is in as the identity: by its last norm's scale, or without a norm
+    its last kernel.
+    """
+
+    norm: str
+    activation: str
+    zero_init: bool = False
+    in_loop: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array | None = None) -> jax.Array:
+        act, continuous = ACTIVATIONS[self.activation], t is not None
+        zeros = nn.initializers.zeros_init()
+        norm_ends = continuous and self.norm != "none"
+
+        def conv(x, name, **init):
+            features = x.shape[-1]
+            if continuous:
+                x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
+            settings = {"padding": 1, "use_bias": continuous, "in_loop": self.in_loop}
+            return Conv(features, 3, name=name, **settings, **init)(x)
+
+        last_kernel = {"kernel_init": zeros} if self.zero_init and not norm_ends else {}
+        y = conv(act(Norm(self.norm, name="norm1")(x)), "conv1")
+        y = conv(act(Norm(self.norm, name="norm2")(y)), "conv2", **last_kernel)
+        if norm_ends:
+            init = {"scale_init": zeros} if self.zero_init else {}
+            y = Norm(self.norm, name="norm3", **init)(y)
+        return y
+
+
+class Downsampling(nn.Module):
+    """A residual block with stride 2; its shortcut is a 1x1 convolution."""
+
+    features: int
+    norm: str
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = ACTIVATIONS[self.activation]
+        x = act(Norm(self.norm, name="norm1")(x))
+        around = Conv(self.features, 1, 2, name="shortcut")(x)
+        y = Conv(self.features, 3, 2, padding=1, name="conv1")(x)
+        y = act(Norm(self.norm, name="norm2")(y))
+        return around + Conv(self.features, 3, padding=1, name="conv2")(y)
+
+
+class Stem(nn.Module):
+    """From an image to `features` features: see the top of this file."""
+
+    kind: str
+    features: int
+    augment: int
+    norm: str
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act, features = ACTIVATIONS[self.activation], self.features
+        padding = 1 if self.kind == "none" else 0
+        x = Conv(features, 3, padding=padding, use_bias=True, name="conv1")(x)
+        if self.kind == "conv":
+            for i in (1, 2):
+                x = act(Norm(self.norm, name=f"norm{i}")(x))
+                settings = {"padding": 1, "use_bias": True, "name": f"conv{i + 1}"}
+                x = Conv(features, 4, 2, **settings)(x)
+        elif self.kind == "res":
+            for i in (1, 2):
+                block = Downsampling(features, self.norm, self.activation, name=f"res{i}")
+                x = block(x)
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, self.augment),))
+
+
+class Head(nn.Module):
+    """Norm, activation, global average, dense."""
+
+    num_classes: int
+    norm: str
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ACTIVATIONS[self.activation](Norm(self.norm, name="norm")(x))
+        return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x)."""
+
+    f: ModuleDef
+    in_loop: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.f(in_loop=self.in_loop, name="f")(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What all these nets share: everything around the body's blocks."""
+
+    num_classes: int
+    width: int
+    augment: int
+    stem: str
+    stages: int
+    norm: str
+    activation: str
+
+    def __post_init__(self):
+        check_positive(num_classes=self.num_classes, width=self.width, stages=self.stages)
+        if self.augment < 0:
+            raise UserError(f"augment must be 0 or more, got {self.augment}.")
+        check_choice("stem", self.stem, STEMS)
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        if self.norm == "batch":
+            raise UserError(
+                "norm 'batch' does not go with an ODE: a solver evaluates f a varying "
+                "number of times and at varying t, so BatchNorm has no one average to "
+                "keep; use 'group' or 'none'."
+            )
+        check_choice("norm", self.norm, NORMS)
+
+    def apply(self, images: jax.Array, block: Callable[[str], nn.Module]) -> jax.Array:
+        """Within a linen module: images -> logits, with `block(name)` for each stage."""
+        common = (self.norm, self.activation)
+        x = Stem(self.stem, self.width, self.augment, *common, name="stem")(images)
+        for stage in range(1, self.stages + 1):
+            suffix = str(stage) if self.stages > 1 else ""
+            if stage > 1:
+                features = 2 * x.shape[-1]
+                x = Downsampling(features, *common, name=f"transition{suffix}")(x)
+            x = block(suffix)(x)
+        return Head(self.num_classes, *common, name="head")(x)
+
+
+class ODENet(nn.Module):
+    """Stem, one ODE block a stage, head.
+
+    Attributes:
+      num_classes: size of the logits.
+      width: features of the first stage, before `augment`.
+      augment: channels of zeros added to what the stem gives.
+      stem: "conv", "res" or "none", see the top of this file.
+      stages: number of ODE blocks; features double and sides halve between them.
+      norm: "group" or "none".
+      activation: a key of `ACTIVATIONS`. f is smooth with "softplus", "tanh" and "gelu";
+        with the papers' "relu" it is not, and methods of high order lose their order.
+      zero_init: whether f starts as zero, so that a block starts as the identity.
+      theta, pieces: parameters constant, or piecewise "constant" or "linear", in time; see
+        `nn.ode.ODEBlock`.
+      solver, steps, rtol, atol, max_steps, gradient, per_sample: see `nn.ode.Solver`; the
+        defaults are eight equal steps of Heun's method.
+      walk: how equal steps are walked, one of `nn.depth.WALKS`.
+
+    Raises:
+      UserError: at construction, for values that make no net.
+    """
+
+    num_classes: int
+    width: int = 64
+    augment: int = 0
+    stem: str = "conv"
+    stages: int = 1
+    norm: str = "group"
+    activation: str = "relu"
+    zero_init: bool = False
+    theta: str = "constant"
+    pieces: int = 1
+    solver: str = "heun"
+    steps: int = 8
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    max_steps: int = 256
+    gradient: str = "checkpoint"
+    per_sample: str = "eval"
+    walk: str = "auto"
+
+    def __post_init__(self):
+        _frame(self)
+        check_choice("solver", self.solver, METHODS)
+        check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("per_sample", self.per_sample, PER_SAMPLE)
+        check_choice("theta", self.theta, THETAS)
+        check_choice("walk", self.walk, depth_axis.WALKS)
+        check_pieces(self.theta, self.pieces, _solver(self))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
+        f = partial(Residual, self.norm, self.activation, self.zero_init)
+        settings = (self.theta, self.pieces, self.walk, train)
+
+        def block(suffix):
+            return ODEBlock(f, _solver(self), *settings, name=f"ode{suffix}")
+
+        return _frame(self).apply(images, block)
+
+
+class DiscreteNet(nn.Module):
+    """The same net with residual blocks in the place of each ODE block.
+
+    Attributes:
+      body: "blocks": `length` blocks x + f(x), each with its own f and without t, as in
+        the paper's ResNet; "tied": `length` blocks x + h f(x, t) with one f, that of the
+        ODE-net, h = 1 / length and t = 0, h, 2h, ...: Euler's method.
+      length: blocks a stage; 0 for none.
+      walk: how the blocks are walked, one of `nn.depth.WALKS`.
+      Others: see `ODENet`.
+
+    Raises:
+      UserError: at construction, for values that make no net.
+    """
+
+    num_classes: int
+    width: int = 64
+    augment: int = 0
+    stem: str = "conv"
+    stages: int = 1
+    norm: str = "group"
+    activation: str = "relu"
+    zero_init: bool = False
+    body: str = "blocks"
+    length: int = 6
+    walk: str = "auto"
+
+    def __post_init__(self):
+        _frame(self)
+        check_choice("body", self.body, BODIES)
+        check_choice("walk", self.walk, depth_axis.WALKS)
+        if self.length < 0:
+            raise UserError(f"length must be 0 or more, got {self.length}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
+        del train  # the net is the same in both
+        f = partial(Residual, self.norm, self.activation, self.zero_init)
+
+        def block(suffix):
+            name = f"stage{suffix}"
+            if self.body == "tied":
+                return depth_axis.TiedStage(f, self.length, self.walk, name=name)
+            one = partial(ResidualBlock, f)
+            return depth_axis.Stage(one, self.length, self.walk, name=name)
+
+        return _frame(self).apply(images, block)
+
+
+def _frame(net: nn.Module) -> Frame:
+    return Frame(**{field.name: getattr(net, field.name) for field in _FRAME_FIELDS})
+
+
+_FRAME_FIELDS = dataclasses.fields(Frame)
+
+
+def _solver(net: ODENet) -> Solver:
+    settings = ("steps", "rtol", "atol", "max_steps", "gradient", "per_sample")
+    return Solver(net.solver, **{name: getattr(net, name) for name in settings})
