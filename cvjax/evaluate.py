@@ -19,6 +19,7 @@ confidence (Guo et al. 2017).
 import json
 import pathlib
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ def evaluate(
     batch_size: int | None = None,
     data_dir: str = "",
     cache_dir: str = "",
+    fields: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates the network of a run, and writes results and figures to its folder.
 
@@ -69,6 +71,7 @@ def evaluate(
         trained with, or if that is none, an eighth of the images' short side.
       batch_size: in images; None for the run's own. It does not change the results.
       data_dir, cache_dir: where the data set is; "" for where it was at training.
+      fields: of the model instead of those of the training, see `load_network`.
 
     Returns:
       What is written as JSON; "files" are the paths of all that is written.
@@ -76,7 +79,7 @@ def evaluate(
     Raises:
       UserError: for a mistake that the user can mend.
     """
-    network = load_network(workdir, checkpoint)
+    network = load_network(workdir, checkpoint, fields)
     views = choose_views(network, crops, scales)
     folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
     dataset = load_data(network, data_dir, cache_dir)
@@ -100,6 +103,8 @@ def evaluate(
     )
 
     name = _name(split, network.step, views)
+    for field, value in (fields or {}).items():
+        name += f"_{field}-{value}"
     files = {
         "results": folder / f"{name}.json",
         "confusion_matrix": folder / f"{name}_confusion.png",
@@ -120,6 +125,7 @@ def evaluate(
         "data": dataset.name,
         "split": split,
         "examples": len(examples.labels),
+        "fields": dict(fields or {}),
         "views": {
             "count": views.count,
             "crops": views.crops,
@@ -335,6 +341,8 @@ def show(results: dict[str, Any]) -> None:
     if "top5_error" in results:
         table.add_row("top-5 error", _percent(results["top5_error"]))
     table.add_row("loss", f"{results['loss']:.4f}")
+    if "nfe" in results:
+        table.add_row("evaluations of f an image (NFE)", f"{results['nfe']:.1f}")
     ece = results["expected_calibration_error"]
     table.add_row("expected calibration error, 15 bins", _percent(ece))
     console.print(table)
@@ -387,6 +395,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("data_dir", "", "Where prepared TFDS sets are, if elsewhere now.")
     flags.DEFINE_string("cache_dir", "", "Where decoded images are, if elsewhere now.")
+    flags.DEFINE_list(
+        "fields",
+        [],
+        "Fields of the model to use instead of those of the training, such as another "
+        "solver of an ODE-net: solver=dopri5,steps=0.",
+    )
     flags.DEFINE_boolean("json", False, "Print the results as JSON instead of tables.")
     flags.mark_flag_as_required("workdir")
 
@@ -403,6 +417,7 @@ def main(arguments):
         batch_size=values.batch_size,
         data_dir=values.data_dir,
         cache_dir=values.cache_dir,
+        fields=program.parse_fields(values.fields),
     )
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

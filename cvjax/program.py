@@ -5,12 +5,14 @@ diverged; 75 (EX_TEMPFAIL) stopped by SIGTERM or Ctrl-C after saving: run the sa
 again to go on; 130 stopped by a second Ctrl-C.
 """
 
+import ast
 import logging as python_logging
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -42,6 +44,25 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
         raise UserError(
             f"{arguments[0]!r} is not a flag; all settings look like --name=value."
         )
+
+
+def parse_fields(texts: list[str]) -> dict[str, Any]:
+    """["depth=20", "shortcut=A"] -> {"depth": 20, "shortcut": "A"}.
+
+    Raises:
+      UserError: for anything that is not name=value.
+    """
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--fields takes name=value,name=value, got {text!r}.")
+        value = value.capitalize() if value in ("true", "false") else value
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value
+    return fields
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax import data
+from cvjax import data, program
 from cvjax.errors import UserError
 from cvjax.evaluate import evaluate
 from cvjax.interop import torch as interop
@@ -500,10 +500,10 @@ def test_inputs_of_flags(tmp_path):
 
 
 def test_fields():
-    fields = interop.parse_fields(["depth=20", "shortcut=A", "batch_norm=true", "h=0.5"])
+    fields = program.parse_fields(["depth=20", "shortcut=A", "batch_norm=true", "h=0.5"])
     assert fields == {"depth": 20, "shortcut": "A", "batch_norm": True, "h": 0.5}
     with pytest.raises(UserError, match="--fields takes name=value,name=value, got 'x'"):
-        interop.parse_fields(["x"])
+        program.parse_fields(["x"])
 
 
 # With PyTorch: its nets, with random weights and averages

@@ -25,7 +25,6 @@ The workdir is one for `python -m cvjax.evaluate` (if there is a --dataset), for
 .safetensors needs no PyTorch.
 """
 
-import ast
 import dataclasses
 import hashlib
 import pathlib
@@ -197,25 +196,6 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def parse_fields(texts: list[str]) -> dict[str, Any]:
-    """["depth=20", "shortcut=A"] -> {"depth": 20, "shortcut": "A"}.
-
-    Raises:
-      UserError: for anything that is not name=value.
-    """
-    fields = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--fields takes name=value,name=value, got {text!r}.")
-        value = value.capitalize() if value in ("true", "false") else value
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields[name] = value
-    return fields
-
-
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
     flags.DEFINE_string("workdir", None, "The folder to make, or an empty one.")
@@ -241,7 +221,7 @@ def main(arguments):
             f"got {', '.join(arguments) or 'none'}."
         )
     values = flags.FLAGS
-    fields = parse_fields(values.fields)
+    fields = program.parse_fields(values.fields)
     inputs = create_inputs(values)
     if values.model == "googlenet" and values.normalization == "imagenet":
         logging.warning(

@@ -13,9 +13,10 @@ with width 64, 208,266 parameters after the "conv" stem and 232,970 after "res".
 
 f is the pre-activation residual function norm, activation, conv, norm, activation, conv. In
 an ODE its convolutions see t as one more channel and have biases, and a norm follows.
-The norm is GroupNorm in gcd(32, features) groups (the example: min(32, features), which not
-every number of features can be divided by). BatchNorm is refused: in an ODE there is no one
-average for it to keep.
+The norm is GroupNorm in up to 32 groups of two channels or more (see `groups_of`; the
+example has min(32, features) groups, which not every number of features can be divided by,
+and of fewer than 64 features makes groups of one channel, which then have no mean for the
+head to average). BatchNorm is refused: in an ODE there is no one average for it to keep.
 
 `augment` adds channels of zeros to what the stem gives (Dupont et al. 2019,
 arXiv:1904.01681), so that trajectories need not cross.
@@ -56,8 +57,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 ModuleDef = Callable[..., nn.Module]
 
 
+def groups_of(features: int) -> int:
+    """The number of groups of GroupNorm: 32 of 64 features, 8 of 16, 1 of an odd number."""
+    return 1 if features % 2 else math.gcd(32, features // 2)
+
+
 class Norm(nn.Module):
-    """GroupNorm in gcd(32, features) groups, or nothing."""
+    """GroupNorm in `groups_of` the features, or nothing."""
 
     kind: str
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
@@ -66,7 +72,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "none":
             return x
-        groups = math.gcd(32, x.shape[-1])
+        groups = groups_of(x.shape[-1])
         init = self.scale_init
         norm = nn.GroupNorm(groups, epsilon=1e-5, scale_init=init, name="group_norm")
         return norm(x)

@@ -12,12 +12,13 @@ import functools
 import io
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -75,15 +76,22 @@ def write_inputs(
     workdirs.write_bytes(pathlib.Path(workdir) / "inputs.npz", buffer.getvalue())
 
 
-def load_network(workdir: workdirs.Path, checkpoint: str = "last") -> Network:
+def load_network(
+    workdir: workdirs.Path,
+    checkpoint: str = "last",
+    fields: Mapping[str, Any] | None = None,
+) -> Network:
     """Reads the network of a run, finished or going on.
 
     Args:
       workdir: the run's folder.
       checkpoint: "last", "best" (on validation) or the number of a step.
+      fields: of the model, to use its parameters with other ones than it was trained with,
+        such as another solver for an ODE-net.
 
     Raises:
-      UserError: the folder has no run, or no such checkpoint.
+      UserError: the folder has no run, no such checkpoint, or one whose parameters do not
+        fit these fields.
     """
     if checkpoint not in CHOICES and not checkpoint.isdecimal():
         raise UserError(
@@ -91,6 +99,14 @@ def load_network(workdir: workdirs.Path, checkpoint: str = "last") -> Network:
         )
     folder = pathlib.Path(workdir).absolute()
     run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
+    for field, value in (fields or {}).items():
+        if field in run.model and run.model[field] != value:
+            logging.warning(
+                "%s was trained with %s %r and is used with %r: another function of the "
+                "same parameters.",
+                *(folder, field, run.model[field], value),
+            )
+    run = dataclasses.replace(run, model=run.model | dict(fields or {}))
     statistics, class_names = read_inputs(folder)
     recipe = Recipe(
         model=create_model(num_classes=len(class_names), **run.model),
