@@ -80,6 +80,7 @@ def evaluate(
       UserError: for a mistake that the user can mend.
     """
     network = load_network(workdir, checkpoint, fields)
+    _tell_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
     views = choose_views(network, crops, scales)
     folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
     dataset = load_data(network, data_dir, cache_dir)
@@ -245,6 +246,19 @@ def measure(scores: np.ndarray, labels: np.ndarray, loss_name: str) -> dict[str,
     if num_classes > 5:
         values["top5_error"] = (~hits[:, :5].any(axis=-1)).mean()
     return {key: float(value) for key, value in values.items()}
+
+
+def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    changes = [
+        f"{name}={value} instead of {was[name]}"
+        for name, value in fields.items()
+        if was.get(name, value) != value
+    ]
+    if changes:
+        logging.warning(
+            "Not the function that was trained, but another of the same parameters: %s.",
+            ", ".join(changes),
+        )
 
 
 def _as_in_training(

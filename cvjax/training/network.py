@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -99,13 +98,6 @@ def load_network(
         )
     folder = pathlib.Path(workdir).absolute()
     run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
-    for field, value in (fields or {}).items():
-        if field in run.model and run.model[field] != value:
-            logging.warning(
-                "%s was trained with %s %r and is used with %r: another function of the "
-                "same parameters.",
-                *(folder, field, run.model[field], value),
-            )
     run = dataclasses.replace(run, model=run.model | dict(fields or {}))
     statistics, class_names = read_inputs(folder)
     recipe = Recipe(

@@ -1,0 +1,94 @@
+"""Time and memory of training steps of several configs, measured side by side."""
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from cvjax import data
+from cvjax.data.augment import compute_statistics
+from cvjax.data.pipeline import train_batch
+from cvjax.models import create_model
+from cvjax.training import steps
+from cvjax.training import workdir as workdirs
+from cvjax.training.config import parse_config
+from cvjax.training.recipe import Recipe
+from cvjax.training.state import create_train_state
+
+
+def measure_steps(
+    configs: dict[str, ml_collections.ConfigDict],
+    path: str | os.PathLike[str],
+    rounds: int,
+) -> dict[str, Any]:
+    """Times one training step of each config in turns, from fresh parameters.
+
+    Args:
+      configs: by name; all of one data set.
+      path: a JSON file that keeps the answer; if it is there for the same names, nothing
+        is measured.
+      rounds: timings of each.
+
+    Returns:
+      "rows": for each name "step_ms" (median), "step_ms_quartiles", "step_ratio" (median
+      of the ratios to the first one, round by round), "compile_seconds" and "memory_mb"
+      (XLA's plan for temporaries); "rounds"; and the provenance.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        known = json.loads(path.read_text())
+        if list(known["rows"]) == list(configs):
+            return known
+    prepared = {name: _prepare(config) for name, config in configs.items()}
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    for warm in (True, *[False] * rounds):
+        for name, (step, state, batch, constants, _) in prepared.items():
+            start = time.perf_counter()
+            state = jax.block_until_ready(step(state, batch, constants))
+            if not warm:
+                times[name].append(1000 * (time.perf_counter() - start))
+            prepared[name] = (step, state, *prepared[name][2:])
+    first = np.array(next(iter(times.values())))
+    rows = {}
+    for name, (step, *_, compile_seconds) in prepared.items():
+        low, median, high = np.percentile(times[name], (25, 50, 75))
+        rows[name] = {
+            "step_ms": float(median),
+            "step_ms_quartiles": [float(low), float(high)],
+            "step_ratio": float(np.median(np.array(times[name]) / first)),
+            "compile_seconds": compile_seconds,
+            "memory_mb": step.memory_analysis().temp_size_in_bytes / 1e6,
+        }
+    measured = {"rows": rows, "rounds": rounds, "measured_by": workdirs.provenance()}
+    workdirs.write_json(path, measured)
+    return measured
+
+
+def _prepare(config: ml_collections.ConfigDict):
+    run = parse_config(config)
+    dataset = data.load(
+        run.data.name,
+        data_dir=run.data.data_dir,
+        cache_dir=run.data.cache_dir,
+        val_examples=run.data.val_examples,
+    )
+    statistics = compute_statistics(dataset.train.images, run.data.normalization)
+    recipe = Recipe(
+        model=create_model(num_classes=dataset.num_classes, **run.model),
+        optim=run.optim,
+        total_steps=run.total_steps,
+        loss=run.loss,
+        augmentation=run.data.augmentation,
+    )
+    key = jax.random.key(run.seed)
+    state = create_train_state(key, recipe=recipe, image_shape=dataset.image_shape)
+    constants = steps.Constants(key, statistics)
+    batch = train_batch(dataset.train, run.data.batch_size, run.seed, 0)
+    start = time.perf_counter()
+    step = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
+    return step, state, batch, constants, time.perf_counter() - start
