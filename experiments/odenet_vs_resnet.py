@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Dopri5, kinetic": (
         "odenet",
         {"solver": "dopri5", "steps": 0},
-        {"kinetic_weight": 0.1},
+        {"kinetic_weight": 1.0},
     ),
 }
 # label: fields of the model at test time

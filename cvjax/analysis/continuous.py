@@ -93,7 +93,9 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
         f"{seeds} seed{'s' * (seeds > 1)}",
         fontsize=10,
     )
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    outside = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False}
+    figure.legend(handles, labels, **outside)
     _save(figure, path)
 
 

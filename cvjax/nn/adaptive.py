@@ -155,7 +155,8 @@ def solve(
         shortest = 10 * float(jnp.finfo(jax.tree.leaves(x)[0].dtype).eps)
         settings = {"rtol": rtol, "atol": atol, "dtmin": shortest, "force_dtmin": False}
         controller = diffrax.PIDController(norm=_norm_of_state, **settings)
-        dt0, at_start = None, 2  # the first step's length takes two evaluations
+        dt0 = first_step(f, theta, x, t0, t1, solver.order(None), rtol, atol)
+        at_start = 2
         if gradient == "backsolve":
             # Not controlled: the error of the parameters' gradient (Kidger et al. 2021).
             backward = diffrax.PIDController(norm=diffrax.adjoint_rms_seminorm, **settings)
@@ -190,6 +191,39 @@ def solve(
         rejected=jnp.asarray(solution.stats["num_rejected_steps"], jnp.int32),
         result=jnp.where(ok, SUCCESSFUL, failed).astype(jnp.int32),
     )
+
+
+def first_step(
+    f: Callable[[PyTree, PyTree, jax.Array], PyTree],
+    theta: PyTree,
+    x: PyTree,
+    t0: jax.Array | float,
+    t1: jax.Array | float,
+    order: int,
+    rtol: float,
+    atol: float,
+) -> jax.Array:
+    """The length of the first adaptive step, from two evaluations of f.
+
+    Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4. Given here
+    as diffrax 0.7 takes 0.01 for every equation.
+    """
+    slope = f(theta, x, t0)
+    state, speed = (jax.tree.leaves(tree)[0] for tree in (x, slope))
+    scale = atol + rtol * jnp.abs(state)
+    size, rate = (optimistix.rms_norm(tree / scale) for tree in (state, speed))
+    small = (size < 1e-5) | (rate < 1e-5)
+    trial = jnp.where(small, 1e-6, 0.01 * size / jnp.where(small, 1.0, rate))
+    ahead = jax.tree.map(lambda x, k: x + trial * k, x, slope)
+    there = jax.tree.leaves(f(theta, ahead, t0 + trial))[0]
+    bend = optimistix.rms_norm((there - speed) / scale) / trial
+    most = jnp.maximum(rate, bend)
+    fits = jnp.where(
+        most <= 1e-15,
+        jnp.maximum(1e-6, 1e-3 * trial),
+        (0.01 / jnp.maximum(most, 1e-15)) ** (1 / order),
+    )
+    return jax.lax.stop_gradient(jnp.minimum(jnp.minimum(100 * trial, fits), t1 - t0))
 
 
 def _norm_of_state(x: PyTree) -> jax.Array:
