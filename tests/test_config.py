@@ -89,14 +89,24 @@ OTHERS = {
     "optim.schedule": "cosine",
     "optim.boundaries": (0.25, 100),
     "loss.name": "sigmoid",
+    "model.activation": "softplus",
+    "model.body": "tied",
     "model.dtype": "bfloat16",
+    "model.gradient": "backsolve",
     "model.head": "small",
+    "model.norm": "none",
     "model.pad_channels": "both",
+    "model.per_sample": "always",
     "model.pool": "average",
     "model.shortcut": "C",
+    "model.solver": "dopri5",
+    "model.stem": "res",
+    "model.theta": "piecewise_linear",
     "model.version": "1",
     "model.walk": "rolled",
 }
+# What a value needs beside it.
+COMPANIONS = {"model.pieces": {"model.theta": "piecewise_constant"}}
 OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 
@@ -124,7 +134,7 @@ def another(model, key, value):
 def test_every_key_arrives(model, key, value):
     changed = another(model, key, value)
     assert changed != value
-    run = parse_config(config_with({key: changed}, model))
+    run = parse_config(config_with({key: changed, **COMPANIONS.get(key, {})}, model))
     target = run
     *groups, last = key.split(".")
     for name in groups:

@@ -21,6 +21,7 @@ SHAPES = {
 }
 SMALL = {
     "resnet_cifar": {"depth": 8, "width": 2},
+    "odenet": {"width": 4, "steps": 2},
     "resnet": {"depth": 18, "width": 2},
     "vgg": {"depth": 11, "width": 2, "hidden": 4},
 }

@@ -25,6 +25,20 @@ MODELS = {
     "mlp": {"name": "mlp", "widths": (16,)},
     "plain": {"name": "resnet_cifar", "depth": 8, "width": 2, "shortcut": "none"},
     "residual": {"name": "resnet_cifar", "depth": 14, "width": 2, "shortcut": "A"},
+    "ode-fixed": {
+        "name": "odenet",
+        "width": 2,
+        "stem": "res",
+        "solver": "heun",
+        "steps": 2,
+    },
+    "ode-adaptive": {
+        "name": "odenet",
+        "width": 2,
+        "stem": "res",
+        "solver": "dopri5",
+        "steps": 0,
+    },
 }
 
 

@@ -55,6 +55,8 @@ ZOO = (
         _cifar(f"ResNet-{depth}", "resnet_cifar", depth=depth)
         for depth in (20, 32, 44, 56, 110, 1202)
     ),
+    Entry("ODE-net, 8 Heun steps", "odenet", image_size=28, num_classes=10),
+    Entry("its ResNet, 6 blocks", "odenet_discrete", image_size=28, num_classes=10),
     _imagenet("AlexNet", "AlexNet", 56.522, "alexnet", variant="one_tower"),
     _imagenet("AlexNet", "AlexNet (2012)", None, "alexnet", variant="two_groups"),
     _imagenet("GoogLeNet", "GoogLeNet", 69.778, "googlenet", variant="3x3", **_GOOGLENET),
