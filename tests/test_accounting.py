@@ -406,3 +406,21 @@ def test_mistakes_are_told_in_a_sentence():
     told = done.stdout.splitlines()
     for sentence, expected in zip(told, MISTAKES.values(), strict=True):
         assert expected in sentence
+
+
+def test_adaptive_steps_count_with_one_evaluation():
+    adaptive = account(create_model("odenet", 10, solver="dopri5", steps=0, stages=2), 28)
+    euler = account(create_model("odenet", 10, solver="euler", steps=1, stages=2), 28)
+    assert adaptive.loops == ("ode1", "ode2")
+    assert (adaptive.layers, euler.loops) == (euler.layers, ())
+    assert adaptive.parameters == sum(
+        leaf.size
+        for leaf in jax.tree.leaves(
+            jax.eval_shape(
+                lambda x: create_model("odenet", 10, stages=2).init(
+                    jax.random.key(0), x, train=False
+                ),
+                jnp.zeros((1, 28, 28, 3)),
+            )["params"]
+        )
+    )

@@ -43,6 +43,7 @@ from cvjax.analysis.jaxpr_walk import Flow, Scope, Walk, Weight
 from cvjax.analysis.layers import Layer
 from cvjax.analysis.receptive_field import Span
 from cvjax.errors import UserError
+from cvjax.models.odenet import ODENet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +92,16 @@ class Account:
 def account(model: nn.Module, image_size: int, channels: int = 3) -> Account:
     """Counts a network of this project for one square image.
 
+    An ODE block with adaptive steps counts with one evaluation of f a piece, and is among
+    the `loops`.
+
     Raises:
       UserError: the network does not take images of that size.
     """
     image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+    adaptive = isinstance(model, ODENet) and not model.steps
+    if adaptive:
+        model = model.clone(solver="euler", steps=model.pieces)
 
     def forward(variables, images):
         return model.apply(variables, images, train=False)
@@ -122,6 +129,9 @@ def account(model: nn.Module, image_size: int, channels: int = 3) -> Account:
             f"Images of {image_size}x{image_size} are too small for "
             f"{type(model).__name__}: {empty[0].name} gives {shape}; use larger ones."
         )
+    if adaptive:
+        blocks = sorted(name for name in variables["params"] if name.startswith("ode"))
+        counted = dataclasses.replace(counted, loops=tuple(blocks))
     return counted
 
 

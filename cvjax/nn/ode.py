@@ -139,8 +139,8 @@ class ODEBlock(nn.Module):
     initialised by a key of its own.
 
     Attributes:
-      field: makes f, called as `field(in_loop=..., parent=None)`; f(x, t) has the shape
-        of x, t is a scalar. `in_loop` is for its convolutions (see nn/conv.py).
+      field: makes f, called as `field(in_loop=..., parent=None, name=...)`; f(x, t) has
+        the shape of x, t is a scalar. `in_loop` is for its convolutions (see nn/conv.py).
       solver: see `Solver`.
       theta: one of `THETAS`.
       pieces: of the time from 0 to 1.
@@ -204,7 +204,7 @@ class ODEBlock(nn.Module):
 
     def _vector_field(self, in_loop: bool):
         """f as a function of (theta, x, t, piece), with theta the whole depth axis."""
-        field = self.field(in_loop=in_loop, parent=None)
+        field = self.field(in_loop=in_loop, parent=None, name="f")
 
         def f(theta, x, t, piece):
             if self.theta == "piecewise_linear":
