@@ -1,0 +1,171 @@
+"""What each way to differentiate an ODE solve costs in memory and time.
+
+    python -m benchmarks.ode_gradients --workdir=results/ode_gradients
+
+Forward and gradient of one ODE block, of the paper's size for MNIST by default (64 features
+on 6x6, GroupNorm, ReLU), with equal steps of Heun's method and with Dopri5's adaptive ones.
+Memory is XLA's plan for temporaries, time the median of runs taken in turns; compilation
+stands apart. The block is walked as it is by default on this platform, and also as a loop.
+
+For adaptive steps their number is what the tolerance asks for.
+"""
+
+import itertools
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import flags, logging
+from jax import numpy as jnp
+
+from cvjax import program
+from cvjax.models.odenet import Residual
+from cvjax.nn.ode import ODEBlock, Solver
+from cvjax.training import workdir as workdirs
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
+SIDE = flags.DEFINE_integer("side", 6, "Height and width.", lower_bound=1)
+FEATURES = flags.DEFINE_integer("features", 64, "Channels.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each way.", lower_bound=1)
+
+STEPS = (2, 8, 32)
+TOLERANCES = (1e-3, 1e-5)
+
+
+def cases() -> list[tuple[str, Solver, str]]:
+    """(label of the walk, solver, walk) of all that is measured."""
+    equal = [
+        ("unrolled", Solver("heun", steps, gradient=gradient), "unrolled")
+        for steps in STEPS
+        for gradient in ("direct", "checkpoint")
+    ]
+    rolled = [
+        ("loop", Solver("heun", steps, gradient=gradient), "rolled")
+        for steps in STEPS
+        for gradient in ("direct", "checkpoint", "backsolve")
+    ]
+    adaptive = [
+        ("loop", Solver("dopri5", 0, tol, tol, gradient=gradient), "auto")
+        for tol in TOLERANCES
+        for gradient in ("direct", "checkpoint", "backsolve")
+    ]
+    return equal + rolled + adaptive
+
+
+def prepare(solver: Solver, walk: str, x: jax.Array) -> tuple[Any, Any, float]:
+    """The compiled function, its parameters, and the seconds of compilation."""
+    field = partial(Residual, "group", "relu")
+    block = ODEBlock(field, solver, walk=walk, train=True)
+    variables = block.init(jax.random.key(1), x)
+
+    def loss(params, x):
+        y, sown = block.apply({"params": params}, x, mutable=["solver"])
+        return (y**2).mean(), sown["solver"]["stats"]
+
+    gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    start = time.perf_counter()
+    compiled = gradient.lower(variables["params"], x).compile()
+    return compiled, variables["params"], time.perf_counter() - start
+
+
+def main(arguments):
+    program.refuse_arguments(arguments)
+    folder = workdirs.check_writable(WORKDIR.value) if WORKDIR.value else None
+    shape = (BATCH_SIZE.value, SIDE.value, SIDE.value, FEATURES.value)
+    x = jax.random.normal(jax.random.key(0), shape)
+    rows, runs = [], []
+    for label, solver, walk in cases():
+        logging.info("Compiling %s, %s.", solver, label)
+        compiled, params, seconds = prepare(solver, walk, x)
+        _, stats = jax.block_until_ready(compiled(params, x))
+        runs.append(partial(compiled, params, x))
+        rows.append(
+            {
+                "solver": solver.method,
+                "steps": int(stats.steps[0]),
+                "rtol": None if solver.steps else solver.rtol,
+                "walk": label,
+                "gradient": solver.gradient,
+                "nfe": int(stats.evaluations[0]),
+                "memory_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+                "compile_seconds": seconds,
+            }
+        )
+    times: list[list[float]] = [[] for _ in runs]
+    for _, (run, own) in itertools.product(
+        range(ROUNDS.value), zip(runs, times, strict=True)
+    ):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        own.append(1000 * (time.perf_counter() - start))
+    for row, own in zip(rows, times, strict=True):
+        row["ms"] = float(np.median(own))
+        row["ms_per_nfe"] = row["ms"] / row["nfe"]
+        row["ms_quartiles"] = [float(q) for q in np.percentile(own, (25, 75))]
+    show(rows, shape)
+    if folder:
+        results = {"benchmark": "ode_gradients", "shape": shape, "rounds": ROUNDS.value}
+        provenance = {"measured_by": workdirs.provenance()}
+        workdirs.write_json(
+            folder / "results.json", {**results, "rows": rows, **provenance}
+        )
+        (folder / "table.md").write_text(markdown(rows, shape))
+
+
+HEADINGS = (
+    "solver",
+    "steps",
+    "walk",
+    "gradient",
+    "NFE",
+    "MB",
+    "ms",
+    "ms / NFE",
+    "compile s",
+)
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    solver = row["solver"] + (f", rtol {row['rtol']:g}" if row["rtol"] else "")
+    numbers = (f"{row['memory_mb']:.1f}", f"{row['ms']:.0f}", f"{row['ms_per_nfe']:.2f}")
+    ways = (str(row["steps"]), row["walk"], row["gradient"], str(row["nfe"]))
+    return (solver, *ways, *numbers, f"{row['compile_seconds']:.1f}")
+
+
+def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
+    """The table on the terminal."""
+    table = rich.table.Table(title=f"Forward and gradient of an ODE block on {shape}")
+    for heading in HEADINGS:
+        words = heading in ("solver", "walk", "gradient")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    rich.console.Console().print(table)
+
+
+def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
+    """The table for reading on the web."""
+    provenance = workdirs.provenance()
+    commit = (provenance["git"] or {}).get("commit", "unknown")[:8]
+    lines = [
+        f"Forward and gradient of one ODE block, {shape} float32, on "
+        f"{provenance['device']['kind']}, JAX {provenance['versions']['jax']}, commit "
+        f"{commit}; median of {ROUNDS.value} runs taken in turns. Memory: XLA's plan for "
+        "temporaries.",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{'---|' * len(HEADINGS)}",
+        *(f"| {' | '.join(cells(row))} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    jnp.zeros(())  # starts the backend, so that its start is not timed
+    program.run(main)

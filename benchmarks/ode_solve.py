@@ -1,0 +1,283 @@
+"""An ODE block beside torchdiffeq's, and beside diffrax with flax's own convolution.
+
+    pip install torch torchdiffeq
+    python -m benchmarks.ode_solve --workdir=results/ode_solve
+
+The same f (the paper's: GroupNorm, ReLU, two 3x3 convolutions that see t), the same weights
+and images, the same solver and tolerance. First outputs and gradients are compared, then
+forward and gradient are timed in turns: medians, and the median of the ratios round by
+round. Compilation stands apart.
+
+The third side, diffrax as it comes and `flax.linen.Conv`, shows what nn/conv.py is for: on
+CPU, XLA's own gradients of a convolution are slow within a loop.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import flags, logging
+from flax import linen as nn
+from jax import numpy as jnp
+
+from cvjax import program
+from cvjax.errors import UserError
+from cvjax.models.odenet import Residual, groups_of
+from cvjax.nn.ode import ODEBlock, Solver
+from cvjax.training import workdir as workdirs
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
+SIDE = flags.DEFINE_integer("side", 8, "Height and width.", lower_bound=1)
+FEATURES = flags.DEFINE_integer("features", 64, "Channels.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each side.", lower_bound=1)
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "rtol and atol of Dopri5.")
+
+# label: solver here, and the arguments of torchdiffeq's odeint
+SOLVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dopri5": ({"method": "dopri5", "steps": 0}, {"method": "dopri5"}),
+    "euler, 8 steps": (
+        {"method": "euler", "steps": 8},
+        {"method": "euler", "options": {"step_size": 1 / 8}},
+    ),
+    "midpoint, 8 steps": (
+        {"method": "midpoint", "steps": 8},
+        {"method": "midpoint", "options": {"step_size": 1 / 8}},
+    ),
+}
+
+
+class FlaxResidual(nn.Module):
+    """`Residual` with flax's own convolution, and parameters of the same names."""
+
+    in_loop: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+
+        def norm(x, name):
+            return nn.GroupNorm(groups_of(features), epsilon=1e-5, name=name)(x)
+
+        def conv(x, name):
+            x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
+            return nn.Conv(features, (3, 3), padding=((1, 1), (1, 1)), name=name)(x)
+
+        y = conv(nn.relu(norm(x, "norm1")), "conv1")
+        return norm(conv(nn.relu(norm(y, "norm2")), "conv2"), "norm3")
+
+
+def rename(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `Residual` for `FlaxResidual`."""
+    return {name: leaf.get("group_norm", leaf) for name, leaf in params.items()}
+
+
+def create_torch_side(params: dict[str, Any], x: np.ndarray, arguments: dict[str, Any]):
+    """A function that gives torch's output, gradients by name and NFE."""
+    import torch
+    import torchdiffeq
+
+    features = x.shape[-1]
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+            groups = groups_of(features)
+            for i in (1, 2, 3):
+                setattr(self, f"norm{i}", torch.nn.GroupNorm(groups, features))
+            for i in (1, 2):
+                conv = torch.nn.Conv2d(features + 1, features, 3, padding=1)
+                setattr(self, f"conv{i}", conv)
+
+        def forward(self, t, x):
+            self.calls += 1
+            time = torch.ones_like(x[:, :1]) * t
+
+            def conv(layer, x):
+                return layer(torch.cat([x, time], dim=1))
+
+            y = conv(self.conv1, torch.relu(self.norm1(x)))
+            return self.norm3(conv(self.conv2, torch.relu(self.norm2(y))))
+
+    field = Field()
+    with torch.no_grad():
+        for name, leaf in params.items():
+            module, leaf = getattr(field, name), leaf.get("group_norm", leaf)
+            weight = (
+                leaf["scale"] if "scale" in leaf else leaf["kernel"].transpose(3, 2, 0, 1)
+            )
+            module.weight.copy_(torch.from_numpy(np.array(weight)))
+            module.bias.copy_(torch.from_numpy(np.array(leaf["bias"])))
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    field = field.to(device, memory_format=torch.channels_last)
+    start = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    start = start.to(device, memory_format=torch.channels_last)
+    times = torch.tensor([0.0, 1.0], device=device)
+
+    def run():
+        field.calls = 0
+        field.zero_grad()
+        state = start.clone().requires_grad_(True)
+        tolerance = {"rtol": TOLERANCE.value, "atol": TOLERANCE.value}
+        y = torchdiffeq.odeint(field, state, times, **tolerance, **arguments)[1]
+        calls = field.calls
+        (y**2).mean().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return y, state.grad, calls
+
+    def read(result):
+        y, by_x, calls = result
+        gradients = {}
+        for name in params:
+            module = getattr(field, name)
+            weight = module.weight.grad.cpu().numpy()
+            if weight.ndim == 4:
+                weight = weight.transpose(2, 3, 1, 0)
+            gradients[name] = {"weight": weight, "bias": module.bias.grad.cpu().numpy()}
+        images = [leaf.detach().cpu().numpy().transpose(0, 2, 3, 1) for leaf in (y, by_x)]
+        return (*images, gradients, calls)
+
+    return run, read, torch.__version__, torchdiffeq.__version__
+
+
+def create_jax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray):
+    """The compiled forward and gradient, and the seconds of compilation."""
+    block = ODEBlock(field, solver, train=True)
+    stacked = {"f": jax.tree.map(lambda leaf: leaf[None], params)}
+
+    def loss(params, x):
+        y, sown = block.apply({"params": params}, x, mutable=["solver"])
+        return (y**2).mean(), (y, sown["solver"]["stats"].evaluations[0])
+
+    start = time.perf_counter()
+    function = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    compiled = function.lower(stacked, x).compile()
+    seconds = time.perf_counter() - start
+    return partial(compiled, stacked, jnp.asarray(x)), seconds
+
+
+def main(arguments):
+    program.refuse_arguments(arguments)
+    try:
+        import torch  # noqa: F401
+        import torchdiffeq  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is missing; `pip install torch torchdiffeq`."
+        ) from None
+    folder = workdirs.check_writable(WORKDIR.value) if WORKDIR.value else None
+    shape = (BATCH_SIZE.value, SIDE.value, SIDE.value, FEATURES.value)
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    params = Residual("group", "relu").init(jax.random.key(0), x, jnp.zeros(()))["params"]
+    params = jax.device_get(params)
+    rows = []
+    for label, (here, there) in SOLVERS.items():
+        tolerance = {"rtol": TOLERANCE.value, "atol": TOLERANCE.value}
+        solver = Solver(**here, **tolerance, per_sample="never")
+        rows.append(compare(label, solver, there, params, x))
+    show(rows, shape)
+    if folder:
+        results = {
+            "benchmark": "ode_solve",
+            "shape": shape,
+            "tolerance": TOLERANCE.value,
+            "rounds": ROUNDS.value,
+            "rows": rows,
+            "measured_by": workdirs.provenance(),
+        }
+        workdirs.write_json(folder / "results.json", results)
+
+
+def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: np.ndarray):
+    """One row: how far the sides differ, and their times."""
+    logging.info("Compiling %s.", label)
+    sides: dict[str, Callable] = {}
+    torch_run, read, *versions = create_torch_side(params, x, there)
+    compile_seconds = {}
+    ours = partial(Residual, "group", "relu")
+    direct = dataclasses.replace(solver, gradient="direct")
+    for name, field, how, own in (
+        ("cvjax", ours, solver, params),
+        ("cvjax, direct", ours, direct, params),
+        ("diffrax + nn.Conv", FlaxResidual, solver, rename(params)),
+    ):
+        if name.startswith("diffrax") and solver.steps:
+            continue
+        sides[name], compile_seconds[name] = create_jax_side(field, how, own, x)
+    sides["torchdiffeq"] = torch_run
+    (by_params, by_x), (y, nfe) = sides["cvjax"]()
+    theirs = read(torch_run())
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS.value):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(1000 * (time.perf_counter() - start))
+    weights = {name: leaf.get("group_norm", leaf) for name, leaf in by_params["f"].items()}
+    differences = [
+        relative(
+            leaf["scale"][0] if "scale" in leaf else leaf["kernel"][0],
+            theirs[2][name]["weight"],
+        )
+        for name, leaf in weights.items()
+    ]
+    differences += [
+        relative(leaf["bias"][0], theirs[2][name]["bias"]) for name, leaf in weights.items()
+    ]
+    reference = np.array(times["torchdiffeq"])
+    return {
+        "solver": label,
+        "nfe": {"cvjax": int(nfe), "torchdiffeq": theirs[3]},
+        "difference": {
+            "output": relative(y, theirs[0]),
+            "gradient by x": relative(by_x, theirs[1]),
+            "gradient by parameters": max(differences),
+        },
+        "ms": {name: float(np.median(own)) for name, own in times.items()},
+        "ms_quartiles": {
+            name: np.percentile(own, (25, 75)).tolist() for name, own in times.items()
+        },
+        "times_as_fast_as_torchdiffeq": {
+            name: float(np.median(reference / np.array(own))) for name, own in times.items()
+        },
+        "compile_seconds": compile_seconds,
+        "versions": dict(zip(("torch", "torchdiffeq"), versions, strict=True)),
+    }
+
+
+def relative(a: Any, b: Any) -> float:
+    """The largest difference, relative to the largest value."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
+    """The tables on the terminal."""
+    table = rich.table.Table(title=f"Forward and gradient of an ODE block on {shape}")
+    for heading in ("solver", "side", "NFE", "ms", "quartiles", "x torchdiffeq"):
+        words = heading in ("solver", "side")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        for name, ms in row["ms"].items():
+            low, high = row["ms_quartiles"][name]
+            side = "torchdiffeq" if name == "torchdiffeq" else "cvjax"
+            ratio = row["times_as_fast_as_torchdiffeq"][name]
+            numbers = (f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}")
+            table.add_row(row["solver"], name, str(row["nfe"][side]), *numbers)
+    console = rich.console.Console()
+    console.print(table)
+    for row in rows:
+        told = ", ".join(f"{name} {value:.1e}" for name, value in row["difference"].items())
+        console.print(f"{row['solver']}: differences {told}", highlight=False)
+
+
+if __name__ == "__main__":
+    program.run(main)
