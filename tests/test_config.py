@@ -89,6 +89,7 @@ OTHERS = {
     "optim.schedule": "cosine",
     "optim.boundaries": (0.25, 100),
     "loss.name": "sigmoid",
+    "model.blocks": (3, 3, 3),
     "model.dtype": "bfloat16",
     "model.head": "small",
     "model.pad_channels": "both",
@@ -97,6 +98,7 @@ OTHERS = {
     "model.version": "1",
     "model.walk": "rolled",
 }
+NEEDED = {"init_refine": {"init_from": "runs/coarse"}}
 OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 
@@ -124,7 +126,7 @@ def another(model, key, value):
 def test_every_key_arrives(model, key, value):
     changed = another(model, key, value)
     assert changed != value
-    run = parse_config(config_with({key: changed}, model))
+    run = parse_config(config_with({key: changed, **NEEDED.get(key, {})}, model))
     target = run
     *groups, last = key.split(".")
     for name in groups:
@@ -282,6 +284,7 @@ AT_LEAST = {
     "optim.momentum": 0,
     "optim.weight_decay": 0,
     "optim.decay_factor": 0,
+    "init_refine": 1,
     "optim.warmup_steps": 0,
     "optim.warmup_learning_rate": 0,
     "loss.label_smoothing": 0,
@@ -316,6 +319,11 @@ def test_too_little(key):
         ),
         ({"optim.momentum": 1.0}, "optim.momentum must be below 1, got 1.0."),
         ({"loss.label_smoothing": 1.0}, "loss.label_smoothing must be below 1, got 1.0."),
+        (
+            {"init_refine": 2},
+            "init_refine is 2, but init_from is empty; name the workdir of the network "
+            "that is to be refined there.",
+        ),
         (
             {"optim.warmup_steps": 1000},
             "optim.warmup_steps (1000) must be below total_steps (1000).",
