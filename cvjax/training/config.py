@@ -164,7 +164,7 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
             "data.normalization is 'init_from', but init_from is empty; name a workdir "
             "there, or choose another normalization."
         )
-    if run.init_refine != 1 and not run.init_from:
+    if run.init_refine > 1 and not run.init_from:
         raise UserError(
             f"init_refine is {run.init_refine}, but init_from is empty; name the workdir "
             "of the network that is to be refined there."

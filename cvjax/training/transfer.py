@@ -30,6 +30,7 @@ from jax import numpy as jnp
 
 from cvjax.data.augment import Statistics
 from cvjax.errors import UserError
+from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn.depth import refine
 from cvjax.training import network as networks
@@ -99,10 +100,12 @@ def _refined(network: Network, factor: int) -> Network:
             f"init_refine {factor} is for networks resnet_cifar, and init_from names a "
             f"network {name}; leave init_refine at 1."
         )
-    model = {"name": name, **refined_fields(fields, factor)}
+    finer = {"name": name, **refined_fields(fields, factor)}
+    model = create_model(num_classes=len(network.class_names), **finer)
     return dataclasses.replace(
         network,
-        run=dataclasses.replace(network.run, model=model),
+        run=dataclasses.replace(network.run, model=finer),
+        recipe=dataclasses.replace(network.recipe, model=model),
         variables=refine(network.variables, factor),
     )
 
