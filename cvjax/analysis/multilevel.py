@@ -96,7 +96,7 @@ def draw_multilevel(
             capsize=3,
         )
     axes[0].legend(fontsize=8, frameon=False)
-    _label(axes[0], "multiply-adds of the training (1e12)", "validation error (%)")
+    _label(axes[0], "multiply-adds of the training (1e9)", "validation error (%)")
     _label(axes[1], "seconds, compilation included", "test error (%)")
     axes[1].set_xlim(left=0)
     axes[1].set_ylim(bottom=0)
@@ -129,7 +129,7 @@ def _draw_curve(panel, members: list[dict[str, Any]], color: str) -> None:
     for number, level in enumerate(members[0]["levels"]):
         if number:
             # What refinement does to the error, before any step.
-            panel.axvline(before / 1e12, color=color, lw=0.7, ls=":")
+            panel.axvline(before / 1e9, color=color, lw=0.7, ls=":")
             work.append(before)
             for points, run in zip(errors, members, strict=True):
                 points.append(run["levels"][number]["refined/val/error"])
@@ -138,7 +138,7 @@ def _draw_curve(panel, members: list[dict[str, Any]], color: str) -> None:
         for points, run in zip(errors, members, strict=True):
             points += [row["val/error"] for row in run["levels"][number]["curve"]]
         before += level["macs"]
-    x, values = np.array(work) / 1e12, 100 * np.array(errors)
+    x, values = np.array(work) / 1e9, 100 * np.array(errors)
     mean = values.mean(axis=0)
     panel.plot(x, mean, color=color, label=members[0]["method"], lw=1.6)
     if len(members) > 1:
