@@ -287,7 +287,10 @@ def test_committee_is_measured(places, clock):
 
 def test_a_cascade_that_is_slower_is_not_taken(places, clock):
     settings = {**SETTINGS, "target_cost": 0.9}
-    assert len(committee_report.measure(places[:2], **settings)["chosen"]["members"]) == 2
+    own = committee_report.measure(places[:2], **settings)["chosen"]
+    assert own["members"] == ["small", "large"]
+    assert own["agreement"] == 1 and 0 < own["reached"][1] < 1
+    assert own["validation_time_ratio"] == 0.5
     clock["plan"] = 1.1
     measured = committee_report.measure(places[:2], **settings)
     assert measured["chosen"]["members"] == ["large"]
