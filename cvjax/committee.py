@@ -62,6 +62,11 @@ def load_members(places: Sequence[tuple[str, pathlib.Path, int]]) -> list[Member
         raise UserError(f"a cascade takes two networks or more, got {len(places)}.")
     members = []
     for name, place, size in places:
+        if not (place / "config.json").is_file():
+            raise UserError(
+                f"{place} is no folder of a run: it has no config.json; name workdirs of "
+                "train.py."
+            )
         network = load_network(place)
         height, width, channels = network.image_shape
         if network.run.loss.name != "softmax":

@@ -36,7 +36,7 @@ from configs import cifar10_resnet, digits_resnet
 from cvjax import cascade, committee_report, program
 from cvjax.analysis.cascade import draw_cascade, tabulate
 from cvjax.errors import UserError
-from cvjax.training import train_and_evaluate
+from cvjax.training import checkpoint, train_and_evaluate
 from cvjax.training import workdir as workdirs
 
 
@@ -186,7 +186,9 @@ def measure_once(
 ) -> dict[str, Any]:
     """Measures the cascades of some nets, or finds them measured with these settings."""
     path = folder / f"measured-seed{seed}.json"
-    key = {**settings, "members": [[name, str(place)] for name, place, _ in members]}
+    steps = [checkpoint.latest_step(place) for _, place, _ in members]
+    names = [[name, str(place)] for name, place, _ in members]
+    key = {**settings, "members": names, "steps": steps}
     if path.exists():
         found = json.loads(path.read_text())
         if found["key"] == key:

@@ -31,7 +31,6 @@ what is finished is not run again.
 import copy
 import json
 import pathlib
-import statistics
 from typing import Any
 
 import jax
@@ -44,7 +43,7 @@ from absl import flags, logging
 from configs import cifar10_resnet, digits_resnet
 from cvjax import data, program
 from cvjax.analysis.accounting import account
-from cvjax.analysis.multilevel import REFERENCE, draw_multilevel, tabulate
+from cvjax.analysis.multilevel import REFERENCE, draw_multilevel, measure_time, tabulate
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.training import logs, steps, train_and_evaluate, transfer
 from cvjax.training import workdir as workdirs
@@ -255,17 +254,6 @@ def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
         ],
         "config": config,
         **{key: manifest[key] for key in ("versions", "device", "git", "command")},
-    }
-
-
-def measure_time(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Seconds on training steps and on compilation, from the rows of metrics.jsonl."""
-    timed = [row for row in rows if "time/step_ms" in row]
-    median = statistics.median(row["time/step_ms"] for row in timed)
-    compilation = sum(row.get("time/compile_seconds", 0.0) for row in timed)
-    return {
-        "step_seconds": median / 1000 * timed[-1]["step"],
-        "compile_seconds": compilation,
     }
 
 

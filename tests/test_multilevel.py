@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cvjax import data
-from cvjax.analysis.multilevel import tabulate
+from cvjax.analysis.multilevel import measure_time, tabulate
 from cvjax.data import augment
 from cvjax.errors import InterruptedRun
 from cvjax.models import create_model
@@ -81,7 +81,7 @@ def test_time_from_the_rows_of_a_run():
         # Resumed, so compiled once more.
         {"step": 30, "time/step_ms": 110.0, "time/compile_seconds": 1.0},
     ]
-    assert multilevel.measure_time(rows) == {
+    assert measure_time(rows) == {
         "step_seconds": pytest.approx(0.110 * 30),
         "compile_seconds": 6.0,
     }

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import statistics
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,17 @@ import numpy as np
 REFERENCE = "deep, h=1/4"  # the method that times are compared with
 ERRORS = ("val/error", "test/error")
 COLORS = ("#c8553d", "#1f5a99", "#7a9cc6", "#8a8a8a")
+
+
+def measure_time(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds on training steps and on compilation, from the rows of metrics.jsonl."""
+    timed = [row for row in rows if "time/step_ms" in row]
+    median = statistics.median(row["time/step_ms"] for row in timed)
+    compilation = sum(row.get("time/compile_seconds", 0.0) for row in timed)
+    return {
+        "step_seconds": median / 1000 * timed[-1]["step"],
+        "compile_seconds": compilation,
+    }
 
 
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
