@@ -317,7 +317,8 @@ def test_members_that_do_not_fit(places, tmp_path, monkeypatch):
 
     assert refusal(places[:1]) == "a cascade takes two networks or more, got 1."
     assert refusal([places[0], ("x", tmp_path, 0)]) == (
-        f"{tmp_path} is no folder of a run: it has no config.json; name workdirs of train.py."
+        f"{tmp_path} is no folder of a run: it has no config.json; name "
+        "workdirs of train.py."
     )
     assert "takes images of 8x8 pixels only" in refusal([places[0], (*places[1][:2], 4)])
     assert refusal(places[:2], target_accuracy=1.0).startswith(
