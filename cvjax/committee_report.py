@@ -32,6 +32,7 @@ def measure(
     *,
     measure: str,
     calibrate: bool,
+    tolerance: float,
     target_accuracy: float | None,
     target_cost: float | None,
     batch_size: int,
@@ -42,7 +43,9 @@ def measure(
       places: see `load_members`.
       measure: one of `cascade.MEASURES`.
       calibrate: whether logits are divided by temperatures, fitted on validation.
-      target_accuracy: on validation; None for that of the largest network.
+      tolerance: how far the target is below the accuracy of the largest network on
+        validation, in standard errors of the latter.
+      target_accuracy: on validation, instead.
       target_cost: instead, a part of the largest network's multiply-adds.
       batch_size: images that the first network sees at a time.
 
@@ -69,14 +72,16 @@ def measure(
     val, test = (compute_probabilities(members, logits) for logits in (val, test))
     macs = [member.macs for member in members]
     candidates = cascade.try_cascades(val, dataset.val.labels, macs, measure)
-    wanted = _choose(candidates, val, dataset, macs, target_accuracy, target_cost)
+    if target_accuracy is None and target_cost is None:
+        right = val[-1].argmax(axis=-1) == dataset.val.labels
+        target_accuracy = right.mean() - tolerance * _standard_error(right)
+    wanted = _choose(candidates, macs, target_accuracy, target_cost)
     plan, note, ratio = _check_that_it_pays(members, wanted, dataset, batch_size)
     points = _points(members, candidates, plan, dataset, test, batch_size)
 
     chosen, largest = points[-1], points[len(members) - 1]
     right = test[-1].argmax(axis=-1) == dataset.test.labels
     difference = chosen.pop("right") - right.astype(float)
-    root = len(right) ** 0.5
     return {
         "data": dataset.name,
         "examples": len(right),
@@ -84,7 +89,7 @@ def measure(
             {"name": m.name, "macs": m.macs, "temperature": m.temperature} for m in members
         ],
         "note": note,
-        "standard_error": float(right.std(ddof=1)) / root,
+        "standard_error": _standard_error(right),
         "chosen": {
             "members": [members[number].name for number in plan.members],
             "thresholds": list(plan.thresholds),
@@ -92,7 +97,7 @@ def measure(
             "agreement": chosen.pop("agreement"),
             "validation_time_ratio": ratio,
             "difference": float(difference.mean()),
-            "difference_standard_error": float(difference.std(ddof=1)) / root,
+            "difference_standard_error": _standard_error(difference),
             "macs_ratio": chosen["macs"] / largest["macs"],
             "time_ratio": chosen["milliseconds"] / largest["milliseconds"],
         },
@@ -100,7 +105,12 @@ def measure(
     }
 
 
-def _choose(candidates, val, dataset: Dataset, macs, target_accuracy, target_cost) -> Plan:
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def _choose(candidates, macs, target_accuracy, target_cost) -> Plan:
     if target_cost is not None:
         plan = cascade.choose(candidates, max_cost=target_cost * macs[-1])
         if plan is None:
@@ -109,8 +119,6 @@ def _choose(candidates, val, dataset: Dataset, macs, target_accuracy, target_cos
                 f"which is {macs[0] / macs[-1]:.3f} of the largest one; give more."
             )
         return plan
-    if target_accuracy is None:
-        target_accuracy = (val[-1].argmax(axis=-1) == dataset.val.labels).mean()
     plan = cascade.choose(candidates, min_accuracy=target_accuracy)
     if plan is None:
         raise UserError(
@@ -132,9 +140,10 @@ def _check_that_it_pays(
         [partial(run_plan, members, one, images, batch_size) for one in (largest, plan)]
     )
     ratio = seconds[1] / seconds[0]
-    if ratio < 1:
-        return plan, "", ratio
     names = ", ".join(members[number].name for number in plan.members)
+    if ratio < 1:
+        alone = f"One net, {names}, reaches the target for the least."
+        return plan, alone if len(plan.members) == 1 else "", ratio
     note = (
         f"The cascade ({names}) takes {ratio:.2f} of the largest net's time on this "
         "machine, so the largest net alone is taken."

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from cvjax import cascade, committee, committee_report
+from cvjax import cascade, committee, committee_report, data
 from cvjax.analysis.cascade import pareto_front, tabulate
 from cvjax.cascade import NEVER, Plan
 from cvjax.errors import UserError
@@ -236,6 +236,7 @@ def places(tmp_path_factory):
 SETTINGS = {
     "measure": "max_probability",
     "calibrate": True,
+    "tolerance": 0.0,
     "target_accuracy": None,
     "target_cost": None,
     "batch_size": 64,
@@ -299,6 +300,26 @@ def test_a_cascade_that_is_slower_is_not_taken(places, clock):
         "so the largest net alone is taken."
     )
     assert measured["chosen"]["macs_ratio"] == 1 and measured["chosen"]["difference"] == 0
+
+
+def test_tolerance_in_standard_errors(places, clock):
+    """What is given away on validation: nothing, or enough for the small net alone."""
+    members = committee.load_members(places[:2])
+    val = data.load("digits").val
+    right = [
+        committee.compute_logits(member, val.images).argmax(axis=-1) == val.labels
+        for member in members
+    ]
+    gap = right[1].mean() - right[0].mean()
+    # Of yes and no: the root of p (1 - p) / (n - 1).
+    unit = (right[1].mean() * (1 - right[1].mean()) / 299) ** 0.5
+    for tolerance, alone in ((gap / unit + 0.01, True), (gap / unit - 0.01, False)):
+        measured = committee_report.measure(
+            places[:2], **{**SETTINGS, "tolerance": tolerance}
+        )
+        assert (measured["chosen"]["members"] == ["small"]) is alone
+        told = measured["note"] == "One net, small, reaches the target for the least."
+        assert told is alone
 
 
 def test_take_turns(monkeypatch):

@@ -116,6 +116,7 @@ def test_table_by_hand():
     }
     assert several["seconds"]["mean"] == pytest.approx((3 + 10 + 7 + 10) / 2)
     assert several["time_ratio"]["mean"] == pytest.approx((13 / 16 + 17 / 34) / 2)
+    assert several["step_ratio"]["mean"] == pytest.approx((3 / 10 + 7 / 28) / 2)
     assert single["time_ratio"] == {"mean": 1, "std": 0}
     assert multilevel.format_spread(several["test/error"], 100, 1) == "20.0 ± 14.1"
     assert multilevel.format_spread({"mean": 0.2, "std": None}, 100, 1) == "20.0"

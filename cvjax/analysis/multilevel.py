@@ -30,8 +30,9 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
       A row for each method: "method", "layers" (of the last net), "n" (seeds), "macs" (of
       the whole training), "compile_seconds" (of all levels; the longest over the seeds, as
       the others find the program in the cache), and as {"mean", "std"} the errors
-      (fractions), "step_seconds", "seconds" (both) and "time_ratio" (seconds over those of
-      `REFERENCE` with the same seed). The std of a single seed is None.
+      (fractions), "step_seconds", "seconds" (with compilation), "step_ratio" and
+      "time_ratio" (of both over those of `REFERENCE` with the same seed). The std of a
+      single seed is None.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -52,6 +53,8 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method, members in groups.items():
         times = [seconds[method, run["seed"]] for run in members]
         whole = [seconds[REFERENCE, run["seed"]] for run in members]
+        alone = np.subtract(times, compilation[method])
+        whole_alone = np.subtract(whole, compilation[REFERENCE])
         last = [run["levels"][-1] for run in members]
         table.append(
             {
@@ -61,7 +64,8 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "macs": sum(level["macs"] for level in members[0]["levels"]),
                 "compile_seconds": compilation[method],
                 "seconds": spread(times),
-                "step_seconds": spread([time - compilation[method] for time in times]),
+                "step_seconds": spread(alone),
+                "step_ratio": spread(alone / whole_alone),
                 "time_ratio": spread(np.divide(times, whole)),
                 **{key: spread([run["summary"][key] for run in last]) for key in ERRORS},
             }
