@@ -103,9 +103,9 @@ def draw_multilevel(
         members = [run for run in runs if run["method"] == method]
         _draw_curve(axes[0], members, colors[method])
         axes[1].errorbar(
-            row["seconds"]["mean"],
+            row["time_ratio"]["mean"],
             100 * row["test/error"]["mean"],
-            xerr=row["seconds"]["std"] or 0,
+            xerr=row["time_ratio"]["std"] or 0,
             yerr=100 * (row["test/error"]["std"] or 0),
             color=colors[method],
             marker="o",
@@ -113,9 +113,8 @@ def draw_multilevel(
         )
     axes[0].legend(fontsize=8, frameon=False)
     _label(axes[0], "multiply-adds of the training (1e9)", "validation error (%)")
-    _label(axes[1], "seconds, compilation included", "test error (%)")
+    _label(axes[1], f"time with compilation ({REFERENCE}: 1)", "test error (%)")
     axes[1].set_xlim(left=0)
-    axes[1].set_ylim(bottom=0)
     places = range(len(table))
     steps = [row["step_seconds"]["mean"] for row in table]
     compilation = [row["compile_seconds"] for row in table]
@@ -126,7 +125,7 @@ def draw_multilevel(
     )
     axes[2].set_yticks(places, [row["method"] for row in table])
     axes[2].invert_yaxis()
-    _label(axes[2], "seconds: steps (solid), compilation (hatched)", "")
+    _label(axes[2], "seconds (hatched: compilation)", "")
     level = runs[0]["levels"][-1]
     figure.suptitle(
         f"{level['config']['data']['name']}, width {level['config']['model']['width']}, "
