@@ -12,7 +12,7 @@ as the best single net of equal accuracy.
 On validation: temperatures if asked for (--calibrate), the nets and thresholds that reach
 the target for the least multiply-adds, and whether this is also faster on this machine; if
 it is not, the largest net alone is taken, and that is said. The target is the largest net's
-own validation accuracy, less --tolerance of its standard errors; or --target_accuracy; or
+own validation accuracy, less --tolerance times its standard error; or --target_accuracy; or
 the best accuracy for --target_cost, a part of the largest net's multiply-adds. On test:
 everything that is reported. The fewer images there are to choose by, the more the choice is
 luck: the 300 of the digits (quick) show how it works and no more.
@@ -95,7 +95,7 @@ def define_flags() -> None:
     flags.DEFINE_boolean("calibrate", False, "Fit temperatures on validation.")
     flags.DEFINE_float(
         "tolerance",
-        0.5,
+        0.0,
         "How far below the largest net the target is, in standard errors on validation.",
         lower_bound=0.0,
     )
