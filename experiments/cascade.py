@@ -220,7 +220,8 @@ def show(table: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
     shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=0)
     for heading in ("net", "n", "error", "1e6 MACs", "ms/image", "speed-up"):
         left = heading == "net"
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        # Names of workdirs may be long; numbers must not be cut.
+        shown.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for row in table:
         if row["kind"] == "cascade":
             continue
