@@ -374,23 +374,23 @@ def test_members_that_do_not_fit(places, tmp_path, monkeypatch):
 # The experiment
 
 
-def test_experiment_trains_measures_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
-    def tiny():
-        config = default_config("resnet_cifar")
-        config.optim.schedule = "constant"
-        config.update(total_steps=3, log_every=3, eval_every=3, train_eval_examples=0)
-        return config
+def test_nets_of_a_preset(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(experiment, "train_and_evaluate", lambda *run: trained.append(run))
+    members = experiment.train_members("medium", 7, 2, tmp_path)
+    assert [name for name, _, _ in members] == ["8x8", "20x8", "20x16"]
+    assert [folder for _, folder, _ in members] == [folder for _, folder in trained]
+    for (config, _), net in zip(trained, ((8, 8), (20, 8), (20, 16)), strict=True):
+        assert (config.model.depth, config.model.width) == net
+        assert (config.seed, config.total_steps, config.data.name) == (2, 7, "mnist")
+        assert not config.data.flip and not config.data.crop_padding
 
-    monkeypatch.setitem(experiment.PRESETS, "quick", (tiny, ((8, 1), (8, 2))))
-    monkeypatch.setattr(
-        committee_report,
-        "take_turns",
-        lambda functions: [2.0] + [1.0] * (len(functions) - 1),
-    )
 
+def test_experiment_measures_draws_and_does_nothing_twice(
+    places, clock, tmp_path, monkeypatch, capsys
+):
     def run():
-        members = experiment.train_members("quick", None, 0, tmp_path)
-        runs = [experiment.measure_once(members, SETTINGS, tmp_path, 0)]
+        runs = [experiment.measure_once(places[:2], SETTINGS, tmp_path, 0)]
         experiment.report(runs, {"preset": "quick", **SETTINGS}, tmp_path)
         return capsys.readouterr().out
 
@@ -399,10 +399,18 @@ def test_experiment_trains_measures_and_does_nothing_twice(tmp_path, monkeypatch
     assert (tmp_path / "cascade.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"versions", "device", "git"} <= results["runs"][0].keys()
-    assert results["table"][1]["name"] == "8x2"
-    monkeypatch.setattr(committee_report, "measure", None)  # would be called, and fail
-    monkeypatch.setattr(committee_report, "take_turns", None)
-    assert run() == first
+    assert results["table"][1]["name"] == "large"
+    measured = results["runs"][0]["chosen"]
+    assert f"{measured['macs_ratio']:.2f} of its multiply-adds" in first
+    with monkeypatch.context() as patch:
+        patch.setattr(committee_report, "measure", None)  # would be called, and fail
+        assert run() == first
+        # Other settings, or nets that were trained on, are measured.
+        with pytest.raises(TypeError):
+            experiment.measure_once(places[:2], {**SETTINGS, "tolerance": 1.0}, tmp_path, 0)
+        patch.setattr(experiment.checkpoint, "latest_step", lambda _: 99)
+        with pytest.raises(TypeError):
+            run()
 
 
 def test_mistakes_get_one_sentence():

@@ -155,14 +155,14 @@ def test_difference_falls_with_the_first_order_of_h(filling):
         )
         variables = random_like(shapes, scale=1.0)
         outputs = [walk(variables, length, h)]
-        for _ in range(6):
+        for _ in range(5):
             variables = refine(variables, 2, filling)
             length, h = 2 * length, h / 2
             outputs.append(walk(variables, length, h))
     changes = [np.abs(b - a).max() for a, b in itertools.pairwise(outputs)]
     ratios = [a / b for a, b in itertools.pairwise(changes)]
     assert changes[0] > 0.01
-    assert ratios[-2:] == pytest.approx([2, 2], abs=0.1)
+    assert ratios[-2:] == pytest.approx([2, 2], abs=0.15)
 
 
 def test_refined_steps_approach_the_solution():
