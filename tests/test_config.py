@@ -91,6 +91,7 @@ OTHERS = {
     "loss.name": "sigmoid",
     "model.activation": "softplus",
     "model.body": "tied",
+    "model.blocks": (3, 3, 3),
     "model.dtype": "bfloat16",
     "model.gradient": "backsolve",
     "model.head": "small",
@@ -107,6 +108,7 @@ OTHERS = {
 }
 # What a value needs beside it.
 COMPANIONS = {"model.pieces": {"model.theta": "piecewise_constant"}}
+NEEDED = {"init_refine": {"init_from": "runs/coarse"}}
 OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 
@@ -135,6 +137,7 @@ def test_every_key_arrives(model, key, value):
     changed = another(model, key, value)
     assert changed != value
     run = parse_config(config_with({key: changed, **COMPANIONS.get(key, {})}, model))
+    run = parse_config(config_with({key: changed, **NEEDED.get(key, {})}, model))
     target = run
     *groups, last = key.split(".")
     for name in groups:
@@ -292,6 +295,7 @@ AT_LEAST = {
     "optim.momentum": 0,
     "optim.weight_decay": 0,
     "optim.decay_factor": 0,
+    "init_refine": 1,
     "optim.warmup_steps": 0,
     "optim.warmup_learning_rate": 0,
     "loss.label_smoothing": 0,
@@ -326,6 +330,11 @@ def test_too_little(key):
         ),
         ({"optim.momentum": 1.0}, "optim.momentum must be below 1, got 1.0."),
         ({"loss.label_smoothing": 1.0}, "loss.label_smoothing must be below 1, got 1.0."),
+        (
+            {"init_refine": 2},
+            "init_refine is 2, but init_from is empty; name the workdir of the network "
+            "that is to be refined there.",
+        ),
         (
             {"optim.warmup_steps": 1000},
             "optim.warmup_steps (1000) must be below total_steps (1000).",

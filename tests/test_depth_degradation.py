@@ -74,6 +74,7 @@ def test_full_preset_is_the_papers_recipe():
     assert config.model.to_dict() == {
         "name": "resnet_cifar",
         "depth": 56,
+        "blocks": (),
         "shortcut": "A",
         "pre_activation": False,
         "width": 16,

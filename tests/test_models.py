@@ -92,6 +92,9 @@ GOLDEN = [
     # The published example's; variants are in test_odenet.py.
     ("odenet", {}, MNIST, 10, 208_266),
     ("odenet_discrete", {}, MNIST, 10, 576_778),
+    ("resnet_cifar", {"depth": 20, "blocks": (3, 3, 3)}, CIFAR, 10, 269_722),
+    # One block of 2 * 9 * 16 * 16 and four times 16 more.
+    ("resnet_cifar", {"depth": 22, "blocks": (4, 3, 3)}, CIFAR, 10, 269_722 + 4_672),
     # One of each; their variants are in test_models_imagenet.py.
     ("alexnet", {}, IMAGENET, 1000, 61_100_840),
     ("googlenet", {"auxiliary_heads": False}, IMAGENET, 1000, 6_998_552),
@@ -202,7 +205,7 @@ class Paper:
 
     def __init__(self, variables, train, fields):
         self.variables, self.train = variables, train
-        self.n = (fields["depth"] - 2) // 6
+        self.blocks = fields.get("blocks") or ((fields["depth"] - 2) // 6,) * 3
         self.shortcut = fields["shortcut"]
         self.pad_channels = fields.get("pad_channels", "end")
         self.pre_activation = fields.get("pre_activation", False)
@@ -232,6 +235,7 @@ class Paper:
 
     def block(self, x, path, block, features, stride):
         f = (*path, "f")
+        step_size = self.step_size if stride == 1 else 1.0
         if self.pre_activation:
             y = np.maximum(self.bn(x, (*f, "bn1"), block), 0)
             y = self.conv(y, (*f, "conv1"), block, stride)
@@ -244,12 +248,12 @@ class Paper:
         changes = x.shape[-1] != features
         if self.shortcut == "C" or (self.shortcut == "B" and changes):
             around = self.conv(x, (*path, "shortcut", "conv"), block, stride, padding=0)
-            y = self.bn(around, (*path, "shortcut", "bn"), block) + self.step_size * y
+            y = self.bn(around, (*path, "shortcut", "bn"), block) + step_size * y
         elif self.shortcut != "none":
             around = np.zeros(y.shape)
             first = changes * x.shape[-1] // 2 if self.pad_channels == "both" else 0
             around[..., first : first + x.shape[-1]] = x[:, ::stride, ::stride]
-            y = around + self.step_size * y
+            y = around + step_size * y
         return y if self.pre_activation else np.maximum(y, 0)
 
     def logits(self, x):
@@ -258,9 +262,9 @@ class Paper:
             x = np.maximum(self.bn(x, ("stem_bn",), None), 0)
         features = x.shape[-1]
         for stage in (1, 2, 3):
-            length = self.n
+            length = self.blocks[stage - 1]
             if stage > 1:
-                features, length = 2 * features, self.n - 1
+                features, length = 2 * features, length - 1
                 x = self.block(x, (f"stage{stage}_transition",), None, features, 2)
             for block in range(length):
                 x = self.block(x, (f"stage{stage}", "blocks"), block, features, 1)
@@ -294,7 +298,16 @@ def random_variables(model, image_shape, seed=0):
         ({"depth": 8, "shortcut": "none"}, True),
         ({"depth": 8, "shortcut": "B", "step_size": 0.5}, True),
         ({"depth": 8, "shortcut": "C"}, True),
-        ({"depth": 14, "shortcut": "A", "pre_activation": True, "step_size": 0.25}, True),
+        (
+            {
+                "depth": 14,
+                "blocks": (1, 3, 2),
+                "shortcut": "A",
+                "pre_activation": True,
+                "step_size": 0.25,
+            },
+            True,
+        ),
     ],
 )
 def test_resnet_equals_the_paper_in_numpy(fields, train):
@@ -557,6 +570,22 @@ BAD = [
         {"depth": 2},
         "depth must be 6n + 2 with n of 1 or more (8, 14, 20, ...), got 2; the nearest is "
         "8.",
+    ),
+    (
+        "resnet_cifar",
+        {"blocks": (4, 3, 3)},
+        "blocks (4, 3, 3) make 22 layers, but depth is 20; set depth to 22, or leave "
+        "blocks empty.",
+    ),
+    (
+        "resnet_cifar",
+        {"depth": 14, "blocks": (3, 3)},
+        "blocks takes three numbers, one a stage, got (3, 3).",
+    ),
+    (
+        "resnet_cifar",
+        {"depth": 14, "blocks": (6, 0, 0)},
+        "blocks must be 1 or more, got (6, 0, 0).",
     ),
     ("resnet_cifar", {"width": 0}, "width must be 1 or more, got 0."),
     ("resnet_cifar", {"shortcut": "a"}, "shortcut must be one of A, B, C, none, got 'a'."),

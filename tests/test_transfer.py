@@ -1,5 +1,6 @@
 """Fine-tuning: what is taken over, what stays frozen, what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -142,6 +143,26 @@ def test_starts_from_the_last_checkpoint(source, tmp_path, monkeypatch, messages
         in text
         for text in messages
     )
+
+
+def test_starts_from_a_refined_network(source, tmp_path, monkeypatch):
+    first = []
+
+    def seen(state, *args, **kwargs):
+        first.append(jax.device_get(state))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", seen)
+    settings = {"init_from": str(source), "init_refine": 2, "model.step_size": 0.5}
+    settings |= {"model.depth": 10, "model.blocks": (2, 1, 1)}
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(create_config(**settings), tmp_path)
+    variables = {"params": first[0].params, "batch_stats": first[0].batch_stats}
+    expected = arrays(source)
+    for name, array in traverse_util.flatten_dict(variables, sep="/").items():
+        blocks = (0, 0) if "blocks" in name else slice(None)
+        assert array.tobytes() == expected[name][blocks,].tobytes(), name
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(first[0].opt_state))
 
 
 def test_head_of_other_classes_is_drawn_anew(source, tmp_path, six_classes, messages):
@@ -306,6 +327,25 @@ def test_source_is_another_network(source, tmp_path):
     settings = {"init_from": str(source), "model.shortcut": "none", "model.walk": "rolled"}
     message = refusal(tmp_path, **settings)
     assert "is of another network (model.shortcut was 'A', now 'none');" in message
+
+
+def test_source_that_cannot_be_refined(source, tmp_path, monkeypatch):
+    settings = {"init_from": str(source), "init_refine": 2}
+    message = refusal(tmp_path, **settings)
+    assert "model.blocks was [2, 1, 1], now []" in message
+    assert message.endswith("give the model fields that it has when refined.")
+    load_network_ = transfer.networks.load_network
+
+    def as_mlp(*args):
+        network = load_network_(*args)
+        run = dataclasses.replace(network.run, model={"name": "mlp", "widths": (2,)})
+        return dataclasses.replace(network, run=run)
+
+    monkeypatch.setattr(transfer.networks, "load_network", as_mlp)
+    assert refusal(tmp_path, **settings) == (
+        "init_refine 2 is for networks resnet_cifar, and init_from names a network mlp; "
+        "leave init_refine at 1."
+    )
 
 
 def test_source_of_other_images(source, tmp_path, monkeypatch):

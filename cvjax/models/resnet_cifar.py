@@ -10,7 +10,8 @@
 Depth is 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper. A plain net has the same layers,
 the same parameters and the same initialisation; it lacks the shortcuts and nothing else.
 The pre-activation form (He et al. 2016, arXiv:1603.05027) is x + h * f(x), one explicit
-Euler step a block.
+Euler step a block. The two blocks that halve the image are no steps in this sense: they
+lead from one differential equation to the next, and h is not in them.
 
 Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are
 drawn with fan-in variance, and no scale starts at zero. Where we differ: BatchNorm's
@@ -19,7 +20,7 @@ pre-activation form every block is the same (the paper moves the first activatio
 net in front of its first shortcut).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -139,14 +140,16 @@ class CifarResNet(nn.Module):
 
     Attributes:
       num_classes: size of the logits.
-      depth: number of layers with weights, 6n + 2.
+      depth: number of layers with weights: 6n + 2, or what `blocks` make.
+      blocks: of each of the three stages, the one that halves the image included: (3, 3, 3)
+        are 20 layers, (4, 3, 3) are 22. Empty for n in each, as `depth` says.
       shortcut: "A", "B" or "C" of the paper, or "none" for the plain net.
       pad_channels: where shortcut "A" puts the zeros for new channels: at the "end", or
         half of them on "both" sides, as the common PyTorch port does
         (akamaster/pytorch_resnet_cifar10); another function of the same parameters.
       pre_activation: the form of He et al. 2016 instead of 2015.
       width: features of the first stage; the paper's is 16.
-      step_size: h in x + h * f(x); 1 in the papers.
+      step_size: h in x + h * f(x), in blocks that keep the shape; 1 in the papers.
       norm_momentum: of BatchNorm's running averages.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
@@ -158,6 +161,7 @@ class CifarResNet(nn.Module):
 
     num_classes: int
     depth: int = 20
+    blocks: tuple[int, ...] = ()
     shortcut: str = "A"
     pad_channels: str = "end"
     pre_activation: bool = False
@@ -173,7 +177,9 @@ class CifarResNet(nn.Module):
         check_choice("shortcut", self.shortcut, SHORTCUTS)
         check_choice("pad_channels", self.pad_channels, PADS)
         check_choice("walk", self.walk, depth_axis.WALKS)
-        if self.depth < 8 or (self.depth - 2) % 6:
+        if self.blocks:
+            _check_blocks(self.blocks, self.depth)
+        elif self.depth < 8 or (self.depth - 2) % 6:
             below = max(8, self.depth - (self.depth - 2) % 6)
             near = f"{below} or {below + 6}" if self.depth > 8 else "8"
             raise UserError(
@@ -191,6 +197,11 @@ class CifarResNet(nn.Module):
                 f"{self.shortcut!r} and width {self.width}; leave it at 'end'."
             )
         super().__post_init__()
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...]:
+        """The number of blocks of each stage, see `blocks`."""
+        return self.blocks or ((self.depth - 2) // 6,) * 3
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -212,17 +223,15 @@ class CifarResNet(nn.Module):
             norm=norm,
             dtype=dtype,
         )
-        n = (self.depth - 2) // 6
-
         x = Conv(self.width, 3, padding=1, dtype=dtype, name="stem_conv")(images)
         if not self.pre_activation:
             x = nn.relu(norm(name="stem_bn")(x))
-        for stage in (1, 2, 3):
+        for stage, length in enumerate(self.stage_blocks, start=1):
             features = self.width * 2 ** (stage - 1)
-            length = n
             if stage > 1:
-                x = block(features, stride=2, name=f"stage{stage}_transition")(x)
-                length = n - 1
+                transition = partial(block, step_size=1.0, name=f"stage{stage}_transition")
+                x = transition(features, stride=2)(x)
+                length -= 1
             same = partial(block, features, stride=1)
             x = depth_axis.Stage(same, length, self.walk, name=f"stage{stage}")(x)
         if self.pre_activation:
@@ -233,3 +242,42 @@ class CifarResNet(nn.Module):
 
 # The paper says nothing of the last layer; PyTorch's and Caffe's ports draw it small.
 head_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def refined_fields(fields: Mapping[str, Any], factor: int = 2) -> dict[str, Any]:
+    """The fields of the net that `nn.depth.refine` makes variables for.
+
+    Of the blocks that keep the shape there are `factor` times as many, each with an h of
+    1/`factor`. The other two stay, so stages of equal length become unequal: 2-2-2 blocks
+    become 4-3-3 and then 8-5-5.
+
+    Raises:
+      UserError: for a net whose blocks are no steps x + h * f(x).
+    """
+    check_positive(factor=factor)
+    net = CifarResNet(num_classes=1, **fields)
+    if net.shortcut not in ("A", "B"):
+        raise UserError(
+            f"a net with shortcut {net.shortcut!r} cannot be refined, as its blocks are no "
+            "steps x + h * f(x); take shortcut A or B."
+        )
+    first, *others = net.stage_blocks
+    blocks = (factor * first, *(1 + factor * (count - 1) for count in others))
+    finer = {"blocks": blocks, "depth": _count_layers(blocks)}
+    return {**fields, **finer, "step_size": net.step_size / factor}
+
+
+def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
+    check_positive(blocks=blocks)
+    if len(blocks) != 3:
+        raise UserError(f"blocks takes three numbers, one a stage, got {blocks}.")
+    layers = _count_layers(blocks)
+    if depth != layers:
+        raise UserError(
+            f"blocks {blocks} make {layers} layers, but depth is {depth}; set depth to "
+            f"{layers}, or leave blocks empty."
+        )
+
+
+def _count_layers(blocks: tuple[int, ...]) -> int:
+    return 2 * sum(blocks) + 2

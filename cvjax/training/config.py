@@ -83,6 +83,8 @@ class RunConfig:
         are measured, unless it is 0.
       init_from: the workdir of a run whose network this one starts from, "" for none; see
         `training.transfer`.
+      init_refine: how many blocks each block of that network becomes (`nn.depth.refine`), 1
+        for as many as it has.
       data: see `DataConfig`.
       model: the model's name and its fields.
       optim: see `training.optim.OptimConfig`.
@@ -97,6 +99,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     train_eval_examples: int = -1
     init_from: str = ""
+    init_refine: int = 1
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -161,6 +164,11 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
             "data.normalization is 'init_from', but init_from is empty; name a workdir "
             "there, or choose another normalization."
         )
+    if run.init_refine > 1 and not run.init_from:
+        raise UserError(
+            f"init_refine is {run.init_refine}, but init_from is empty; name the workdir "
+            "of the network that is to be refined there."
+        )
     check_choice("optim.name", run.optim.name, OPTIMIZERS)
     check_choice("optim.schedule", run.optim.schedule, SCHEDULES)
     check_choice("optim.decayed", run.optim.decayed, DECAYED)
@@ -185,6 +193,7 @@ def _check_ranges(run: RunConfig) -> None:
         "checkpoint_every": (run.checkpoint_every, 1),
         "keep_checkpoints": (run.keep_checkpoints, 1),
         "train_eval_examples": (run.train_eval_examples, -1),
+        "init_refine": (run.init_refine, 1),
         "data.batch_size": (run.data.batch_size, 1),
         "data.eval_batch_size": (run.data.eval_batch_size, 1),
         "data.crop_padding": (run.data.crop_padding, 0),

@@ -76,7 +76,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
     resumes = checkpoint.latest_step(folder) is not None
     source = None
     if run.init_from and not resumes:
-        source = transfer.load_source(run.init_from, run.model, folder)
+        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
     dataset = data.load(
         run.data.name,
         data_dir=run.data.data_dir,

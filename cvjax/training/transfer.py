@@ -7,11 +7,16 @@ must be the same one but for `FREE_FIELDS` and the number of classes: where that
 the layers that make logits are drawn anew, and the log says so. What is loaded is saved
 with the run's own checkpoints, so a resumed run does not load it again.
 
+With `config.init_refine = 2` that network first gets two blocks for each one that it has
+(`nn.depth.refine`), and the fields of the one that is trained are those of
+`models.resnet_cifar.refined_fields`.
+
 With `config.data.normalization = "init_from"` images are normalised as they were for that
 network; else by the statistics of the new training images, which suits a network that is
 going to be trained as a whole.
 """
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -25,6 +30,9 @@ from jax import numpy as jnp
 
 from cvjax.data.augment import Statistics
 from cvjax.errors import UserError
+from cvjax.models import create_model
+from cvjax.models.resnet_cifar import refined_fields
+from cvjax.nn.depth import refine
 from cvjax.training import network as networks
 from cvjax.training import workdir as workdirs
 from cvjax.training.network import Network
@@ -38,7 +46,10 @@ NAMED = 3  # differences in a message
 
 
 def load_source(
-    init_from: workdirs.Path, model: Mapping[str, Any], folder: pathlib.Path
+    init_from: workdirs.Path,
+    model: Mapping[str, Any],
+    folder: pathlib.Path,
+    factor: int = 1,
 ) -> Network:
     """The network to start from.
 
@@ -46,6 +57,7 @@ def load_source(
       init_from: the workdir of its run.
       model: name and fields of the network that is to be trained.
       folder: the workdir of the run that starts.
+      factor: how many blocks each of its blocks becomes.
 
     Raises:
       UserError: there is no such network, or it is not this one.
@@ -64,17 +76,38 @@ def load_source(
         network = networks.load_network(source, "last")
     except UserError as error:
         raise UserError(f"init_from cannot be used: {error}") from error
+    if factor > 1:
+        network = _refined(network, factor)
     differences = workdirs.config_differences(_fixed(network.run.model), _fixed(model))
     if differences:
         raise UserError(
             f"init_from {source} is of another network ({'; '.join(differences)}); give "
-            "the model fields that it has."
+            f"the model fields that it has{' when refined' if factor > 1 else ''}."
         )
     if not (source / "summary.json").exists() and network.step:
         logging.warning(
             "%s is not finished; its network is taken as of step %d.", source, network.step
         )
     return network
+
+
+def _refined(network: Network, factor: int) -> Network:
+    """The network with `factor` times as many blocks."""
+    fields = dict(network.run.model)
+    name = fields.pop("name")
+    if name != "resnet_cifar":
+        raise UserError(
+            f"init_refine {factor} is for networks resnet_cifar, and init_from names a "
+            f"network {name}; leave init_refine at 1."
+        )
+    finer = {"name": name, **refined_fields(fields, factor)}
+    model = create_model(num_classes=len(network.class_names), **finer)
+    return dataclasses.replace(
+        network,
+        run=dataclasses.replace(network.run, model=finer),
+        recipe=dataclasses.replace(network.recipe, model=model),
+        variables=refine(network.variables, factor),
+    )
 
 
 def start_from(state: TrainState, source: Network, init_from: str) -> TrainState:
