@@ -8,8 +8,8 @@ and images, the same solver and tolerance. First outputs and gradients are compa
 forward and gradient are timed in turns: medians, and the median of the ratios round by
 round. Compilation stands apart.
 
-Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq steps past
-t = 1 and interpolates; `--activation=softplus` has the first difference out of the way.
+Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
+steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
 The third side, diffrax as it comes and `flax.linen.Conv`, shows what nn/conv.py is for: on
 CPU, XLA's own gradients of a convolution are slow within a loop.
