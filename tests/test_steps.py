@@ -11,8 +11,10 @@ from jax import numpy as jnp
 
 from cvjax.data.augment import Augmentation, Statistics, compute_statistics
 from cvjax.data.dataset import Split
+from cvjax.errors import DivergedError
 from cvjax.models import create_model
-from cvjax.training import steps
+from cvjax.nn import ode
+from cvjax.training import metrics, steps
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
 from cvjax.training.recipe import Recipe
@@ -57,6 +59,23 @@ class Broken(nn.Module):
     def __call__(self, images, *, train):
         w = self.param("w", nn.initializers.zeros_init(), (1, self.num_classes))
         return jnp.sqrt(jnp.abs(w)) + 0 * images.reshape(len(images), -1)[:, :1]
+
+
+class Moving(nn.Module):
+    """A linear net that sows a kinetic energy, and a solve that fails at a dark pixel."""
+
+    num_classes: int = CLASSES
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = images.reshape(len(images), -1)
+        w = self.param("w", nn.initializers.ones_init(), (1, self.num_classes))
+        self.sow("kinetic", "energy", (w**2).sum() + x[:, 0])
+        failed = jnp.where(x[:, 0] == 0, ode.MAX_STEPS, ode.SUCCESSFUL)
+        counts = jnp.arange(len(x))
+        stats = ode.Stats(counts, counts, counts, failed)
+        self.sow("solver", "stats", stats, reduce_fn=lambda _, new: new)
+        return w * x[:, :1]
 
 
 SGD = OptimConfig(
@@ -136,6 +155,47 @@ def test_two_steps_equal_numpy():
     assert (monitor.sums.errors, monitor.sums.count) == (sum(errors), 16)
     np.testing.assert_allclose(monitor.gradient_norm, sum(norms), rtol=1e-5)
     assert monitor.steps == 2 and monitor.bad_step == NEVER
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_kinetic_energy_joins_the_loss(weight):
+    """Its quarter: a quarter of w**2 + x in the loss, of 2 w in the gradient."""
+    optim = dataclasses.replace(SGD, weight_decay=0.0)
+    recipe = create_recipe(Moving(), optim=optim, loss=LossConfig(kinetic_weight=weight))
+    batch = random_batch()
+    batch["image"][:, 0, 0, 0] = 255
+    state = train_step(create_state(recipe), batch, constants(), recipe=recipe)
+    np.testing.assert_allclose(state.monitor.sums.loss, 8 * (np.log(6) + 7 * weight), 1e-5)
+    plain = -0.5 * (1 / 6 - np.bincount(batch["label"], minlength=6) / 8)
+    wanted = 1 + plain - 0.5 * 2 * weight
+    np.testing.assert_allclose(state.params["w"][0], wanted, rtol=1e-5)
+
+
+def test_a_failed_solve_marks_its_step():
+    recipe = create_recipe(Moving())
+    state = create_state(recipe)
+    good, bad = random_batch(), random_batch()
+    good["image"][:, 0, 0, 0] = 255
+    bad["image"][:, 0, 0, 0] = [255, 255, 255, 0, 255, 0, 255, 255]
+    for batch in (good, bad, good):
+        state = train_step(state, batch, constants(), recipe=recipe)
+    assert state.monitor.bad_step == 2
+    block, solves = metrics.first_failure([jax.device_get(state.monitor.sums)])
+    assert block == "ode"
+    assert (solves.failure, solves.failed_steps) == (ode.MAX_STEPS, 3)
+
+
+def test_an_evaluation_stops_at_a_failed_solve():
+    model = create_model("odenet", 3, width=2, stem="none", solver="heun", steps=0)
+    model = model.clone(rtol=1e-6, atol=1e-6, max_steps=2)
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(4, *SHAPE)).astype(np.uint8)
+    split = Split(images, np.zeros(4, np.int32))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
+    arguments = (variables["params"], {}, split, PLAIN)
+    settings = {"batch_size": 3, "prefix": "val", "recipe": create_recipe(model)}
+    with pytest.raises(DivergedError, match="solver of ode did not reach t = 1 in max_st"):
+        evaluate(*arguments, **settings)
 
 
 def test_running_averages_are_updated():

@@ -180,6 +180,29 @@ def test_damaged_newest_checkpoint_falls_back_and_the_run_ends_the_same(
     check_equal(tmp_path, uninterrupted("mlp"))
 
 
+def test_failed_solve_stops_the_run_with_advice(tmp_path):
+    config = create_config("ode-adaptive", **{"model.max_steps": 2, "model.rtol": 1e-5})
+    config.log_every = 1
+    told = (
+        r"Stopped at step 1; there is no checkpoint yet. The solver of ode did not reach "
+        r"t = 1 in max_steps 2 \(\d steps accepted, \d rejected; dopri5, rtol 1e-05"
+    )
+    with pytest.raises(DivergedError, match=told):
+        train_and_evaluate(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_ode_runs_log_their_evaluations(uninterrupted):
+    folder = uninterrupted("ode-adaptive")
+    rows = logs.read_metrics(folder / "metrics.jsonl")
+    assert all(row["train/nfe"] >= 15 for row in rows if "train/loss" in row)
+    assert all(row["val/nfe"] >= 15 for row in rows if "val/error" in row)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test/nfe_max"] >= summary["test/nfe"] >= 15
+    rows = logs.read_metrics(uninterrupted("ode-fixed") / "metrics.jsonl")
+    assert {row["train/nfe"] for row in rows if "train/loss" in row} == {4.0}
+
+
 def test_other_seeds_make_other_runs(uninterrupted, tmp_path):
     train_and_evaluate(create_config(seed=1), tmp_path)
     assert final_digest(tmp_path) != final_digest(uninterrupted("mlp"))
@@ -294,6 +317,7 @@ def test_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
         ({"train_eval_examples": 5000}, "more than the 1197 training examples"),
         ({"model.widths": (0,)}, "widths must be 1 or more"),
         ({"data.name": "didgits"}, "did you mean digits"),
+        ({"loss.kinetic_weight": 0.1}, "mlp has no ODE block; set it to 0"),
     ],
 )
 def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):
