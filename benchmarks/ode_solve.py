@@ -11,8 +11,9 @@ round. Compilation stands apart.
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
 steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
-The third side, diffrax as it comes and `flax.linen.Conv`, shows what nn/conv.py is for: on
-CPU, XLA's own gradients of a convolution are slow within a loop.
+The other sides show what nn/conv.py and nn/fixed.py are for: diffrax as it comes with
+`flax.linen.Conv` (on CPU, XLA's own gradients of a convolution are slow within a loop), and
+diffrax's loop with our convolution for equal steps, which nn/fixed.py unrolls on CPU.
 """
 
 import dataclasses
@@ -170,6 +171,28 @@ def create_jax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray)
     return partial(compiled, stacked, jnp.asarray(x)), seconds
 
 
+def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray):
+    """As `create_jax_side`, with diffrax's loop over equal steps."""
+    from cvjax.nn import adaptive
+
+    f = field(in_loop=True)
+
+    def loss(params, x):
+        settings = dataclasses.asdict(solver)
+        del settings["per_sample"]
+        solution = adaptive.solve(
+            lambda params, x, t: f.apply({"params": params}, x, t),
+            *(params, x, 0.0, 1.0),
+            **settings,
+        )
+        return (solution.x**2).mean(), solution.evaluations
+
+    start = time.perf_counter()
+    function = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    compiled = function.lower(params, x).compile()
+    return partial(compiled, params, jnp.asarray(x)), time.perf_counter() - start
+
+
 def main(arguments):
     program.refuse_arguments(arguments)
     try:
@@ -222,6 +245,9 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
         if name.startswith("diffrax") and solver.steps:
             continue
         sides[name], compile_seconds[name] = create_jax_side(field, how, own, x)
+    if solver.steps:
+        name = "diffrax's loop"
+        sides[name], compile_seconds[name] = create_diffrax_side(ours, solver, params, x)
     sides["torchdiffeq"] = torch_run
     (by_params, by_x), (y, nfe) = sides["cvjax"]()
     theirs = read(torch_run())

@@ -198,6 +198,23 @@ def test_an_evaluation_stops_at_a_failed_solve():
         evaluate(*arguments, **settings)
 
 
+def test_adaptive_evaluation_does_not_depend_on_the_batch():
+    model = create_model("odenet", 3, width=4, stem="none", solver="dopri5", steps=0)
+    split = Split(random_split(5).images, np.array([0, 1, 2, 0, 1], np.int32))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
+    two, five = (
+        evaluate(
+            *(variables["params"], {}, split, PLAIN),
+            recipe=create_recipe(model),
+            batch_size=batch_size,
+            prefix="val",
+        )
+        for batch_size in (2, 5)
+    )
+    assert two["val/nfe"] == five["val/nfe"] and two["val/error"] == five["val/error"]
+    assert two["val/loss"] == pytest.approx(five["val/loss"], rel=1e-6)
+
+
 def test_running_averages_are_updated():
     recipe = create_recipe(Normed())
     batch = random_batch()
