@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 from absl import flags, logging
@@ -140,7 +141,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
     """The table on the terminal."""
-    table = rich.table.Table(title=f"Forward and gradient of an ODE block on {shape}")
+    title = f"Forward and gradient of an ODE block on {shape}"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
     for heading in HEADINGS:
         words = heading in ("solver", "walk", "gradient")
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
