@@ -104,24 +104,42 @@ PRESETS = {
     ),
 }
 
-PRESET = flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds a row.", lower_bound=1)
-STEPS = flags.DEFINE_integer(
-    "steps", None, "Steps a run instead of the preset's.", lower_bound=1
-)
-ROW = flags.DEFINE_multi_string("row", None, "Only this row; may be given several times.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
+
+def define_flags() -> None:
+    """The command line; not at import, as other programs have flags of the same names."""
+    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
+    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    flags.DEFINE_integer("seeds", 3, "Number of seeds a row.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", None, "Steps a run instead of the preset's.", lower_bound=1
+    )
+    flags.DEFINE_multi_string("row", None, "Only this row; may be given several times.")
+    flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
+    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
     program.refuse_arguments(arguments)
-    preset = PRESETS[PRESET.value]
-    rows = choose_rows(ROW.value or preset.rows)
-    folder = workdirs.check_writable(WORKDIR.value)
-    results = {"experiment": "odenet_vs_resnet", "preset": PRESET.value, "data": []}
+    values = flags.FLAGS
+    preset = PRESETS[values.preset]
+    rows = choose_rows(values.row or preset.rows)
+    folder = workdirs.check_writable(values.workdir)
+    results = {"experiment": "odenet_vs_resnet", "preset": values.preset, "data": []}
     for base in preset.configs:
-        results["data"].append(compare(base, rows, preset.swap_examples, folder))
+        configs = {row: create_config(base, row, values.steps) for row in rows}
+        runs = train_all(configs, values.seeds, preset.swap_examples, folder)
+        name = runs[0]["data"]
+        costs = measure_steps(configs, folder / f"costs_{name}.json", values.rounds)
+        results["data"].append(
+            {
+                "name": name,
+                "swap_examples": preset.swap_examples,
+                "table": tabulate(runs, costs["rows"]),
+                "swap_table": tabulate_swaps(runs),
+                "costs": costs,
+                "runs": runs,
+            }
+        )
     workdirs.write_json(folder / "results.json", results)
     for part in results["data"]:
         name = part["name"]
@@ -146,32 +164,29 @@ def choose_rows(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def compare(base, rows, swap_examples: int, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains all rows on one data set, seed by seed, and collects what came out."""
+def train_all(
+    configs: dict[str, ml_collections.ConfigDict],
+    seeds: int,
+    swap_examples: int,
+    folder: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """Trains all rows on one data set, seed by seed, and reads what came out."""
     runs = []
-    plan = [(row, seed) for seed in range(SEEDS.value) for row in rows]
-    configs = {}
+    plan = [(row, seed) for seed in range(seeds) for row in configs]
     for number, (row, seed) in enumerate(plan, start=1):
-        config = configs[row] = create_config(base, row)
-        config = config.copy_and_resolve_references()
+        logging.info("Run %d of %d: %s, seed %d.", number, len(plan), row, seed)
+        config = configs[row].copy_and_resolve_references()
         config.seed = seed
         run = {"data": config.data.name, "row": row, "seed": seed}
-        logging.info("Run %d of %d: %s, seed %d.", number, len(plan), row, seed)
         where = run_folder(folder, run)
         train_and_evaluate(config, where)
         runs.append({**run, **read_run(where), "swaps": swap(where, swap_examples)})
-    costs = measure_steps(configs, folder / f"costs_{runs[0]['data']}.json", ROUNDS.value)
-    return {
-        "name": runs[0]["data"],
-        "swap_examples": swap_examples,
-        "table": tabulate(runs, costs["rows"]),
-        "swap_table": tabulate_swaps(runs),
-        "costs": costs,
-        "runs": runs,
-    }
+    return runs
 
 
-def create_config(base, row: str) -> ml_collections.ConfigDict:
+def create_config(
+    base: Callable[[], ml_collections.ConfigDict], row: str, steps: int | None = None
+) -> ml_collections.ConfigDict:
     """The config of a row: the base's, with the row's network in the place of its own."""
     model, fields, loss = ROWS[row]
     config = base()
@@ -180,8 +195,7 @@ def create_config(base, row: str) -> ml_collections.ConfigDict:
     network.update(fields)
     config.model = network
     config.loss.update(loss)
-    if STEPS.value:
-        config.total_steps = STEPS.value
+    config.total_steps = steps or config.total_steps
     return config
 
 
@@ -328,5 +342,5 @@ def format_error(error: dict[str, float | None]) -> str:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
+    define_flags()
     program.run(main)

@@ -21,7 +21,7 @@ SHAPES = {
 }
 SMALL = {
     "resnet_cifar": {"depth": 8, "width": 2},
-    "odenet": {"width": 4, "steps": 2},
+    "odenet": {"width": 4, "solver": "euler", "steps": 1},
     "resnet": {"depth": 18, "width": 2},
     "vgg": {"depth": 11, "width": 2, "hidden": 4},
 }

@@ -1,6 +1,7 @@
 """The ODE block against known solutions, float64, a counting f and the residual chain."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -205,31 +206,32 @@ def test_theta_moves_as_it_says(theta, slices, solver):
 # Gradients
 
 
-def exact_gradients(variables, dtype=np.float64):
+@functools.cache
+def exact_gradients():
     """By differentiating 400 steps of RK4 in float64."""
+    variables = init(block(Solver()))
     with jax.enable_x64(True):
-        variables, x = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), (variables, X))
+        as_double = functools.partial(np.asarray, dtype=np.float64)
+        variables, x = jax.tree.map(as_double, (variables, X))
         module = block(Solver("rk4", steps=400, gradient="direct"), walk="rolled")
         return jax.device_get(loss_and_gradients(module, variables, x)[1])
 
 
-@pytest.mark.parametrize("gradient", ode.GRADIENTS)
 @pytest.mark.parametrize(
     "solver",
     [
-        Solver("rk4", steps=24),
-        Solver("dopri5", steps=0, rtol=1e-6, atol=1e-6),
+        *(Solver("rk4", steps=24, gradient=gradient) for gradient in ode.GRADIENTS),
+        *(Solver("dopri5", 0, 1e-6, 1e-6, gradient=gradient) for gradient in ode.GRADIENTS),
         Solver("reversible_heun", steps=200),
     ],
-    ids=lambda solver: solver.method,
+    ids=lambda solver: f"{solver.method}-{solver.gradient}",
 )
-def test_gradients_against_float64(solver, gradient):
-    solver = dataclasses.replace(solver, gradient=gradient)
+def test_gradients_against_float64(solver):
     module = block(solver, train=True, walk="rolled")
     variables = init(module)
     _, actual = loss_and_gradients(module, variables, X)
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
-    jax.tree.map(close, actual, exact_gradients(variables))
+    jax.tree.map(close, actual, exact_gradients())
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(actual))
 
 
@@ -258,8 +260,8 @@ def test_checkpointing_saves_memory_also_unrolled_on_cpu():
         lowered = jax.jit(jax.grad(loss, (0, 1))).lower(variables, x)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    few, many = (bytes_of("checkpoint", steps) for steps in (9, 36))
-    assert bytes_of("direct", 36) > 2 * many
+    few, many = (bytes_of("checkpoint", steps) for steps in (4, 16))
+    assert bytes_of("direct", 16) > 1.5 * many
     assert many < 2.6 * few  # four times the steps, twice the memory
 
 
@@ -278,9 +280,9 @@ def test_checkpointing_saves_memory_also_unrolled_on_cpu():
     ],
     ids=lambda s: f"{s.method}-{s.steps}-{s.gradient}-{s.rtol}",
 )
-@pytest.mark.parametrize("speed", [1.0, 40.0])
-def test_evaluations_are_those_of_a_counting_field(solver, speed):
+def test_evaluations_are_those_of_a_counting_field(solver):
     times = []
+    speed = 40.0  # for steps that are rejected; their count would go untested
 
     class Counting(nn.Module):
         in_loop: bool = False
@@ -297,8 +299,7 @@ def test_evaluations_are_those_of_a_counting_field(solver, speed):
     _, stats = solve(module, variables)
     jax.effects_barrier()
     assert len(times) == int(stats.evaluations[0])
-    if speed > 1 and not solver.steps:
-        assert int(stats.rejected[0]) > 0  # or the count of rejected steps goes untested
+    assert (int(stats.rejected[0]) > 0) is (solver.steps == 0)
 
 
 def test_images_solved_alone_do_not_depend_on_their_batch():
@@ -338,18 +339,18 @@ class Explodes(Linear):
         return x**2 + self.param("a", nn.initializers.zeros, ())
 
 
-@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
-    ("field", "solver", "result"),
+    ("field", "solver", "train", "result"),
     [
-        (Fast, Solver("dopri5", steps=0, max_steps=20), ode.MAX_STEPS),
-        (Explodes, Solver("dopri5", steps=0, max_steps=4000), ode.UNDERFLOW),
-        (Explodes, Solver("heun", steps=50), ode.NOT_FINITE),
+        (Fast, Solver("dopri5", steps=0, max_steps=20), True, ode.MAX_STEPS),
+        (Fast, Solver("dopri5", steps=0, max_steps=20), False, ode.MAX_STEPS),
+        (Explodes, Solver("dopri5", steps=0, max_steps=4000), False, ode.UNDERFLOW),
+        (Explodes, Solver("heun", steps=50), False, ode.NOT_FINITE),
     ],
 )
-def test_failures_are_told_apart(field, solver, result, train):
+def test_failures_are_told_apart(field, solver, train, result):
     x = np.full((2, 1, 1, 1), 3.0, np.float32)
-    module = block(solver, field, train=train)
+    module = block(solver, field, train=train, walk="rolled")
     _, stats = solve(module, {"params": {"f": {"a": np.zeros(1, np.float32)}}}, x)
     assert stats.result.tolist() == [result, result]
     if result == ode.MAX_STEPS:

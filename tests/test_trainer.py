@@ -180,6 +180,7 @@ def test_damaged_newest_checkpoint_falls_back_and_the_run_ends_the_same(
     check_equal(tmp_path, uninterrupted("mlp"))
 
 
+@pytest.mark.slow
 def test_failed_solve_stops_the_run_with_advice(tmp_path):
     config = create_config("ode-adaptive", **{"model.max_steps": 2, "model.rtol": 1e-5})
     config.log_every = 1
