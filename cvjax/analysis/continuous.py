@@ -89,7 +89,8 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
         panels[2].set_yscale("log")
         panels[2].yaxis.set_major_formatter("{x:g}")
         panels[2].yaxis.set_minor_formatter("")
-    panels[2].legend(fontsize=8, frameon=False, title="tested with", title_fontsize=8)
+    legend = {"title": "tested with", "title_fontsize": 8, "fontsize": 8}
+    panels[2].legend(framealpha=0.8, edgecolor="none", **legend)
     _label(panels[2], "NFE an image at test time", "test error (%)")
     panels[2].set_title("the same nets, other solvers (colour: net)", fontsize=10)
     seeds = part["table"][0]["n"]
