@@ -1,22 +1,12 @@
-"""More layers, smaller steps: how near a net is to its limit, and the figure of it."""
+"""More layers, smaller steps: the figure of experiments/continuous_limit.py."""
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from flax import linen as nn
-from flax import traverse_util
-from jax import numpy as jnp
 
-from cvjax.data import augment
-from cvjax.errors import DivergedError
-from cvjax.models import create_model
-from cvjax.nn import depth, ode
-from cvjax.training.network import Network
+from cvjax.analysis import convergence
 
 METHOD_COLORS = {
     "euler": "#c8553d",
@@ -26,204 +16,6 @@ METHOD_COLORS = {
 }
 START_COLORS = {"independent": "#c8553d", "equal": "#1f5a99"}
 GREY = "#8c8c8c"
-# What float64 rounds away stands below this by far.
-FLOOR = 1e-12
-RANGE = 4  # points of a fitted slope
-
-
-class Solved(NamedTuple):
-    """What a net with ODE blocks gives for n images.
-
-    Attributes:
-      features: x(1) of the last ODE block, [n, height, width, channels].
-      logits: [n, classes].
-      evaluations: of f, all blocks and rejected steps counted (NFE), [n].
-      steps: tried, of all blocks, [n].
-    """
-
-    features: np.ndarray
-    logits: np.ndarray
-    evaluations: np.ndarray
-    steps: np.ndarray
-
-
-def solve(
-    network: Network,
-    images: np.ndarray,
-    fields: Mapping[str, Any],
-    dtype: Any = np.float64,
-) -> Solved:
-    """What a trained ODE-net gives with another solver.
-
-    Args:
-      network: an ODE-net.
-      images: uint8 [n, height, width, channels].
-      fields: of the model, in the place of those that it was trained with.
-      dtype: of all that is computed. Float64 shows errors that float32 rounds away.
-
-    Raises:
-      DivergedError: the solver failed for an image.
-    """
-    normalized = augment.normalize(images, network.statistics)
-    batch = network.run.data.eval_batch_size
-    parts = []
-    with jax.enable_x64(dtype == np.float64):
-        variables, inputs = jax.tree.map(
-            lambda leaf: np.asarray(leaf, dtype), (network.variables, normalized)
-        )
-        settings = {**network.run.model, **fields}
-        model = create_model(num_classes=len(network.class_names), **settings)
-        for first in range(0, len(inputs), batch):
-            part = inputs[first : first + batch]
-            parts.append(jax.device_get(_solve(variables, part, model=model)))
-    *values, result = (np.concatenate(column) for column in zip(*parts, strict=True))
-    if failed := int((result != ode.SUCCESSFUL).sum()):
-        raise DivergedError(
-            f"the solver ({dict(fields)}) failed for {failed} of {len(images)} images."
-        )
-    return Solved(*values)
-
-
-@partial(jax.jit, static_argnames="model")
-def _solve(variables, images, *, model):
-    def is_block(module, method):
-        return isinstance(module, ode.ODEBlock) and method == "__call__"
-
-    collections = ["solver", "intermediates"]
-    logits, sown = model.apply(
-        variables,
-        images,
-        train=False,
-        mutable=collections,
-        capture_intermediates=is_block,
-    )
-    features = sown["intermediates"][max(sown["intermediates"])]["__call__"][0]
-    stats = [block["stats"] for block in sown["solver"].values()]
-    total = jax.tree.map(lambda *leaves: sum(leaves), *stats)
-    return features, logits, total.evaluations, total.steps, total.result
-
-
-def relative_distance(x: np.ndarray, limit: np.ndarray) -> float:
-    """|x - limit| / |limit|, Euclidean, for each image (the first axis); their mean."""
-    axes = tuple(range(1, x.ndim))
-    difference, size = (np.sqrt((y**2).sum(axis=axes)) for y in (x - limit, limit))
-    return float((difference / size).mean())
-
-
-def fit_order(steps: Sequence[int], distances: Sequence[float]) -> dict[str, Any] | None:
-    """The order p of distance = c * steps**-p: minus the slope between logarithms.
-
-    Fitted by least squares to the finest `RANGE` numbers of steps, without those whose
-    distance is below `FLOOR`: theory speaks of small steps, and rounding ends them.
-
-    Returns:
-      "order" and "range" (first and last number of steps); None if fewer points are left.
-    """
-    kept = [pair for pair in zip(steps, distances, strict=True) if pair[1] > FLOOR]
-    kept = sorted(kept)[-RANGE:]
-    if len(kept) < RANGE:
-        return None
-    x, y = np.log2(kept).T
-    return {"order": -float(np.polyfit(x, y, 1)[0]), "range": [kept[0][0], kept[-1][0]]}
-
-
-def fit_exponent(counts: Sequence[int], values: Sequence[float]) -> float:
-    """p of value = c * count**p, by least squares between logarithms."""
-    return float(np.polyfit(np.log(counts), np.log(values), 1)[0])
-
-
-# Blocks of residual stages
-
-
-def stage_kernels(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The convolutions of each residual stage, a row a block: [blocks, weights].
-
-    Only kernels: BatchNorm's scales and biases start as ones and zeros in all blocks.
-    """
-    rows = {}
-    for path, leaf in sorted(traverse_util.flatten_dict(dict(params)).items()):
-        if depth.BLOCKS in path and path[-1] == "kernel":
-            flat = np.asarray(leaf, np.float64).reshape(len(leaf), -1)
-            rows.setdefault(path[0], []).append(flat)
-    return {stage: np.concatenate(parts, axis=1) for stage, parts in rows.items()}
-
-
-def weight_change(theta: np.ndarray) -> float:
-    """Mean over l of |theta[l + 1] - theta[l]| / |theta[l]|, for theta [blocks, weights].
-
-    About sqrt(2) for blocks drawn independently of each other, and proportional to
-    1 / blocks for a smooth function of depth that is sampled more and more finely.
-    """
-    change, size = (np.linalg.norm(x, axis=1) for x in (np.diff(theta, axis=0), theta[:-1]))
-    return float((change / size).mean())
-
-
-def distance_moved(theta: np.ndarray, start: np.ndarray) -> float:
-    """Mean over l of |theta[l] - start[l]| / |start[l]|, both [blocks, weights]."""
-    moved, size = (np.linalg.norm(x, axis=1) for x in (theta - start, start))
-    return float((moved / size).mean())
-
-
-def measure_blocks(
-    model: nn.Module, variables: Mapping[str, Any], images: jax.Array
-) -> dict[str, dict[str, float]]:
-    """How far the blocks of each stage move x, and how f changes from one to the next.
-
-    BatchNorm normalises by these images, as in training: a net that has not been trained
-    has no running averages yet.
-
-    Args:
-      model: with stages x + h f(x) of `nn.depth.Stage`.
-      variables: of the model.
-      images: normalised, [n, height, width, channels].
-
-    Returns:
-      For each stage, means over blocks and images: "move", |h f(x)| / |x|, and "change_f",
-      |f[l + 1](x) - f[l](x)| / |f[l](x)|, both f at the x that block l sees. Unlike weights,
-      f is the same when a block's hidden channels are in another order.
-    """
-    found = jax.device_get(_measure_blocks(variables, images, model=model))
-    return {
-        stage: {"move": float(moves.mean()), "change_f": float(changes.mean())}
-        for stage, (moves, changes) in sorted(found.items())
-    }
-
-
-@partial(jax.jit, static_argnames="model")
-def _measure_blocks(variables, images, *, model):
-    found = {}
-
-    def measure(call, arguments, settings, context):
-        stage = context.module
-        if isinstance(stage, depth.Stage) and context.method_name == "__call__":
-            own = {kind: tree[stage.name] for kind, tree in variables.items()}
-            stacked = {kind: tree[depth.BLOCKS] for kind, tree in own.items()}
-            block = stage.block(in_loop=True, parent=None)
-            found[stage.name] = _walk_measured(block, stacked, arguments[0])
-        return call(*arguments, **settings)
-
-    with nn.intercept_methods(measure):
-        model.apply(variables, images, train=True, mutable=["batch_stats"])
-    return found
-
-
-def _walk_measured(block: nn.Module, stacked, x: jax.Array):
-    """For each block its move, and but for the last the change of f to the next one."""
-
-    def norm(x):
-        return jnp.sqrt((x**2).sum(axis=range(1, x.ndim)))
-
-    def one(x, pair):
-        here, there = (
-            block.apply(variables, x, mutable=["batch_stats"])[0] for variables in pair
-        )
-        move = norm(here - x)
-        change = (norm(there - here) / move).mean()
-        return here, ((move / norm(x)).mean(), change)
-
-    following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), stacked)
-    _, (moves, changes) = jax.lax.scan(one, x, (stacked, following))
-    return moves, changes[:-1]
 
 
 def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -245,10 +37,10 @@ def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     _draw_errors(panels[0, 1], results["solvers"])
     _draw_changes(panels[1, 0], results["blocks"])
     _draw_moves(panels[1, 1], results["blocks"])
-    counts = results["solvers"][0]["n"], results["blocks"][0]["n"]
+    seeds = results["solvers"][0]["n"]
     figure.suptitle(
-        f"{results['data']}: an ODE-net by other solvers (above, {counts[0]} seeds) and "
-        f"residual nets with h = 1/n (below, {counts[1]} seeds)",
+        f"{results['data']}: an ODE-net by other solvers (above) and residual nets with "
+        f"h = 1/n (below), mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}",
         fontsize=11,
     )
     path = pathlib.Path(path)
@@ -281,7 +73,7 @@ def _draw_distances(panel, rows, orders) -> None:
     panel.plot(taken, y, **style, label="dopri5, adaptive")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.set_ylim(bottom=FLOOR / 10)
+    panel.set_ylim(bottom=convergence.FLOOR / 10)
     panel.legend(fontsize=8, frameon=False, loc="lower left")
     _label(panel, "steps", "relative distance of x(1) to the limit")
     panel.set_title("dashed: theory; large dots: fitted", fontsize=10)
