@@ -6,16 +6,19 @@ Solvers. An ODE-net with a smooth f is trained once a seed and then walked by Eu
 midpoint, RK4 and Dopri5 with 1, 2, 4, ..., 64 equal steps, and by Dopri5 with adaptive
 ones. Theory: the distance to the solution falls as steps**-p with p = 1, 2, 4, 5, once
 steps are small and as long as f is smooth (which it is not with relu). The solution is 128
-steps of Dopri5; distances are taken in float64, of x(1) and of the logits; p is fitted as
-`analysis.convergence.fit_order` says. Test errors are in float32, as anywhere else.
+steps of Dopri5; distances are taken in float64, of x(1) and of the logits; p is fitted to
+the finest four numbers of steps that rounding leaves (`analysis.convergence.fit_order`).
+Test errors are in float32, as anywhere else.
 
 Blocks. Residual nets of n blocks a stage x + h f(x), h = 1/n, beside those that halve the
 image, are trained from two starts: all blocks drawn independently, or those of a stage
 equal (a net of one block a stage, taken after its first step and refined). If they become
 an ODE, theta[l] is a smooth function sampled at n points and neighbours differ by O(1/n).
 Independent draws differ by sqrt(2) and, as each block gets a gradient of O(1/n), may stay
-so. Cohen et al. 2021 (arXiv:2105.12245) find trained weights that have no smooth limit;
-Marion et al. 2023 (arXiv:2309.01213) prove that a smooth start stays smooth.
+so. For the same reason blocks that start equal can differ by less than 1/n: the learning
+rate is the same for all n, and so it is also measured how far weights have moved. Cohen et
+al. 2021 (arXiv:2105.12245) find trained weights that have no smooth limit; Marion et al.
+2023 (arXiv:2309.01213) prove that a smooth start stays smooth.
 
 Presets: quick (digits, two CPU cores), full (CIFAR-10, for a GPU; not yet run at full
 length). Each run has a folder of its own under WORKDIR/runs; the same command goes on where
@@ -283,9 +286,12 @@ def read_run(place: pathlib.Path) -> dict[str, Any]:
     if config["init_from"]:
         config["init_from"] = pathlib.Path(config["init_from"]).name
     summary = json.loads((place / "summary.json").read_text())
-    keys = ("versions", "device", "git", "command")
-    kept = {key: manifest[key] for key in keys}
-    return {"test/error": summary["test/error"], "config": config, **kept}
+    return {
+        "test/error": summary["test/error"],
+        "nfe": summary.get("test/nfe"),
+        "config": config,
+        **{key: manifest[key] for key in ("versions", "device", "git")},
+    }
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Points are means over the seeds, bars one standard deviation.
 
     Args:
-      results: "solvers", "orders" and "blocks", see experiments/continuous_limit.py.
+      results: "solvers", "orders", "blocks", "runs", see experiments/continuous_limit.py.
       path: the PNG, replaced when it is complete.
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
@@ -34,7 +34,7 @@ def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(10.5, 8.4), dpi=150, layout="constrained")
     panels = figure.subplots(2, 2)
     _draw_distances(panels[0, 0], results["solvers"], results["orders"])
-    _draw_errors(panels[0, 1], results["solvers"])
+    _draw_errors(panels[0, 1], results["solvers"], results["runs"]["odenet"][0]["nfe"])
     _draw_changes(panels[1, 0], results["blocks"])
     _draw_moves(panels[1, 1], results["blocks"])
     seeds = results["solvers"][0]["n"]
@@ -65,7 +65,7 @@ def _draw_distances(panel, rows, orders) -> None:
             panel.plot(steps, line, color=color, lw=1, ls="--")
             fitted = (steps >= first) & (steps <= last)
             panel.plot(steps[fitted], y[fitted], "o", color=color, markersize=5)
-        panel.plot(steps, y, color=color, marker=".", lw=0, label=label)
+        panel.plot(steps, y, color=color, marker=".", ls="", label=label)
     adaptive = [row for row in rows if not row["steps"]]
     taken = [row["taken"] for row in adaptive]
     y = [row["features"]["mean"] for row in adaptive]
@@ -79,7 +79,8 @@ def _draw_distances(panel, rows, orders) -> None:
     panel.set_title("dashed: theory; large dots: fitted", fontsize=10)
 
 
-def _draw_errors(panel, rows) -> None:
+def _draw_errors(panel, rows, trained_nfe: float) -> None:
+    panel.axvline(trained_nfe, color=GREY, lw=0.8, ls="--", label="NFE in training")
     for method, color in METHOD_COLORS.items():
         for adaptive in (False, True):
             own = [
@@ -101,6 +102,9 @@ def _draw_errors(panel, rows) -> None:
                 label=f"{method}, adaptive" if adaptive else method,
             )
     panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.legend(fontsize=8, frameon=False)
     _label(panel, "evaluations of f (NFE) an image", "test error (%)")
     panel.set_title("the same parameters, no further training", fontsize=10)
@@ -162,6 +166,8 @@ def _draw_inverse(panel, rows, key: str, start: str) -> None:
 def _finish_depth(panel, counts, what: str) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.set_xticks(counts, [str(count) for count in counts])
     panel.legend(fontsize=8, frameon=False)
     _label(panel, "blocks a stage that keep the shape, n", what)
@@ -170,5 +176,5 @@ def _finish_depth(panel, counts, what: str) -> None:
 def _label(panel, x: str, y: str) -> None:
     panel.set_xlabel(x, fontsize=9)
     panel.set_ylabel(y, fontsize=9)
-    panel.tick_params(labelsize=8)
+    panel.tick_params(labelsize=8, which="both")
     panel.spines[["top", "right"]].set_visible(False)

@@ -62,12 +62,11 @@ def tabulate_orders(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def tabulate_blocks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each start and number of blocks: means and spreads over the seeds."""
     table = []
-    for start in STARTS:
-        for n in sorted({run["blocks"] for run in runs}):
-            own = [run for run in runs if (run["start"], run["blocks"]) == (start, n)]
-            keys = [key for key in own[0] if "/" in key]
-            row = {key: spread([run[key] for run in own]) for key in keys}
-            table.append({"start": start, "blocks": n, "n": len(own), **row})
+    for start, n in dict.fromkeys((run["start"], run["blocks"]) for run in runs):
+        own = [run for run in runs if (run["start"], run["blocks"]) == (start, n)]
+        keys = [key for key in own[0] if "/" in key]
+        row = {key: spread([run[key] for run in own]) for key in keys}
+        table.append({"start": start, "blocks": n, "n": len(own), **row})
     return table
 
 
@@ -102,19 +101,25 @@ def show(results: dict[str, Any]) -> None:
         error = _format(row["test/error"], "{:.2f}", 100)
         distance = f"{row['features']['mean']:.1e}"
         errors.add_row(f"{row['method']}, {steps}", f"{row['nfe']:.0f}", error, distance)
-    keys = ("initial/change", "trained/change", "trained/change_f")
-    keys += ("initial/move", "trained/move", "trained/moved")
     changes = _table(
-        "blocks of a stage: relative change to the next one (of weights, of f), relative\n"
-        "move of x, and how far weights moved in training; last: test error in %",
-        ("start", "n", *(key.replace("/", "\n") for key in keys), "test\nerror"),
+        "relative change from a block to the next, and how far training moved the weights",
+        ("start", "n", "weights, initial", "weights", "f", "moved"),
+    )
+    moves = _table(
+        "relative move of x by one block; test error in %",
+        ("start", "n", "initial", "trained", "test error"),
     )
     for row in results["blocks"]:
-        cells = [_format(row[key], "{:.3f}") for key in keys]
-        error = _format(row["test/error"], "{:.1f}", 100)
-        changes.add_row(row["start"], str(row["blocks"]), *cells, error)
+        which = row["start"], str(row["blocks"])
+        keys = [f"trained/{key}" for key in ("change", "change_f", "moved")]
+        changes.add_row(
+            *which, *(_format(row[key], "{:.3f}") for key in ("initial/change", *keys))
+        )
+        keys = ("initial/move", "trained/move")
+        error = _format(row["test/error"], "{:.2f}", 100)
+        moves.add_row(*which, *(_format(row[key], "{:.3f}") for key in keys), error)
     console = rich.console.Console()
-    for table in (orders, errors, changes):
+    for table in (orders, errors, changes, moves):
         console.print(table)
     for start, found in results["exponents"].items():
         text = ", ".join(f"{key} {value:+.2f}" for key, value in found.items())
