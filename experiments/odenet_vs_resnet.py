@@ -229,7 +229,7 @@ def swap(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
     model = workdirs.read_manifest(folder)["config"]["model"]
     if "solver" not in model:
         return []
-    path = folder / "swaps.json"
+    path = folder / f"swaps_{examples}.json"
     if path.exists():
         return json.loads(path.read_text())
     found = []

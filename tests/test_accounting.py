@@ -408,6 +408,16 @@ def test_mistakes_are_told_in_a_sentence():
         assert expected in sentence
 
 
+def test_the_gradient_does_not_change_the_account():
+    def count_with(**fields):
+        return account(create_model("odenet", 10, width=4, **fields), 28)
+
+    plain = count_with(steps=2)
+    assert count_with(steps=2, gradient="backsolve") == plain
+    euler = count_with(solver="euler", steps=3)
+    assert count_with(solver="reversible_heun", steps=2) == euler
+
+
 def test_adaptive_steps_count_with_one_evaluation():
     adaptive = account(create_model("odenet", 10, solver="dopri5", steps=0, stages=2), 28)
     euler = account(create_model("odenet", 10, solver="euler", steps=1, stages=2), 28)

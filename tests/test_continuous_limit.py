@@ -14,7 +14,8 @@ from cvjax.data.augment import Statistics
 from cvjax.errors import DivergedError
 from cvjax.models import create_model
 from cvjax.nn import depth
-from cvjax.nn.ode import ODEBlock, Solver
+from cvjax.nn.ode import ODEBlock
+from cvjax.nn.solver import Solver
 from cvjax.training import default_config
 from cvjax.training.config import parse_config
 from cvjax.training.network import Network

@@ -11,8 +11,10 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn import adaptive, depth, ode
-from cvjax.nn.ode import METHODS, ODEBlock, Solver
+from cvjax.nn import adaptive, depth
+from cvjax.nn import solver as solvers
+from cvjax.nn.ode import ODEBlock
+from cvjax.nn.solver import METHODS, Solver
 
 X = np.random.default_rng(0).normal(size=(3, 2, 2, 2)).astype(np.float32)
 
@@ -94,13 +96,13 @@ def test_error_falls_by_the_order(method, order, float64):
     assert order - 0.35 < np.log2(errors[0] / errors[1]) < order + 0.6
 
 
-@pytest.mark.parametrize("method", ode.ADAPTIVE)
+@pytest.mark.parametrize("method", solvers.ADAPTIVE)
 def test_adaptive_steps_keep_the_tolerance(method):
     solver = Solver(method, steps=0, rtol=1e-4, atol=1e-4, max_steps=1000)
     variables = init(block(solver))
     exact, _ = solve(block(Solver("rk4", steps=64), walk="rolled"), variables)
     y, stats = solve(block(solver), variables)
-    assert (stats.result == ode.SUCCESSFUL).all()
+    assert (stats.result == solvers.SUCCESSFUL).all()
     assert 1e-7 < np.abs(y - exact).max() < 2e-3
 
 
@@ -200,7 +202,7 @@ def test_theta_moves_as_it_says(theta, slices, solver):
     integral = a.mean() if slices == 3 else ((a[:-1] + a[1:]) / 2).mean()
     y, stats = solve(module, {"params": {"f": {"a": a}}})
     np.testing.assert_allclose(y, np.exp(integral) * X, rtol=2e-5)
-    assert (stats.result == ode.SUCCESSFUL).all()
+    assert (stats.result == solvers.SUCCESSFUL).all()
 
 
 # Gradients
@@ -220,8 +222,11 @@ def exact_gradients():
 @pytest.mark.parametrize(
     "solver",
     [
-        *(Solver("rk4", steps=24, gradient=gradient) for gradient in ode.GRADIENTS),
-        *(Solver("dopri5", 0, 1e-6, 1e-6, gradient=gradient) for gradient in ode.GRADIENTS),
+        *(Solver("rk4", steps=24, gradient=gradient) for gradient in solvers.GRADIENTS),
+        *(
+            Solver("dopri5", 0, 1e-6, 1e-6, gradient=gradient)
+            for gradient in solvers.GRADIENTS
+        ),
         Solver("reversible_heun", steps=200),
     ],
     ids=lambda solver: f"{solver.method}-{solver.gradient}",
@@ -275,7 +280,7 @@ def test_checkpointing_saves_memory_also_unrolled_on_cpu():
         Solver("dopri5", steps=3),
         Solver("dopri5", steps=3, gradient="backsolve"),
         Solver("reversible_heun", steps=3),
-        *(Solver(method, steps=0, max_steps=4000) for method in ode.ADAPTIVE),
+        *(Solver(method, steps=0, max_steps=4000) for method in solvers.ADAPTIVE),
         Solver("dopri5", steps=0, rtol=1e-6, atol=1e-6),
     ],
     ids=lambda s: f"{s.method}-{s.steps}-{s.gradient}-{s.rtol}",
@@ -342,19 +347,60 @@ class Explodes(Linear):
 @pytest.mark.parametrize(
     ("field", "solver", "train", "result"),
     [
-        (Fast, Solver("dopri5", steps=0, max_steps=20), True, ode.MAX_STEPS),
-        (Fast, Solver("dopri5", steps=0, max_steps=20), False, ode.MAX_STEPS),
-        (Explodes, Solver("dopri5", steps=0, max_steps=4000), False, ode.UNDERFLOW),
-        (Explodes, Solver("heun", steps=50), False, ode.NOT_FINITE),
+        (Fast, Solver("dopri5", steps=0, max_steps=20), True, solvers.MAX_STEPS),
+        (Fast, Solver("dopri5", steps=0, max_steps=20), False, solvers.MAX_STEPS),
+        (Explodes, Solver("dopri5", steps=0, max_steps=4000), False, solvers.UNDERFLOW),
+        (Explodes, Solver("heun", steps=50), False, solvers.NOT_FINITE),
     ],
 )
 def test_failures_are_told_apart(field, solver, train, result):
     x = np.full((2, 1, 1, 1), 3.0, np.float32)
     module = block(solver, field, train=train, walk="rolled")
-    _, stats = solve(module, {"params": {"f": {"a": np.zeros(1, np.float32)}}}, x)
+    y, stats = solve(module, {"params": {"f": {"a": np.zeros(1, np.float32)}}}, x)
     assert stats.result.tolist() == [result, result]
-    if result == ode.MAX_STEPS:
+    assert np.isnan(y).all()  # nobody may take it for x(1)
+    if result == solvers.MAX_STEPS:
         assert stats.steps.tolist() == [20, 20]
+
+
+def test_parameters_that_are_not_finite_are_not_blamed_on_the_steps():
+    module = block(Solver("dopri5", steps=0), Linear)
+    _, stats = solve(module, {"params": {"f": {"a": np.full(1, np.nan, np.float32)}}})
+    assert set(stats.result.tolist()) == {solvers.NOT_FINITE}
+
+
+def test_counts_stop_at_the_piece_that_failed():
+    solver = Solver("dopri5", steps=0, max_steps=20)
+    module = block(solver, Fast, theta="piecewise_constant", pieces=3)
+    _, stats = solve(module, {"params": {"f": {"a": np.zeros(3, np.float32)}}})
+    assert set(stats.steps.tolist()) == {20}
+    assert set(stats.result.tolist()) == {solvers.MAX_STEPS}
+
+
+def test_an_adjoint_that_does_not_reach_its_end_gives_no_gradient():
+    """Forward nothing moves; backward the cotangent grows like exp(16 t)."""
+
+    class Grows(Linear):
+        @nn.compact
+        def __call__(self, x, t):
+            return 16.0 * x + self.param("a", nn.initializers.zeros, ())
+
+    x, params = np.zeros((1, 1, 1, 1), np.float32), {"f": {"a": np.zeros(1, np.float32)}}
+
+    def gradient(max_steps):
+        solver = Solver("dopri5", 0, max_steps=max_steps, gradient="backsolve")
+        module = block(solver, Grows, train=True)
+        by = jax.grad(lambda params: module.apply({"params": params}, x).sum())(params)
+        return float(by["f"]["a"][0])
+
+    assert gradient(256) == pytest.approx((np.exp(16) - 1) / 16, rel=0.02)
+    assert np.isnan(gradient(7))
+
+
+def test_a_field_of_zeros_is_one_step():
+    module = block(Solver("dopri5", steps=0, gradient="direct"), Linear)
+    _, stats = solve(module, {"params": {"f": {"a": np.zeros(1, np.float32)}}})
+    assert set(stats.evaluations.tolist()) == {2 + 7}
 
 
 # Kinetic energy and trajectories
@@ -400,14 +446,15 @@ def test_batch_norm_is_refused():
     [
         ({"method": "rk5"}, "method must be one of euler, .*, got 'rk5'"),
         ({"gradient": "adjoint"}, "gradient must be one of checkpoint, .*, got 'adjoint'"),
-        ({"steps": -1}, "steps must be 1 or more, or 0 for adaptive steps, got -1"),
+        ({"steps": -1}, "steps must be 1 to 100,000, or 0 for adaptive steps, got -1"),
         (
             {"method": "rk4", "steps": 0},
             "rk4 estimates no error, .* choose one of midpoint",
         ),
         ({"rtol": 1e-8}, "rtol must be below 1 and at least 1e-06, .*float32.*got 1e-08"),
         ({"atol": 1.5}, "atol must be below 1"),
-        ({"max_steps": 0}, "max_steps must be 1 or more, got 0"),
+        ({"max_steps": 0}, "max_steps must be 1 to 100,000, got 0"),
+        ({"steps": 10**6}, "steps must be 1 to 100,000, or 0 .*, got 1000000"),
     ],
 )
 def test_impossible_solvers(settings, sentence):

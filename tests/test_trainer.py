@@ -186,11 +186,28 @@ def test_failed_solve_stops_the_run_with_advice(tmp_path):
     config.log_every = 1
     told = (
         r"Stopped at step 1; there is no checkpoint yet. The solver of ode did not reach "
-        r"t = 1 in max_steps 2 \(\d steps accepted, \d rejected; dopri5, rtol 1e-05"
+        r"the end of its time in max_steps 2 \(\d steps accepted, \d rejected; dopri5"
     )
     with pytest.raises(DivergedError, match=told):
         train_and_evaluate(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) is None
+    config.model.max_steps = 200  # as it says, in the same workdir
+    assert train_and_evaluate(config, tmp_path)["step"] == TOTAL_STEPS
+
+
+def test_failed_evaluation_saves_the_state_and_can_be_repeated(
+    uninterrupted, tmp_path, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise DivergedError("The evaluation (val) failed. Raise model.max_steps.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.steps, "evaluate", fail)
+        with pytest.raises(DivergedError, match=r"at step 4, which is saved. .* failed"):
+            train_and_evaluate(create_config(), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 4
+    train_and_evaluate(create_config(), tmp_path)
+    check_equal(tmp_path, uninterrupted("mlp"))
 
 
 def test_ode_runs_log_their_evaluations(uninterrupted):

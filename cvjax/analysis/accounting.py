@@ -102,6 +102,10 @@ def account(model: nn.Module, image_size: int, channels: int = 3) -> Account:
     adaptive = isinstance(model, ODENet) and not model.steps
     if adaptive:
         model = model.clone(solver="euler", steps=model.pieces)
+    elif isinstance(model, ODENet):  # what does not change a forward evaluation
+        model = model.clone(gradient="direct")
+        if model.solver == "reversible_heun":  # one evaluation a step, and one a piece
+            model = model.clone(solver="euler", steps=model.steps + model.pieces)
 
     def forward(variables, images):
         return model.apply(variables, images, train=False)

@@ -30,8 +30,8 @@ def measure_steps(
 
     Args:
       configs: by name; all of one data set.
-      path: a JSON file that keeps the answer; if it is there for the same names, nothing
-        is measured.
+      path: a JSON file that keeps the answer; if it is there for the same configs and
+        rounds, nothing is measured.
       rounds: timings of each.
 
     Returns:
@@ -40,9 +40,11 @@ def measure_steps(
       (XLA's plan for temporaries); "rounds"; and the provenance.
     """
     path = pathlib.Path(path)
+    wanted = {name: config.to_dict() for name, config in configs.items()}
+    asked = json.loads(json.dumps({"configs": wanted, "rounds": rounds}))
     if path.exists():
         known = json.loads(path.read_text())
-        if list(known["rows"]) == list(configs):
+        if {key: known.get(key) for key in asked} == asked:
             return known
     prepared = {name: _prepare(config) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
@@ -64,7 +66,7 @@ def measure_steps(
             "compile_seconds": compile_seconds,
             "memory_mb": step.memory_analysis().temp_size_in_bytes / 1e6,
         }
-    measured = {"rows": rows, "rounds": rounds, "measured_by": workdirs.provenance()}
+    measured = {"rows": rows, **asked, "measured_by": workdirs.provenance()}
     workdirs.write_json(path, measured)
     return measured
 

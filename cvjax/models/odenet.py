@@ -35,15 +35,8 @@ from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import Conv
-from cvjax.nn.ode import (
-    GRADIENTS,
-    METHODS,
-    PER_SAMPLE,
-    THETAS,
-    ODEBlock,
-    Solver,
-    check_pieces,
-)
+from cvjax.nn.ode import THETAS, ODEBlock, check_pieces
+from cvjax.nn.solver import FIELDS, GRADIENTS, METHODS, PER_SAMPLE, Solver
 
 STEMS = ("conv", "res", "none")
 BODIES = ("blocks", "tied")
@@ -234,8 +227,8 @@ class ODENet(nn.Module):
       zero_init: whether f starts as zero, so that a block starts as the identity.
       theta, pieces: parameters constant, or piecewise "constant" or "linear", in time; see
         `nn.ode.ODEBlock`.
-      solver, steps, rtol, atol, max_steps, gradient, per_sample: see `nn.ode.Solver`; the
-        defaults are eight equal steps of Heun's method.
+      solver, steps, rtol, atol, max_steps, gradient, per_sample: see `nn.solver.Solver`;
+        the defaults are eight equal steps of Heun's method.
       walk: how equal steps are walked, one of `nn.depth.WALKS`.
 
     Raises:
@@ -342,5 +335,4 @@ _FRAME_FIELDS = dataclasses.fields(Frame)
 
 
 def _solver(net: ODENet) -> Solver:
-    settings = ("steps", "rtol", "atol", "max_steps", "gradient", "per_sample")
-    return Solver(net.solver, **{name: getattr(net, name) for name in settings})
+    return Solver(net.solver, **{name: getattr(net, name) for name in FIELDS[1:]})

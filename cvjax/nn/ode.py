@@ -7,7 +7,7 @@ of that axis, or the line between two. With Euler's method, a step a piece and t
 piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
 Equal steps are walked as a stage is (nn/fixed.py: unrolled on CPU, a loop elsewhere),
-adaptive ones are diffrax's (nn/adaptive.py).
+adaptive ones are diffrax's (nn/adaptive.py); nn/solver.py has the settings.
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
 "kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral
@@ -16,119 +16,18 @@ If the collection "trajectory" is asked for, it sows x before the first and afte
 its equal steps, [steps + 1, batch, height, width, channels].
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 from flax import linen as nn
-from flax import struct
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
 from cvjax.nn import depth, fixed
+from cvjax.nn.solver import NOT_FINITE, SUCCESSFUL, Solver, Stats
 
-# How a solve ended.
-SUCCESSFUL, MAX_STEPS, UNDERFLOW, NOT_FINITE = range(4)
-
-METHODS = ("euler", "midpoint", "heun", "rk4", "tsit5", "dopri5", "reversible_heun")
-ADAPTIVE = ("midpoint", "heun", "tsit5", "dopri5", "reversible_heun")
-GRADIENTS = ("checkpoint", "direct", "backsolve")
-PER_SAMPLE = ("eval", "always", "never")
 THETAS = ("constant", "piecewise_constant", "piecewise_linear")
-
-
-@dataclasses.dataclass(frozen=True)
-class Solver:
-    """How an ODE is solved.
-
-    Attributes:
-      method: one of `METHODS`. Order 1: "euler"; 2: "midpoint", "heun", "reversible_heun";
-        4: "rk4"; 5: "tsit5", "dopri5".
-      steps: the number of equal steps, or 0 for steps that adapt to the tolerances; the
-        methods for which they can are `ADAPTIVE`.
-      rtol, atol: of adaptive steps; the error estimated for a step is kept below
-        atol + rtol * |x|, root mean square over what shares the step.
-      max_steps: of adaptive steps, rejected ones included; more is a failure.
-      gradient: "checkpoint" and "direct" are exact: they differentiate the steps taken,
-        keeping some of them (about the root of their number; diffrax: the logarithm of
-        `max_steps`) and computing the others again, or keeping all. "backsolve" is the
-        continuous adjoint of Chen et al.: memory does not grow with the steps, and the
-        gradient has an error of the order of the solver's.
-      per_sample: when images have adaptive steps of their own, so that none depends on
-        its batch: in evaluation ("eval"), "always" (in training this needs a gradient
-        of all parameters for each image) or "never".
-
-    Raises:
-      UserError: at construction, for values that make no solver.
-    """
-
-    method: str = "heun"
-    steps: int = 8
-    rtol: float = 1e-3
-    atol: float = 1e-3
-    max_steps: int = 256
-    gradient: str = "checkpoint"
-    per_sample: str = "eval"
-
-    def __post_init__(self):
-        for name, choices in (
-            ("method", METHODS),
-            ("gradient", GRADIENTS),
-            ("per_sample", PER_SAMPLE),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"The solver's {name} must be one of {', '.join(choices)}, got "
-                    f"{getattr(self, name)!r}."
-                )
-        if self.steps < 0:
-            raise UserError(
-                f"The solver's steps must be 1 or more, or 0 for adaptive steps, got "
-                f"{self.steps}."
-            )
-        if self.max_steps < 1:
-            raise UserError(
-                f"The solver's max_steps must be 1 or more, got {self.max_steps}."
-            )
-        if not self.steps and self.method not in ADAPTIVE:
-            raise UserError(
-                f"{self.method} estimates no error, so its steps cannot adapt; give it a "
-                f"number of steps, or choose one of {', '.join(ADAPTIVE)}."
-            )
-        least = 1e-6 if not jax.config.jax_enable_x64 else 1e-14
-        for name in ("rtol", "atol"):
-            if not least <= getattr(self, name) < 1:
-                raise UserError(
-                    f"The solver's {name} must be below 1 and at least {least:g}, which is "
-                    f"what {'float64' if least < 1e-6 else 'float32'} can resolve, got "
-                    f"{getattr(self, name)}."
-                )
-
-    @property
-    def unrolls(self) -> bool:
-        """Whether its steps are those of nn/fixed.py, and may be unrolled."""
-        return bool(
-            self.steps and self.gradient != "backsolve" and self.method != "reversible_heun"
-        )
-
-
-@struct.dataclass
-class Stats:
-    """What the solver of one block did, for each image of a batch; all int32 [batch].
-
-    Attributes:
-      evaluations: of f in the forward solve, those of rejected steps included (NFE).
-      steps: tried.
-      rejected: of these.
-      result: `SUCCESSFUL`, `MAX_STEPS`, `UNDERFLOW` (steps too short for the type) or
-        `NOT_FINITE`.
-    """
-
-    evaluations: jax.Array
-    steps: jax.Array
-    rejected: jax.Array
-    result: jax.Array
 
 
 class ODEBlock(nn.Module):
@@ -141,11 +40,11 @@ class ODEBlock(nn.Module):
     Attributes:
       field: makes f, called as `field(in_loop=..., parent=None, name=...)`; f(x, t) has
         the shape of x, t is a scalar. `in_loop` is for its convolutions (see nn/conv.py).
-      solver: see `Solver`.
+      solver: see `nn.solver.Solver`.
       theta: one of `THETAS`.
       pieces: of the time from 0 to 1.
       walk: whether equal steps are a loop, one of `nn.depth.WALKS`.
-      train: whether the call is for training (see `Solver.per_sample`).
+      train: whether the call is for training (see `nn.solver.Solver`).
 
     Raises:
       UserError: if f has variables that are not parameters, such as BatchNorm's averages,
@@ -182,8 +81,11 @@ class ODEBlock(nn.Module):
             self.sow("kinetic", "energy", energy, reduce_fn=lambda _, new: new)
         finite = jnp.isfinite(end).all(axis=range(1, x.ndim))
         finite |= stats.result != SUCCESSFUL  # that failure came first
-        self._sow(stats.replace(result=jnp.where(finite, stats.result, NOT_FINITE)))
-        return end
+        stats = stats.replace(result=jnp.where(finite, stats.result, NOT_FINITE))
+        self._sow(stats)
+        # Nobody shall take for x(1) what is not.
+        reached = (stats.result == SUCCESSFUL).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(reached, end, jnp.nan)
 
     def _init_theta(self, rng: jax.Array, x: jax.Array):
         field = self.field(in_loop=True, parent=None)
@@ -293,10 +195,11 @@ def _solve_pieces(f, theta, solver: Solver, pieces: int, x):
             gradient=solver.gradient,
         )
         here = Stats(*solution[1:])
-        total = jax.tree.map(jnp.add, before, here)
-        failed = before.result != SUCCESSFUL
-        result = jnp.where(failed, before.result, here.result)
-        return (solution.x, total.replace(result=result)), None
+        failed = before.result != SUCCESSFUL  # what came after counts no more
+        total = jax.tree.map(
+            lambda before, here: jnp.where(failed, before, before + here), before, here
+        )
+        return (solution.x, total), None
 
     nothing = Stats(*[jnp.zeros((), jnp.int32)] * 4)
     if pieces == 1:

@@ -17,6 +17,7 @@ from cvjax.data.augment import NORMALIZATIONS, Augmentation
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
 from cvjax.models.checks import as_type, check_choice
+from cvjax.nn import solver
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
     DECAYED,
@@ -118,6 +119,7 @@ RESUMABLE_KEYS = (
     "data.cache_dir",
     "data.eval_batch_size",
     "model.walk",
+    *(f"model.{field}" for field in solver.FIELDS),
 )
 
 

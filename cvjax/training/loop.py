@@ -20,6 +20,10 @@ from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import NEVER, TrainState, create_monitor
 
+RESUME = (
+    "What concerns the solver may be changed in this workdir, the rest is for another one."
+)
+
 
 @dataclasses.dataclass
 class Record:
@@ -110,10 +114,17 @@ def train(
         if due(run.eval_every) and (record.last is None or record.last["step"] < step):
             with clock.beside(state):
                 _check_sound(state, run, recipe, folder)
-                rows = evaluate(dataset.val, "val")
-                if rows is not None and seen is not None:
-                    on_train = evaluate(seen, "train_eval")
-                    rows = None if on_train is None else rows | on_train
+                try:
+                    rows = evaluate(dataset.val, "val")
+                    if rows is not None and seen is not None:
+                        on_train = evaluate(seen, "train_eval")
+                        rows = None if on_train is None else rows | on_train
+                except DivergedError as error:
+                    if saved != step:
+                        info = dataclasses.asdict(record)
+                        checkpoint.save(folder, step, state, info, run.keep_checkpoints)
+                    message = f"Stopped at step {step}, which is saved. {error} {RESUME}"
+                    raise DivergedError(message) from error
             if rows is not None:
                 if step not in logged:
                     write(step, rows)
@@ -196,7 +207,7 @@ def _check_sound(
     failure = metrics.first_failure([jax.device_get(state.monitor.sums)])
     if failure:
         told = steps.describe_failure(recipe.model, *failure)
-        raise DivergedError(f"Stopped at step {bad_step}; {last}. {told}")
+        raise DivergedError(f"Stopped at step {bad_step}; {last}. {told} {RESUME}")
     raise DivergedError(
         f"The loss or the gradient was not finite at step {bad_step}; {last}. Start in "
         f"another --workdir with a lower optim.learning_rate (it is "

@@ -10,23 +10,25 @@ import numpy as np
 from flax import struct
 from jax import numpy as jnp
 
-from cvjax.nn import ode
+from cvjax.nn import solver as solvers
 from cvjax.training.losses import targets
 
 
 @struct.dataclass
 class Solves:
-    """What the solver of one ODE block did, over examples (see `nn.ode.Stats`).
+    """What the solver of one ODE block did, over examples (see `nn.solver.Stats`).
 
     Attributes:
       evaluations, steps, rejected: float32 sums over the examples.
-      failure: int32, how the first solve that failed ended; `nn.ode.SUCCESSFUL` if none.
+      most: float32, the evaluations of the example with the most.
+      failure: int32, how the first solve that failed ended; `nn.solver.SUCCESSFUL` if none.
       failed_steps, failed_rejected: int32, of that solve.
     """
 
     evaluations: jax.Array
     steps: jax.Array
     rejected: jax.Array
+    most: jax.Array
     failure: jax.Array
     failed_steps: jax.Array
     failed_rejected: jax.Array
@@ -41,7 +43,6 @@ class Sums:
       errors: examples whose most probable class is not a right one.
       top5_errors: examples whose five most probable classes hold no right one.
       count: examples.
-      most: evaluations of f by all ODE blocks for the example with the most.
       solves: of each ODE block, by its name; empty for networks without.
     """
 
@@ -49,7 +50,6 @@ class Sums:
     errors: jax.Array
     top5_errors: jax.Array
     count: jax.Array
-    most: jax.Array
     solves: dict[str, Solves]
 
 
@@ -60,9 +60,9 @@ def zero_sums(blocks: tuple[str, ...] = ()) -> Sums:
         return [jnp.zeros((), dtype) for _ in range(count)]
 
     solves = {
-        block: Solves(*zeros(jnp.float32, 3), *zeros(jnp.int32, 3)) for block in blocks
+        block: Solves(*zeros(jnp.float32, 4), *zeros(jnp.int32, 3)) for block in blocks
     }
-    return Sums(*zeros(jnp.float32, 5), solves)
+    return Sums(*zeros(jnp.float32, 4), solves)
 
 
 def sum_batch(
@@ -95,35 +95,31 @@ def sum_batch(
         errors=total(hits[:, 0] == 0),
         top5_errors=total(hits.max(axis=-1) == 0),
         count=total(jnp.ones_like(losses)),
-        most=sum(
-            (stats.evaluations for stats in blocks.values()), jnp.zeros_like(mask, int)
-        )
-        .max(where=mask, initial=0)
-        .astype(jnp.float32),
         solves={name: _sum_solves(stats, mask) for name, stats in blocks.items()},
     )
 
 
-def solver_stats(sown: Any) -> dict[str, ode.Stats]:
+def solver_stats(sown: Any) -> dict[str, solvers.Stats]:
     """The ODE blocks of a collection "solver" by name ("ode1"), in order."""
     leaves = jax.tree_util.tree_leaves_with_path(
-        sown or {}, is_leaf=lambda node: isinstance(node, ode.Stats)
+        sown or {}, is_leaf=lambda node: isinstance(node, solvers.Stats)
     )
     return {
         "/".join(part.key for part in path[:-1]) or "ode": stats for path, stats in leaves
     }
 
 
-def _sum_solves(stats: ode.Stats, mask: jax.Array) -> Solves:
+def _sum_solves(stats: solvers.Stats, mask: jax.Array) -> Solves:
     def total(values):
         return jnp.where(mask, values, 0).sum(dtype=jnp.float32)
 
-    results = jnp.where(mask, stats.result, ode.SUCCESSFUL)
-    failed = jnp.argmax(results != ode.SUCCESSFUL)  # 0 if there is none
+    results = jnp.where(mask, stats.result, solvers.SUCCESSFUL)
+    failed = jnp.argmax(results != solvers.SUCCESSFUL)  # 0 if there is none
     return Solves(
         evaluations=total(stats.evaluations),
         steps=total(stats.steps),
         rejected=total(stats.rejected),
+        most=jnp.where(mask, stats.evaluations, 0).max().astype(jnp.float32),
         failure=results[failed],
         failed_steps=stats.steps[failed],
         failed_rejected=stats.rejected[failed],
@@ -131,32 +127,43 @@ def _sum_solves(stats: ode.Stats, mask: jax.Array) -> Solves:
 
 
 def add(a: Sums, b: Sums) -> Sums:
-    """The sums over the examples of both; `a` came first."""
-    solves = {block: _add_solves(a.solves[block], b.solves[block]) for block in a.solves}
-    most = jnp.maximum(a.most, b.most)
+    """The sums over the examples of both; of failures those of `a`, if it has any."""
+    failed = jnp.array(False)
+    for solves in a.solves.values():
+        failed |= solves.failure != solvers.SUCCESSFUL
+    solves = {
+        block: _add_solves(a.solves[block], b.solves[block], failed) for block in a.solves
+    }
     a, b = a.replace(solves={}), b.replace(solves={})
-    return jax.tree.map(jnp.add, a, b).replace(most=most, solves=solves)
+    return jax.tree.map(jnp.add, a, b).replace(solves=solves)
 
 
-def _add_solves(a: Solves, b: Solves) -> Solves:
-    def first(a_value, b_value):
-        return jnp.where(a.failure != ode.SUCCESSFUL, a_value, b_value)
-
+def _add_solves(a: Solves, b: Solves, a_failed: jax.Array) -> Solves:
     return Solves(
         evaluations=a.evaluations + b.evaluations,
         steps=a.steps + b.steps,
         rejected=a.rejected + b.rejected,
-        failure=first(a.failure, b.failure),
-        failed_steps=first(a.failed_steps, b.failed_steps),
-        failed_rejected=first(a.failed_rejected, b.failed_rejected),
+        most=jnp.maximum(a.most, b.most),
+        failure=jnp.where(a_failed, a.failure, b.failure),
+        failed_steps=jnp.where(a_failed, a.failed_steps, b.failed_steps),
+        failed_rejected=jnp.where(a_failed, a.failed_rejected, b.failed_rejected),
     )
+
+
+def without_failures(sums: Sums) -> Sums:
+    """The same with all solves called successful."""
+    solves = {
+        block: own.replace(failure=jnp.zeros_like(own.failure))
+        for block, own in sums.solves.items()
+    }
+    return sums.replace(solves=solves)
 
 
 def first_failure(sums: list[Sums]) -> tuple[str, Solves] | None:
     """The name of the first ODE block whose solver failed, and its numbers."""
     for one in sums:
         for block, solves in one.solves.items():
-            if int(solves.failure) != ode.SUCCESSFUL:
+            if int(solves.failure) != solvers.SUCCESSFUL:
                 return block, solves
     return None
 
@@ -173,9 +180,9 @@ def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[s
     Returns:
       "loss" in nats, "error" and, if there are more than five classes, "top5_error" as
       fractions in [0, 1]; of networks with ODE blocks "nfe", the forward evaluations of f
-      an example, all blocks together ("nfe_max": of the example with the most), and
-      "rejected", the rejected steps; of more than one block also each by itself,
-      "nfe_BLOCK". Each key stands behind `prefix` and a slash.
+      an example, all blocks together, "rejected", the rejected steps, and "nfe_max", the
+      evaluations for the example with the most; of more than one block also each by itself,
+      "nfe_BLOCK", and "nfe_max_BLOCK" alone. Each key stands behind `prefix` and a slash.
     """
     fetched = jax.device_get(sums)
     total = jax.tree.map(lambda *leaves: np.sum(leaves, dtype=np.float64), *fetched)
@@ -186,8 +193,9 @@ def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[s
     if total.solves:
         values |= _solver_values(total.solves)
     rows = {f"{prefix}/{name}": value / total.count for name, value in values.items()}
-    if total.solves:
-        rows[f"{prefix}/nfe_max"] = max(one.most for one in fetched)
+    for block in total.solves:
+        name = "nfe_max" if len(total.solves) == 1 else f"nfe_max_{block}"
+        rows[f"{prefix}/{name}"] = max(one.solves[block].most for one in fetched)
     return {key: float(value) for key, value in rows.items()}
 
 

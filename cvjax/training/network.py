@@ -22,8 +22,8 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.data.augment import Statistics
-from cvjax.errors import UserError
-from cvjax.models import create_model
+from cvjax.errors import DivergedError, UserError
+from cvjax.models import create_model, model_fields
 from cvjax.training import checkpoint as checkpoints
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RunConfig, default_config, parse_config
@@ -98,6 +98,13 @@ def load_network(
         )
     folder = pathlib.Path(workdir).absolute()
     run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
+    allowed = model_fields(run.model["name"])
+    for field in fields or {}:
+        if field not in allowed:
+            raise UserError(
+                f"{run.model['name']} has no field {field!r} to change, only "
+                f"{', '.join(allowed)}."
+            )
     run = dataclasses.replace(run, model=run.model | dict(fields or {}))
     statistics, class_names = read_inputs(folder)
     recipe = Recipe(
@@ -133,8 +140,18 @@ def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
 
     A softmax over the classes, or one sigmoid a class (they do not add up to one). Float64,
     as in float32 a sure network's less probable classes would all be zero.
+
+    Raises:
+      DivergedError: for logits that are not finite.
     """
     logits = np.asarray(logits, np.float64)
+    broken = int((~np.isfinite(logits)).any(axis=-1).sum())
+    if broken:
+        raise DivergedError(
+            f"The network gives no finite answer for {broken} of {logits[..., 0].size} "
+            "images; if it has ODE blocks with adaptive steps, these may be too many: "
+            "evaluate it with --fields=max_steps=1000, with looser tolerances or equal steps."
+        )
     if loss_name == "sigmoid":
         return np.exp(-np.logaddexp(0, -logits))
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -19,12 +19,12 @@ from cvjax.data.augment import Statistics
 from cvjax.data.dataset import Split
 from cvjax.data.pipeline import Batch, eval_batches
 from cvjax.errors import DivergedError
-from cvjax.nn import ode
+from cvjax.nn import solver as solvers
 from cvjax.training import metrics
 from cvjax.training.losses import LossConfig, loss_per_example
 from cvjax.training.optim import create_optimizer
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import Monitor, TrainState
+from cvjax.training.state import NEVER, Monitor, TrainState
 
 # What a step's key is folded with for dropout and for colours. `augment` splits the same
 # key in two, which gives the keys that folding with 0 and 1 would give.
@@ -100,7 +100,10 @@ def train_step(
     seen = metrics.sum_batch(losses, logits, batch["label"], mask, updated.get("solver"))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     for solves in seen.solves.values():
-        finite &= solves.failure == ode.SUCCESSFUL
+        finite &= solves.failure == solvers.SUCCESSFUL
+    # What fails after the first bad step is its consequence, not the cause to be told.
+    bad = state.monitor.bad_step != NEVER
+    seen = jax.tree.map(partial(jnp.where, bad), metrics.without_failures(seen), seen)
     monitor = Monitor(
         sums=metrics.add(state.monitor.sums, seen),
         gradient_norm=state.monitor.gradient_norm + norm,
@@ -179,7 +182,8 @@ def evaluate(
             return None
     failure = metrics.first_failure(jax.device_get(sums))
     if failure:
-        raise DivergedError(describe_failure(recipe.model, *failure))
+        told = describe_failure(recipe.model, *failure)
+        raise DivergedError(f"The evaluation ({prefix or 'of the network'}) failed. {told}")
     return metrics.means(sums, recipe.model.num_classes, prefix, len(split.labels))
 
 
@@ -192,13 +196,13 @@ def describe_failure(model: nn.Module, block: str, solves: metrics.Solves) -> st
         if model.steps
         else f"{model.solver}, rtol {model.rtol:g}, atol {model.atol:g}"
     )
-    if int(solves.failure) == ode.MAX_STEPS:
-        what = f"did not reach t = 1 in max_steps {model.max_steps}"
+    if int(solves.failure) == solvers.MAX_STEPS:
+        what = f"did not reach the end of its time in max_steps {model.max_steps}"
         advice = (
             "raise model.max_steps, loosen model.rtol and model.atol, or take equal steps "
             "(model.steps=8)"
         )
-    elif int(solves.failure) == ode.UNDERFLOW:
+    elif int(solves.failure) == solvers.UNDERFLOW:
         what = "had to take steps too short for the type of its numbers"
         advice = "loosen model.rtol and model.atol, or take equal steps (model.steps=8)"
     else:

@@ -24,6 +24,7 @@ from cvjax.data.dataset import Dataset, Split
 from cvjax.data.photographs import compute_color_axes
 from cvjax.errors import UserError
 from cvjax.models import create_model
+from cvjax.nn import solver
 from cvjax.training import checkpoint, interrupt, logs, loop, steps, transfer
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
@@ -183,7 +184,8 @@ def _initial_or_restored(
 ) -> tuple[TrainState, loop.Record]:
     rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
     static = {"recipe": recipe, "image_shape": dataset.image_shape}
-    same_net = {key: run.model[key] for key in run.model if key != "walk"}
+    free = ("walk", *solver.FIELDS)
+    same_net = {key: run.model[key] for key in run.model if key not in free}
     expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
     restored = checkpoint.restore_latest(
         folder, create_train_state.eval_shape(rng, **static), expect

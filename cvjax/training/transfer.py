@@ -32,6 +32,7 @@ from cvjax.data.augment import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
+from cvjax.nn import solver
 from cvjax.nn.depth import refine
 from cvjax.training import network as networks
 from cvjax.training import workdir as workdirs
@@ -41,6 +42,7 @@ from cvjax.training.state import TrainState
 
 # What may differ: none of it changes what parameters mean.
 FREE_FIELDS = ("walk", "dtype", "dropout", "auxiliary_dropout", "norm_momentum")
+FREE_FIELDS += solver.FIELDS
 NORMALIZATION = "init_from"  # as a value of config.data.normalization
 NAMED = 3  # differences in a message
 
