@@ -150,7 +150,7 @@ def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
         raise DivergedError(
             f"The network gives no finite answer for {broken} of {logits[..., 0].size} "
             "images; if it has ODE blocks with adaptive steps, these may be too many: "
-            "evaluate it with --fields=max_steps=1000, with looser tolerances or equal steps."
+            "evaluate it with --fields=max_steps=1000, or with looser tolerances."
         )
     if loss_name == "sigmoid":
         return np.exp(-np.logaddexp(0, -logits))
