@@ -240,7 +240,7 @@ def test_the_first_failure_in_time_is_told_whatever_its_block_is_called():
             solvers.MAX_STEPS,
             {"solver": "dopri5", "steps": 0},
             r"The solver of ode2 did not reach the end of its time in max_steps 256 \(200 "
-            r"steps accepted, 56 rejected; dopri5, rtol 0.001, atol 0.001\); raise model.max_st",
+            r"steps accepted, 56 rejected; dopri5, rtol 0.001, atol 0.001\); raise",
         ),
         (solvers.UNDERFLOW, {"solver": "tsit5", "steps": 0}, "steps too short .*; loosen"),
         (
