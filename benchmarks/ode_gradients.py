@@ -24,7 +24,7 @@ from absl import flags, logging
 from jax import numpy as jnp
 
 from cvjax import program
-from cvjax.models.odenet import Residual
+from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.training import workdir as workdirs

@@ -32,7 +32,7 @@ from jax import numpy as jnp
 
 from cvjax import program
 from cvjax.errors import UserError
-from cvjax.models.odenet import ACTIVATIONS, Residual, groups_of
+from cvjax.models.odenet_layers import ACTIVATIONS, Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.training import workdir as workdirs

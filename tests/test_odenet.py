@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from cvjax.errors import DivergedError, UserError
 from cvjax.models import create_model
-from cvjax.models.odenet import groups_of
+from cvjax.models.odenet_layers import Residual, groups_of
 from cvjax.nn import solver as solvers
 from cvjax.training import metrics, steps
 
@@ -108,8 +108,6 @@ def test_time_reaches_both_convolutions_behind_the_norm(images):
     def difference(variables):
         f = variables["params"]["ode"]["f"]
         field = jax.tree.map(lambda leaf: leaf[0], f)
-        from cvjax.models.odenet import Residual
-
         residual = Residual("group", "relu", parent=None)
         x = np.random.default_rng(1).normal(size=(2, 5, 5, 4)).astype(np.float32)
         early, late = (residual.apply({"params": field}, x, t) for t in (0.0, 1.0))

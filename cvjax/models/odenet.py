@@ -13,7 +13,7 @@ with width 64, 208,266 parameters after the "conv" stem and 232,970 after "res".
 
 f is the pre-activation residual function norm, activation, conv, norm, activation, conv. In
 an ODE its convolutions see t as one more channel and have biases, and a norm follows.
-The norm is GroupNorm in up to 32 groups of two channels or more (see `groups_of`; the
+The norm is GroupNorm in up to 32 groups of two channels or more (see odenet_layers.py; the
 example has min(32, features) groups, which not every number of features can be divided by,
 and of fewer than 64 features makes groups of one channel, which then have no mean for the
 head to average). BatchNorm is refused: in an ODE there is no one average for it to keep.
@@ -23,154 +23,29 @@ arXiv:1904.01681), so that trajectories need not cross.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 from flax import linen as nn
-from jax import numpy as jnp
 
 from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
+from cvjax.models.odenet_layers import (
+    ACTIVATIONS,
+    NORMS,
+    Downsampling,
+    Head,
+    Residual,
+    ResidualBlock,
+    Stem,
+)
 from cvjax.nn import depth as depth_axis
-from cvjax.nn.conv import Conv
 from cvjax.nn.ode import THETAS, ODEBlock, check_pieces
 from cvjax.nn.solver import FIELDS, GRADIENTS, METHODS, PER_SAMPLE, Solver
 
 STEMS = ("conv", "res", "none")
 BODIES = ("blocks", "tied")
-NORMS = ("group", "none")
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "softplus": nn.softplus,
-    "tanh": jnp.tanh,
-    "gelu": nn.gelu,
-}
-ModuleDef = Callable[..., nn.Module]
-
-
-def groups_of(features: int) -> int:
-    """The number of groups of GroupNorm: 32 of 64 features, 8 of 16, 1 of an odd number."""
-    return 1 if features % 2 else math.gcd(32, features // 2)
-
-
-class Norm(nn.Module):
-    """GroupNorm in `groups_of` the features, or nothing."""
-
-    kind: str
-    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kind == "none":
-            return x
-        groups = groups_of(x.shape[-1])
-        init = self.scale_init
-        norm = nn.GroupNorm(groups, epsilon=1e-5, scale_init=init, name="group_norm")
-        return norm(x)
-
-
-class Residual(nn.Module):
-    """f: norm, activation, conv, norm, activation, conv (He et al. 2016).
-
-    Called with t it is f of an ODE: see the top of this file. `zero_init` starts it as
-    zero, and what it is in as the identity: by its last norm's scale, or without a norm
-    its last kernel.
-    """
-
-    norm: str
-    activation: str
-    zero_init: bool = False
-    in_loop: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array | None = None) -> jax.Array:
-        act, continuous = ACTIVATIONS[self.activation], t is not None
-        zeros = nn.initializers.zeros_init()
-        norm_ends = continuous and self.norm != "none"
-
-        def conv(x, name, **init):
-            features = x.shape[-1]
-            if continuous:
-                x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
-            settings = {"padding": 1, "use_bias": continuous, "in_loop": self.in_loop}
-            return Conv(features, 3, name=name, **settings, **init)(x)
-
-        last_kernel = {"kernel_init": zeros} if self.zero_init and not norm_ends else {}
-        y = conv(act(Norm(self.norm, name="norm1")(x)), "conv1")
-        y = conv(act(Norm(self.norm, name="norm2")(y)), "conv2", **last_kernel)
-        if norm_ends:
-            init = {"scale_init": zeros} if self.zero_init else {}
-            y = Norm(self.norm, name="norm3", **init)(y)
-        return y
-
-
-class Downsampling(nn.Module):
-    """A residual block with stride 2; its shortcut is a 1x1 convolution."""
-
-    features: int
-    norm: str
-    activation: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
-        x = act(Norm(self.norm, name="norm1")(x))
-        around = Conv(self.features, 1, 2, name="shortcut")(x)
-        y = Conv(self.features, 3, 2, padding=1, name="conv1")(x)
-        y = act(Norm(self.norm, name="norm2")(y))
-        return around + Conv(self.features, 3, padding=1, name="conv2")(y)
-
-
-class Stem(nn.Module):
-    """From an image to `features` features: see the top of this file."""
-
-    kind: str
-    features: int
-    augment: int
-    norm: str
-    activation: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        act, features = ACTIVATIONS[self.activation], self.features
-        padding = 1 if self.kind == "none" else 0
-        x = Conv(features, 3, padding=padding, use_bias=True, name="conv1")(x)
-        if self.kind == "conv":
-            for i in (1, 2):
-                x = act(Norm(self.norm, name=f"norm{i}")(x))
-                settings = {"padding": 1, "use_bias": True, "name": f"conv{i + 1}"}
-                x = Conv(features, 4, 2, **settings)(x)
-        elif self.kind == "res":
-            for i in (1, 2):
-                block = Downsampling(features, self.norm, self.activation, name=f"res{i}")
-                x = block(x)
-        return jnp.pad(x, ((0, 0),) * 3 + ((0, self.augment),))
-
-
-class Head(nn.Module):
-    """Norm, activation, global average, dense."""
-
-    num_classes: int
-    norm: str
-    activation: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = ACTIVATIONS[self.activation](Norm(self.norm, name="norm")(x))
-        return nn.Dense(self.num_classes, name="dense")(x.mean(axis=(1, 2)))
-
-
-class ResidualBlock(nn.Module):
-    """x + f(x)."""
-
-    f: ModuleDef
-    in_loop: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.f(in_loop=self.in_loop, name="f")(x)
 
 
 @dataclasses.dataclass(frozen=True)
