@@ -24,7 +24,7 @@ from cvjax.data.augment import Statistics
 from cvjax.data.views import Views, create_views
 from cvjax.errors import UserError
 from cvjax.evaluate import choose_views
-from cvjax.training.network import Network, load_network, probabilities
+from cvjax.training.network import Network, apply_model, load_network, probabilities
 
 ROUNDS = 7  # in which the candidates take turns
 
@@ -104,7 +104,7 @@ def _apply(
     views: Views,
 ) -> jax.Array:
     (view,) = create_views(augment.normalize(images, statistics), views)
-    return model.apply(variables, view, train=False)
+    return apply_model(variables, view, model=model)
 
 
 def compute_logits(member: Member, images: np.ndarray) -> np.ndarray:

@@ -216,8 +216,9 @@ def predict_split(
         scores = 0.0
         for view in create_views(images, views):
             logits = apply_model(network.variables, view, model=network.recipe.model)
+            logits = np.asarray(logits)[batch["mask"]]
             scores += probabilities(logits, network.run.loss.name)
-        averages.append(scores[batch["mask"]] / views.count)
+        averages.append(scores / views.count)
     return np.concatenate(averages)
 
 

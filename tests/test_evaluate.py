@@ -14,7 +14,8 @@ from jax import numpy as jnp
 from cvjax import data, evaluate
 from cvjax.analysis import classification
 from cvjax.data.views import Views, create_views, resize, ten_crops
-from cvjax.errors import UserError
+from cvjax.errors import DivergedError, UserError
+from cvjax.models import create_model
 from cvjax.training import checkpoint, default_config, network, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,8 +76,22 @@ def test_another_solver_at_test_time(runs, caplog):
 def test_fields_that_do_not_fit_the_parameters(runs):
     with pytest.raises(UserError, match=r"has no field .solvr.*did you mean .solver"):
         evaluate.evaluate(runs("odenet"), fields={"solvr": "rk4"})
+    with pytest.raises(UserError, match="num_classes is no field that can be changed"):
+        evaluate.evaluate(runs("odenet"), fields={"num_classes": 5})
     with pytest.raises(UserError, match=r"another network.*is float32\[4,10\] and not"):
         evaluate.evaluate(runs("odenet"), fields={"width": 8})
+
+
+def test_images_whose_solve_failed_have_no_answer():
+    """On CPU XLA's ReLU takes NaN for zero: the solver's word counts, not the logits'."""
+    model = create_model("odenet", 3, width=2, stem="none", solver="heun", steps=3)
+    images = np.ones((2, 4, 4, 1), np.float32)
+    images[1] = np.nan
+    variables = model.init(jax.random.key(0), images[:1], train=False)
+    logits = network.apply_model({"params": variables["params"]}, images, model=model)
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+    with pytest.raises(DivergedError, match="no finite answer for 1 of 2 images"):
+        network.probabilities(logits, "softmax")
 
 
 # Numbers

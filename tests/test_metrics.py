@@ -81,8 +81,8 @@ def test_top5_needs_more_than_five_classes(classes, has_top5):
 
 def test_many_batches_are_added_exactly():
     # In float32, 1 is lost beside 2**24.
-    sums = [Sums(*(jnp.float32(x) for x in (2**24, 0, 0, 1)), {})]
-    sums += [Sums(*(jnp.float32(x) for x in (1, 0, 0, 1)), {})] * 3
+    sums = [Sums(*(jnp.float32(x) for x in (2**24, 0, 0, 1)))]
+    sums += [Sums(*(jnp.float32(x) for x in (1, 0, 0, 1)))] * 3
     assert means(sums, 2, "a", 4)["a/loss"] == (2**24 + 3) / 4
 
 

@@ -165,7 +165,9 @@ def train(
             row = _training_row(state, recipe.model.num_classes, run.data.batch_size)
             # Seven digits are all that float32 has: 0.1 and not 0.10000000149.
             row["train/learning_rate"] = float(f"{schedule(step - 1):.7g}")
-            state = state.replace(monitor=create_monitor(tuple(state.monitor.sums.solves)))
+            state = state.replace(
+                monitor=create_monitor(tuple(metrics.solves_of(state.monitor.sums)))
+            )
             seconds = clock.lap() / (step - lap_step)
             lap_step = step
             times["time/step_ms"] = 1000 * seconds

@@ -43,14 +43,34 @@ class Sums:
       errors: examples whose most probable class is not a right one.
       top5_errors: examples whose five most probable classes hold no right one.
       count: examples.
-      solves: of each ODE block, by its name; empty for networks without.
     """
 
     loss: jax.Array
     errors: jax.Array
     top5_errors: jax.Array
     count: jax.Array
+
+
+@struct.dataclass
+class SolverSums(Sums):
+    """`Sums` for a network with ODE blocks.
+
+    Attributes:
+      solves: of each block, by its name.
+    """
+
     solves: dict[str, Solves]
+
+
+def solves_of(sums: Sums) -> dict[str, Solves]:
+    """What the solvers of ODE blocks did, by the blocks' names; empty without such."""
+    return getattr(sums, "solves", {})
+
+
+def _with_solves(sums: Sums, solves: dict[str, Solves]) -> Sums:
+    if not solves:
+        return sums
+    return SolverSums(sums.loss, sums.errors, sums.top5_errors, sums.count, solves)
 
 
 def zero_sums(blocks: tuple[str, ...] = ()) -> Sums:
@@ -62,7 +82,7 @@ def zero_sums(blocks: tuple[str, ...] = ()) -> Sums:
     solves = {
         block: Solves(*zeros(jnp.float32, 4), *zeros(jnp.int32, 3)) for block in blocks
     }
-    return Sums(*zeros(jnp.float32, 4), solves)
+    return _with_solves(Sums(*zeros(jnp.float32, 4)), solves)
 
 
 def sum_batch(
@@ -90,13 +110,14 @@ def sum_batch(
     def total(values):
         return jnp.where(mask, values, 0).sum(dtype=jnp.float32)
 
-    return Sums(
+    sums = Sums(
         loss=total(losses),
         errors=total(hits[:, 0] == 0),
         top5_errors=total(hits.max(axis=-1) == 0),
         count=total(jnp.ones_like(losses)),
-        solves={name: _sum_solves(stats, mask) for name, stats in blocks.items()},
     )
+    solves = {name: _sum_solves(stats, mask) for name, stats in blocks.items()}
+    return _with_solves(sums, solves)
 
 
 def solver_stats(sown: Any) -> dict[str, solvers.Stats]:
@@ -128,14 +149,18 @@ def _sum_solves(stats: solvers.Stats, mask: jax.Array) -> Solves:
 
 def add(a: Sums, b: Sums) -> Sums:
     """The sums over the examples of both; of failures those of `a`, if it has any."""
+    ours, theirs = solves_of(a), solves_of(b)
     failed = jnp.array(False)
-    for solves in a.solves.values():
+    for solves in ours.values():
         failed |= solves.failure != solvers.SUCCESSFUL
-    solves = {
-        block: _add_solves(a.solves[block], b.solves[block], failed) for block in a.solves
-    }
-    a, b = a.replace(solves={}), b.replace(solves={})
-    return jax.tree.map(jnp.add, a, b).replace(solves=solves)
+    totals = [
+        getattr(a, name) + getattr(b, name)
+        for name in ("loss", "errors", "top5_errors", "count")
+    ]
+    return _with_solves(
+        Sums(*totals),
+        {block: _add_solves(ours[block], theirs[block], failed) for block in ours},
+    )
 
 
 def _add_solves(a: Solves, b: Solves, a_failed: jax.Array) -> Solves:
@@ -154,15 +179,15 @@ def without_failures(sums: Sums) -> Sums:
     """The same with all solves called successful."""
     solves = {
         block: own.replace(failure=jnp.zeros_like(own.failure))
-        for block, own in sums.solves.items()
+        for block, own in solves_of(sums).items()
     }
-    return sums.replace(solves=solves)
+    return _with_solves(sums, solves)
 
 
 def first_failure(sums: list[Sums]) -> tuple[str, Solves] | None:
     """The name of the first ODE block whose solver failed, and its numbers."""
     for one in sums:
-        for block, solves in one.solves.items():
+        for block, solves in solves_of(one).items():
             if int(solves.failure) != solvers.SUCCESSFUL:
                 return block, solves
     return None
@@ -190,11 +215,12 @@ def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[s
     values = {"loss": total.loss, "error": total.errors}
     if num_classes > 5:
         values["top5_error"] = total.top5_errors
-    if total.solves:
-        values |= _solver_values(total.solves)
+    blocks = solves_of(total)
+    if blocks:
+        values |= _solver_values(blocks)
     rows = {f"{prefix}/{name}": value / total.count for name, value in values.items()}
-    for block in total.solves:
-        name = "nfe_max" if len(total.solves) == 1 else f"nfe_max_{block}"
+    for block in blocks:
+        name = "nfe_max" if len(blocks) == 1 else f"nfe_max_{block}"
         rows[f"{prefix}/{name}"] = max(one.solves[block].most for one in fetched)
     return {key: float(value) for key, value in rows.items()}
 

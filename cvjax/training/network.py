@@ -24,7 +24,9 @@ from jax import numpy as jnp
 from cvjax.data.augment import Statistics
 from cvjax.errors import DivergedError, UserError
 from cvjax.models import create_model, model_fields
+from cvjax.nn import solver as solvers
 from cvjax.training import checkpoint as checkpoints
+from cvjax.training import metrics
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RunConfig, default_config, parse_config
 from cvjax.training.recipe import Recipe
@@ -98,13 +100,11 @@ def load_network(
         )
     folder = pathlib.Path(workdir).absolute()
     run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
-    allowed = model_fields(run.model["name"])
-    for field in fields or {}:
-        if field not in allowed:
-            raise UserError(
-                f"{run.model['name']} has no field {field!r} to change, only "
-                f"{', '.join(allowed)}."
-            )
+    for field in {"name", "num_classes"} & set(fields or {}):
+        raise UserError(
+            f"{field} is no field that can be changed, only "
+            f"{', '.join(model_fields(run.model['name']))}."
+        )
     run = dataclasses.replace(run, model=run.model | dict(fields or {}))
     statistics, class_names = read_inputs(folder)
     recipe = Recipe(
@@ -131,8 +131,16 @@ def load_network(
 
 @functools.partial(jax.jit, static_argnames="model")
 def apply_model(variables: Any, images: jax.Array, *, model: nn.Module) -> jax.Array:
-    """Normalised images -> logits [batch, classes], in evaluation mode."""
-    return model.apply(variables, images, train=False)
+    """Normalised images -> logits [batch, classes], in evaluation mode.
+
+    NaN for images for which the solver of an ODE block failed. Not every failure would show
+    by itself: on CPU, XLA's ReLU takes NaN for zero.
+    """
+    logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
+    for stats in metrics.solver_stats(sown.get("solver")).values():
+        solved = (stats.result == solvers.SUCCESSFUL)[:, None]
+        logits = jnp.where(solved, logits, jnp.nan)
+    return logits
 
 
 def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:

@@ -99,7 +99,7 @@ def train_step(
     mask = jnp.ones_like(losses, bool)
     seen = metrics.sum_batch(losses, logits, batch["label"], mask, updated.get("solver"))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    for solves in seen.solves.values():
+    for solves in metrics.solves_of(seen).values():
         finite &= solves.failure == solvers.SUCCESSFUL
     # What fails after the first bad step is its consequence, not the cause to be told.
     bad = state.monitor.bad_step != NEVER

@@ -25,7 +25,7 @@ from cvjax.data.photographs import compute_color_axes
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.nn import solver
-from cvjax.training import checkpoint, interrupt, logs, loop, steps, transfer
+from cvjax.training import checkpoint, interrupt, logs, loop, metrics, steps, transfer
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
 from cvjax.training.network import Network, write_inputs
@@ -103,7 +103,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
     if source is not None:
         state = transfer.start_from(state, source, run.init_from)
     trained = transfer.check_freeze(state.params, run.optim.freeze)
-    if run.loss.kinetic_weight and not state.monitor.sums.solves:
+    if run.loss.kinetic_weight and not metrics.solves_of(state.monitor.sums):
         raise UserError(
             f"loss.kinetic_weight is {run.loss.kinetic_weight:g}, but "
             f"{run.model['name']} has no ODE block; set it to 0."
