@@ -217,6 +217,7 @@ def model_shapes(model):
     return jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), shapes)
 
 
+@pytest.mark.slow
 def test_blocks_that_start_equal(tmp_path, monkeypatch):
     arguments = (tiny("resnet_cifar"), 2, "equal", 1, 8, tmp_path)
     found = experiment.measure_resnet(*arguments)

@@ -33,9 +33,9 @@ def run(workdir, *settings):
     )
 
 
-def start_and_wait_for_checkpoint(workdir):
+def start_and_wait_for_checkpoint(workdir, *settings):
     process = subprocess.Popen(
-        command(workdir),
+        command(workdir, *settings),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -99,9 +99,11 @@ def test_stopped_process_says_so_and_goes_on_in_a_new_one(
 
 
 def test_second_process_on_one_workdir_is_refused(tmp_path):
-    process = start_and_wait_for_checkpoint(tmp_path)
+    # Not over before the second one has started, however fast the machine is.
+    long = "--config.total_steps=1000000"
+    process = start_and_wait_for_checkpoint(tmp_path, long)
     try:
-        second = run(tmp_path)
+        second = run(tmp_path, long)
     finally:
         process.kill()
         process.communicate()
