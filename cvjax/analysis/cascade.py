@@ -1,11 +1,12 @@
 """What cascades give and cost: the Pareto front, the table and the figure."""
 
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from cvjax.analysis.figures import save_figure
 
 KINDS = {
     "single": {"color": "#1f5a99", "marker": "o", "label": "single nets"},
@@ -68,7 +69,6 @@ def draw_cascade(
     """
     # Imported here: matplotlib needs a second that others would have to wait for.
     from matplotlib import ticker
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 4.2), dpi=160, layout="constrained")
@@ -121,10 +121,7 @@ def draw_cascade(
     panels[0].set_ylabel("test error (%)", fontsize=9)
     panels[0].legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _bars(table, members: list[int], key: str, scale: float) -> list[float]:

@@ -6,8 +6,9 @@ accuracies from `zoo`, operations and parameters from `accounting`.
 
 import math
 import os
-import pathlib
 from typing import Any
+
+from cvjax.analysis.figures import label_axes, save_figure
 
 FAMILY_COLORS = {
     "AlexNet": "#c8553d",
@@ -39,17 +40,13 @@ def draw_complexity(rows: list[dict[str, Any]], path: str | os.PathLike[str]) ->
       path: the PNG, replaced when it is complete.
     """
     # Imported here: matplotlib needs a second that other uses would have to wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.0, 4.4), dpi=200, layout="constrained")
     bubbles, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
     _draw_bubbles(bubbles, rows)
     _draw_density(bars, rows)
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw_bubbles(panel, rows: list[dict[str, Any]]) -> None:
@@ -73,7 +70,7 @@ def _draw_bubbles(panel, rows: list[dict[str, Any]]) -> None:
     panel.set_xlim(-1, max(row["macs"] for row in rows) / 1e9 + 3.5)
     low, high = min(row["top1"] for row in rows), max(row["top1"] for row in rows)
     panel.set_ylim(low - 4, high + 3)
-    _label(panel, "operations for one image (G MACs)", "top-1 accuracy (%)")
+    label_axes(panel, "operations for one image (G MACs)", "top-1 accuracy (%)")
     _draw_bubble_legend(panel)
 
 
@@ -105,14 +102,7 @@ def _draw_density(panel, rows: list[dict[str, Any]]) -> None:
     density = [1e6 * row["top1"] / row["parameters"] for row in ordered]
     colors = [FAMILY_COLORS.get(row["family"], "0.5") for row in ordered]
     bars = panel.barh([row["label"] for row in ordered], density, color=colors, alpha=0.8)
-    panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    panel.barlabel_axes(bars, fmt="%.2f", padding=2, fontsize=8)
     panel.set_xlim(right=1.16 * max(density))
-    _label(panel, "top-1 per million parameters (% / M)", "")
+    label_axes(panel, "top-1 per million parameters (% / M)", "")
     panel.tick_params(axis="y", length=0)
-
-
-def _label(panel, x: str, y: str) -> None:
-    panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)

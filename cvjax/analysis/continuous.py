@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax import data
+from cvjax.analysis.figures import label_axes, save_figure
 from cvjax.data import augment
 from cvjax.data.dataset import Split
 from cvjax.training.network import Network, load_network
@@ -61,9 +62,9 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
         mean = 100 * error["mean"]
         panels[0].errorbar(nfe["mean"], mean, label=row["row"], **style)
         panels[1].errorbar(row["step_ms"], mean, **style)
-    _label(panels[0], "evaluations of f (NFE) an image", "test error (%)")
+    label_axes(panels[0], "evaluations of f (NFE) an image", "test error (%)")
     panels[0].set_title("trained so", fontsize=10)
-    _label(panels[1], "time of a training step (ms)", "test error (%)")
+    label_axes(panels[1], "time of a training step (ms)", "test error (%)")
     panels[1].set_xlim(left=0)
     panels[1].set_title("and what that takes", fontsize=10)
 
@@ -91,7 +92,7 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
         panels[2].yaxis.set_minor_formatter("")
     legend = {"title": "tested with", "title_fontsize": 8, "fontsize": 8}
     panels[2].legend(framealpha=0.8, edgecolor="none", **legend)
-    _label(panels[2], "NFE an image at test time", "test error (%)")
+    label_axes(panels[2], "NFE an image at test time", "test error (%)")
     panels[2].set_title("the same nets, other solvers (colour: net)", fontsize=10)
     seeds = part["table"][0]["n"]
     figure.suptitle(
@@ -102,7 +103,7 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     outside = {"loc": "outside lower center", "ncols": 5, "fontsize": 8, "frameon": False}
     figure.legend(handles, labels, **outside)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_dynamics(
@@ -127,7 +128,7 @@ def draw_dynamics(
         nfe = [point["nfe"] for point in run["curve"]]
         panels[0].plot(steps, nfe, color=color, label=label, linewidth=1.3)
     panels[0].legend(fontsize=8, frameon=False)
-    _label(panels[0], "training step", "NFE, forward")
+    label_axes(panels[0], "training step", "NFE, forward")
     panels[0].set_title("evaluations of f in training, a line a seed", fontsize=10)
 
     network = load_network(folder, fields={"solver": "rk4", "steps": 32})
@@ -144,14 +145,14 @@ def draw_dynamics(
         panels[1].plot(x[-1], y[-1], "o", color=palette(int(label) % 10), markersize=4)
     part = 100 * pca.explained_variance_ratio_.sum()
     first = f"first principal component ({part:.0f} % of the variance in both)"
-    _label(panels[1], first, "second")
+    label_axes(panels[1], first, "second")
     where = f"{runs[0]['row']}, seed {runs[0]['seed']}"
     panels[1].set_title(
         f"x(t) of {len(examples.labels)} test images from t = 0 (grey) to 1\n"
         f"(colour: class; {where})",
         fontsize=10,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure(count: int):
@@ -160,19 +161,3 @@ def _figure(count: int):
 
     figure = Figure(figsize=(4.2 * count, 4.3), dpi=160, layout="constrained")
     return figure, figure.subplots(1, count)
-
-
-def _label(panel, x: str, y: str) -> None:
-    panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure, path: str | os.PathLike[str]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)

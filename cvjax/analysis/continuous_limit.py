@@ -1,12 +1,12 @@
 """More layers, smaller steps: the figure of experiments/continuous_limit.py."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
 from cvjax.analysis import convergence
+from cvjax.analysis.figures import label_axes, save_figure
 
 METHOD_COLORS = {
     "euler": "#c8553d",
@@ -28,7 +28,6 @@ def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
       path: the PNG, replaced when it is complete.
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 8.4), dpi=150, layout="constrained")
@@ -43,10 +42,7 @@ def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
         f"h = 1/n (below), mean and standard deviation of {seeds} seed{'s' * (seeds > 1)}",
         fontsize=11,
     )
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw_distances(panel, rows, orders) -> None:
@@ -174,7 +170,5 @@ def _finish_depth(panel, counts, what: str) -> None:
 
 
 def _label(panel, x: str, y: str) -> None:
-    panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
+    label_axes(panel, x, y)
     panel.tick_params(labelsize=8, which="both")
-    panel.spines[["top", "right"]].set_visible(False)

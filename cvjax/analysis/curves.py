@@ -2,8 +2,9 @@
 
 import math
 import os
-import pathlib
 from typing import Any
+
+from cvjax.analysis.figures import save_figure
 
 Path = str | os.PathLike[str]
 
@@ -31,7 +32,6 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str = "") -> None
       ValueError: the rows have neither a loss nor an error.
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
-    from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.0), dpi=200, layout="constrained")
@@ -63,10 +63,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str = "") -> None
     )
     if title:
         figure.suptitle(title, fontsize=10)
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    backend_agg.FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def learning_rate_drops(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:

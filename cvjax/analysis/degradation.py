@@ -1,10 +1,11 @@
 """The degradation figure, in the manner of He et al. 2015, Fig. 6."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
+
+from cvjax.analysis.figures import label_axes, save_figure
 
 NETS = ("plain", "residual")
 
@@ -22,7 +23,6 @@ def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     depths = sorted({run["depth"] for run in runs})
@@ -44,10 +44,7 @@ def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -
         f"mean and standard deviation of {len(seeds)} seed{'s' * (len(seeds) > 1)}",
         fontsize=10,
     )
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw_curves(panel, runs: list[dict[str, Any]], colors: dict[int, Any]) -> None:
@@ -65,7 +62,7 @@ def _draw_curves(panel, runs: list[dict[str, Any]], colors: dict[int, Any]) -> N
                 std = errors.std(axis=0, ddof=1)
                 band = (np.clip(mean - std, 0, None), mean + std)
                 panel.fill_between(steps, *band, color=colors[depth], alpha=0.15, lw=0)
-    _label(panel, "step", "error (%)")
+    label_axes(panel, "step", "error (%)")
     panel.legend(
         fontsize=8,
         frameon=False,
@@ -95,15 +92,8 @@ def _draw_final(panel, runs: list[dict[str, Any]], depths: list[int]) -> None:
             x, mean, std = zip(*points, strict=True)
             style = {"marker": "o", "markersize": 5, "capsize": 3, **styles[net]}
             panel.errorbar(x, mean, yerr=std, label=net, **style)
-    _label(panel, "layers", "final training error (%)")
+    label_axes(panel, "layers", "final training error (%)")
     panel.set_xticks(depths)
     panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
     panel.set_title("does more depth fit worse?", fontsize=10)
     panel.legend(fontsize=8, frameon=False)
-
-
-def _label(panel, x: str, y: str) -> None:
-    panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)

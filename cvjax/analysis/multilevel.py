@@ -1,11 +1,12 @@
 """What multi-level training gives and costs: the table and the figure."""
 
 import os
-import pathlib
 import statistics
 from typing import Any
 
 import numpy as np
+
+from cvjax.analysis.figures import label_axes, save_figure
 
 REFERENCE = "deep, h=1/4"  # the method that times are compared with
 ERRORS = ("val/error", "test/error")
@@ -92,7 +93,6 @@ def draw_multilevel(
       path: the PNG, replaced when it is complete.
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     colors = dict(zip([row["method"] for row in table], COLORS, strict=False))
@@ -112,8 +112,8 @@ def draw_multilevel(
             capsize=3,
         )
     axes[0].legend(fontsize=8, frameon=False)
-    _label(axes[0], "multiply-adds of the training (1e9)", "validation error (%)")
-    _label(axes[1], f"time with compilation ({REFERENCE}: 1)", "test error (%)")
+    label_axes(axes[0], "multiply-adds of the training (1e9)", "validation error (%)")
+    label_axes(axes[1], f"time with compilation ({REFERENCE}: 1)", "test error (%)")
     axes[1].set_xlim(left=0)
     places = range(len(table))
     steps = [row["step_seconds"]["mean"] for row in table]
@@ -125,7 +125,7 @@ def draw_multilevel(
     )
     axes[2].set_yticks(places, [row["method"] for row in table])
     axes[2].invert_yaxis()
-    _label(axes[2], "seconds (hatched: compilation)", "")
+    label_axes(axes[2], "seconds (hatched: compilation)", "")
     level = runs[0]["levels"][-1]
     figure.suptitle(
         f"{level['config']['data']['name']}, width {level['config']['model']['width']}, "
@@ -133,10 +133,7 @@ def draw_multilevel(
         f"seed{'s' * (table[0]['n'] > 1)}",
         fontsize=10,
     )
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def _draw_curve(panel, members: list[dict[str, Any]], color: str) -> None:
@@ -160,10 +157,3 @@ def _draw_curve(panel, members: list[dict[str, Any]], color: str) -> None:
         std = values.std(axis=0, ddof=1)
         band = (np.clip(mean - std, 0, None), mean + std)
         panel.fill_between(x, *band, color=color, alpha=0.15, lw=0)
-
-
-def _label(panel, x: str, y: str) -> None:
-    panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)

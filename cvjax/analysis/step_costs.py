@@ -12,11 +12,12 @@ import numpy as np
 
 from cvjax import data
 from cvjax.data.augment import compute_statistics
+from cvjax.data.dataset import Dataset
 from cvjax.data.pipeline import train_batch
 from cvjax.models import create_model
 from cvjax.training import steps
 from cvjax.training import workdir as workdirs
-from cvjax.training.config import parse_config
+from cvjax.training.config import RunConfig, parse_config
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
 
@@ -46,7 +47,15 @@ def measure_steps(
         known = json.loads(path.read_text())
         if {key: known.get(key) for key in asked} == asked:
             return known
-    prepared = {name: _prepare(config) for name, config in configs.items()}
+    runs = {name: parse_config(config) for name, config in configs.items()}
+    settings = next(iter(runs.values())).data
+    dataset = data.load(
+        settings.name,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        val_examples=settings.val_examples,
+    )
+    prepared = {name: _prepare(run, dataset) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     for warm in (True, *[False] * rounds):
         for name, (step, state, batch, constants, _) in prepared.items():
@@ -71,14 +80,7 @@ def measure_steps(
     return measured
 
 
-def _prepare(config: ml_collections.ConfigDict):
-    run = parse_config(config)
-    dataset = data.load(
-        run.data.name,
-        data_dir=run.data.data_dir,
-        cache_dir=run.data.cache_dir,
-        val_examples=run.data.val_examples,
-    )
+def _prepare(run: RunConfig, dataset: Dataset):
     statistics = compute_statistics(dataset.train.images, run.data.normalization)
     recipe = Recipe(
         model=create_model(num_classes=dataset.num_classes, **run.model),
