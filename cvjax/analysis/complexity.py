@@ -102,7 +102,7 @@ def _draw_density(panel, rows: list[dict[str, Any]]) -> None:
     density = [1e6 * row["top1"] / row["parameters"] for row in ordered]
     colors = [FAMILY_COLORS.get(row["family"], "0.5") for row in ordered]
     bars = panel.barh([row["label"] for row in ordered], density, color=colors, alpha=0.8)
-    panel.barlabel_axes(bars, fmt="%.2f", padding=2, fontsize=8)
+    panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     panel.set_xlim(right=1.16 * max(density))
     label_axes(panel, "top-1 per million parameters (% / M)", "")
     panel.tick_params(axis="y", length=0)
