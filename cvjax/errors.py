@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class WorkdirInUse(UserError):
+    """Another process trains in the workdir."""
+
+
 class DivergedError(Exception):
     """Training met a non-finite loss or gradient. Programs exit with code 3."""
 

@@ -184,14 +184,10 @@ def load_data(network: Network, data_dir: str, cache_dir: str) -> Dataset:
     Raises:
       UserError: it cannot be loaded, or is another one by now.
     """
-    settings = network.run.data
+    given = {"data_dir": data_dir, "cache_dir": cache_dir}
+    given = {key: value for key, value in given.items() if value}
     try:
-        dataset = data.load(
-            settings.name,
-            data_dir=data_dir or settings.data_dir,
-            cache_dir=cache_dir or settings.cache_dir,
-            val_examples=settings.val_examples,
-        )
+        dataset = data.load(**network.run.data.source | given)
     except UserError as error:
         raise UserError(
             "the run's data set cannot be loaded; if it is elsewhere now, say where with "
@@ -199,7 +195,7 @@ def load_data(network: Network, data_dir: str, cache_dir: str) -> Dataset:
         ) from error
     if dataset.fingerprint != network.data_fingerprint:
         raise UserError(
-            f"the data set {settings.name} found here is not the one that the network was "
+            f"the data set {dataset.name} found here is not the one that the network was "
             "trained on (other images or other splits); name the folder where that one is "
             "with --data_dir."
         )

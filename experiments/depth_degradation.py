@@ -8,7 +8,14 @@ is the *training* error that rises with depth is the paper's point: a deeper pla
 not overfit, it fails to fit.
 
 Each run has a folder of its own under WORKDIR/runs. What is finished is not run again, what
-was stopped is resumed; the same command line may be given as often as one likes.
+was stopped is resumed; the same command line may be given as often as one likes, and in
+several processes at once, on several machines if they share the folder: each takes the runs
+that nobody has. --processes=N starts N on this machine. The table and the figure are of all
+runs that are finished, and are written after each.
+
+    python -m experiments.depth_degradation --gather=DIR1,DIR2 --workdir=runs/all
+
+trains nothing: it writes table and figure of the finished runs in several such folders.
 """
 
 import json
@@ -17,25 +24,24 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from configs import cifar10_resnet, digits_resnet
 from cvjax import program
+from cvjax.analysis import degradation_tables
 from cvjax.analysis.degradation import draw_degradation
 from cvjax.errors import UserError
-from cvjax.training import logs, train_and_evaluate
+from cvjax.models import create_model
+from cvjax.training import logs, workers
 from cvjax.training import workdir as workdirs
+from cvjax.training.config import parse_config
 
 NETS = {"plain": "none", "residual": "A"}
-ERRORS = {
-    "train_eval/error": "training",
-    "val/error": "validation",
-    "test/error": "test",
-    "best/test/error": "test, best",
-}
+SHOWN_DEPTHS = (20, 32, 44, 56)
+CURVE_POINTS = 100
+# What differs between the runs of one table.
+FREE_KEYS = ("seed", "model.depth", "model.shortcut", "optim.warmup_steps")
+FREE_KEYS += ("data.data_dir", "data.cache_dir")
 
 
 def quick(depth: int) -> ml_collections.ConfigDict:
@@ -51,9 +57,28 @@ def quick(depth: int) -> ml_collections.ConfigDict:
     return config
 
 
+def cpu(depth: int) -> ml_collections.ConfigDict:
+    """CIFAR-10 at 16x16 pixels, narrow nets, 6,000 steps of 64: hours on two CPU cores.
+
+    All else is the paper's recipe: the augmentation, the optimiser, and the learning rate
+    with its two drops at half and three quarters of the way.
+    """
+    config = cifar10_resnet.get_config()
+    config.total_steps = 6_000
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    config.data.shrink = 2
+    config.data.crop_padding = 2
+    config.data.batch_size = 64
+    config.model.depth = depth
+    config.model.width = 8
+    return config
+
+
 def full(depth: int) -> ml_collections.ConfigDict:
     """The paper's recipe on CIFAR-10, 64,000 steps: for an accelerator."""
     config = cifar10_resnet.get_config()
+    config.test_curve = True
     config.model.depth = depth
     if depth >= 110:
         config.optim.warmup_steps = 400
@@ -62,50 +87,81 @@ def full(depth: int) -> ml_collections.ConfigDict:
 
 PRESETS = {
     "quick": (quick, {"plain": (8, 20, 32, 44), "residual": (8, 20, 32, 44)}),
+    "cpu": (cpu, {"plain": (20, 56), "residual": (20, 56)}),
     # The paper trained a plain net of 110 layers too, but does not show it.
-    "full": (full, {"plain": (20, 32, 44, 56), "residual": (20, 32, 44, 56, 110)}),
+    "full": (full, {"plain": SHOWN_DEPTHS, "residual": (*SHOWN_DEPTHS, 110)}),
 }
 
-PRESET = flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-DEPTHS = flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
-STEPS = flags.DEFINE_integer(
-    "steps", None, "Steps a run instead of the preset's.", lower_bound=1
-)
+
+def define_flags() -> None:
+    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
+    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
+    flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", None, "Steps a run instead of the preset's.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "processes", 1, "How many processes share out the runs here.", lower_bound=1
+    )
+    flags.DEFINE_list("gather", None, "Folders whose finished runs to put together.")
+    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
     program.refuse_arguments(arguments)
-    create_config, depths = PRESETS[PRESET.value]
-    if DEPTHS.value:
-        depths = dict.fromkeys(NETS, parse_depths(DEPTHS.value))
-    folder = workdirs.check_writable(WORKDIR.value)
-    plan = [
-        (net, depth, seed)
-        for net in NETS
-        for depth in depths[net]
-        for seed in range(SEEDS.value)
-    ]
-    runs = []
-    for number, (net, depth, seed) in enumerate(plan, start=1):
+    values = flags.FLAGS
+    folder = workdirs.check_writable(values.workdir)
+    if values.gather:
+        report(folder, [pathlib.Path(path) for path in values.gather])
+        show(folder)
+        return
+    create_config, depths = PRESETS[values.preset]
+    if values.depths:
+        depths = dict.fromkeys(NETS, parse_depths(values.depths))
+    runs = plan(create_config, depths, values.seeds, values.steps)
+    for config in runs.values():
+        create_model(num_classes=1, **parse_config(config).model)
+    planned = {folder / "runs" / name: config.to_dict() for name, config in runs.items()}
+    refuse_mixture({**configs_in(folder), **planned})
+    if values.processes > 1:
+        workers.run_in_processes(values.processes, "--processes=1")
+    elsewhere = workers.train_unclaimed(
+        {folder / "runs" / name: config for name, config in runs.items()},
+        after_each=lambda: report(folder, [folder]),
+    )
+    show(folder)
+    if elsewhere:
         logging.info(
-            "Run %d of %d: %s, %d layers, seed %d.", number, len(plan), net, depth, seed
+            "%d of %d runs are still in the hands of other processes: %s.",
+            *(len(elsewhere), len(runs), ", ".join(path.name for path in elsewhere)),
         )
+
+
+def plan(create_config, depths, seeds: int, steps: int | None):
+    """{name of the run: its config}, in the order in which to train them.
+
+    What is cut short should be of use: the shallowest and the deepest net that are both
+    plain and residual come first, one seed of each, then their other seeds, then the depths
+    between, and last those deeper still. Longer runs come before shorter ones, so that
+    several processes end together.
+    """
+    ends = min(depths["plain"]), max(depths["plain"])
+
+    def place(run: tuple[str, int, int]):
+        net, depth, seed = run
+        return (depth not in ends) + (depth > ends[1]), seed, -depth, net
+
+    runs = {}
+    for net, depth, seed in sorted(
+        ((n, d, s) for n in NETS for d in depths[n] for s in range(seeds)), key=place
+    ):
         config = create_config(depth)
         config.model.shortcut = NETS[net]
         config.seed = seed
-        config.total_steps = STEPS.value or config.total_steps
-        run_dir = folder / "runs" / f"{net}-{depth}-seed{seed}"
-        train_and_evaluate(config, run_dir)
-        runs.append(read_run(net, depth, seed, run_dir))
-    table = tabulate(runs)
-    results = {"experiment": "depth_degradation", "preset": PRESET.value}
-    workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
-    draw_degradation(runs, folder / "depth_degradation.png")
-    show(table)
-    print(f"Results: {folder / 'results.json'}")
-    print(f"Figure:  {folder / 'depth_degradation.png'}")
+        config.total_steps = steps or config.total_steps
+        runs[f"{net}-{depth}-seed{seed}"] = config
+    return runs
 
 
 def parse_depths(texts: list[str]) -> tuple[int, ...]:
@@ -115,68 +171,124 @@ def parse_depths(texts: list[str]) -> tuple[int, ...]:
     return tuple(int(text) for text in texts)
 
 
-def read_run(net: str, depth: int, seed: int, run_dir: pathlib.Path) -> dict[str, Any]:
+def report(folder: pathlib.Path, sources: list[pathlib.Path]) -> None:
+    """Writes results.json and the figure of all finished runs in `sources`."""
+    with workdirs.lock(folder, timeout=600):
+        runs = collect(sources)
+        table = degradation_tables.tabulate(runs)
+        results = {
+            **{"experiment": "depth_degradation", "table": table},
+            "contrasts": degradation_tables.contrasts(table),
+            "published": degradation_tables.published(table) if is_papers(runs) else [],
+        }
+        workdirs.write_json(folder / "results.json", {**results, "runs": runs})
+        draw_degradation(runs, folder / "depth_degradation.png")
+
+
+def show(folder: pathlib.Path) -> None:
+    """Prints what `report` wrote."""
+    path = folder / "results.json"
+    if not path.exists():
+        logging.info("No run is finished yet.")
+        return
+    results = json.loads(path.read_text())
+    degradation_tables.show(*(results["table"], results["contrasts"], results["published"]))
+    print(f"Results: {path}")
+    print(f"Figure:  {folder / 'depth_degradation.png'}")
+
+
+def collect(sources: list[pathlib.Path]) -> list[dict[str, Any]]:
+    """The finished runs of several folders, by net, depth and seed.
+
+    Raises:
+      UserError: if there is none, if one is there twice, or if they differ in more than
+        net, depth and seed.
+    """
+    found: dict[tuple[str, int, int], tuple[pathlib.Path, dict[str, Any]]] = {}
+    for source in sources:
+        for path in sorted(source.absolute().glob("runs/*/summary.json")):
+            run = read_run(path.parent)
+            key = run["net"], run["depth"], run["seed"]
+            if key in found:
+                raise UserError(
+                    f"{found[key][0]} and {path.parent} are the same run; gather each once."
+                )
+            found[key] = path.parent, run
+    if not found:
+        names = ", ".join(str(source) for source in sources)
+        raise UserError(
+            f"there is no finished run in {names}; --gather takes folders that were the "
+            "--workdir of this experiment."
+        )
+    refuse_mixture({path: run["config"] for path, run in found.values()})
+    return [found[key][1] for key in sorted(found)]
+
+
+def configs_in(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
+    """The configs of all runs that were started in a folder."""
+    paths = sorted(folder.glob("runs/*/config.json"))
+    return {path.parent: workdirs.read_manifest(path.parent)["config"] for path in paths}
+
+
+def refuse_mixture(configs: dict[pathlib.Path, dict[str, Any]]) -> None:
+    """Raises UserError if runs differ in more than net, depth and seed."""
+    (first, expected), *others = configs.items()
+    for path, config in others:
+        differences = [
+            text
+            for text in workdirs.config_differences(expected, config)
+            if text.split()[0] not in FREE_KEYS
+        ]
+        if differences:
+            raise UserError(
+                f"{first} and {path} cannot stand in one table "
+                f"({'; '.join(differences)}); take another --workdir for other settings."
+            )
+
+
+def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: provenance, final numbers, curves."""
     manifest = workdirs.read_manifest(run_dir)
+    config = manifest["config"]
     rows = logs.read_metrics(run_dir / "metrics.jsonl")
+    curve = [
+        {key: row[key] for key in ("step", *degradation_tables.ERRORS) if key in row}
+        for row in rows
+        if "val/error" in row
+    ]
+    kept = np.unique(np.linspace(0, len(curve) - 1, CURVE_POINTS).round().astype(int))
+    shortcuts = {shortcut: net for net, shortcut in NETS.items()}
     return {
-        "net": net,
-        "depth": depth,
-        "seed": seed,
+        "net": shortcuts[config["model"]["shortcut"]],
+        "depth": config["model"]["depth"],
+        "seed": config["seed"],
         "summary": json.loads((run_dir / "summary.json").read_text()),
-        "curve": [
-            {key: row[key] for key in ("step", "train_eval/error", "val/error")}
-            for row in rows
-            if "val/error" in row
-        ],
+        "training_seconds": training_seconds(rows),
+        "curve": [curve[index] for index in kept],
         **{
             key: manifest[key] for key in ("config", "versions", "device", "git", "command")
         },
     }
 
 
-def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the seeds of each net and depth.
-
-    Returns:
-      A row for each net and depth, in the order of the runs: "net", "depth",
-      "parameters", "n" (seeds), and for each error (a fraction) its "mean" and "std" (None
-      for a single seed).
-    """
-    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for run in runs:
-        groups.setdefault((run["net"], run["depth"]), []).append(run["summary"])
-    table = []
-    for (net, depth), summaries in groups.items():
-        row = {"net": net, "depth": depth, "parameters": summaries[0]["parameters"]}
-        row["n"] = len(summaries)
-        for key in ERRORS:
-            values = [summary[key] for summary in summaries]
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[key] = {"mean": float(np.mean(values)), "std": std}
-        table.append(row)
-    return table
+def training_seconds(rows: list[dict[str, Any]]) -> float:
+    """Time spent on training steps: no compilation, evaluation or checkpoint."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if "time/step_ms" in row:
+            seconds += row["time/step_ms"] / 1000 * (row["step"] - before)
+            before = row["step"]
+    return seconds
 
 
-def show(table: list[dict[str, Any]]) -> None:
-    """The table on the terminal, errors in per cent."""
-    title = "Error in %, mean ± standard deviation over the seeds"
-    box = rich.box.SIMPLE_HEAD
-    shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=0)
-    for heading in ("net", "layers", "seeds", *ERRORS.values()):
-        left = heading == "net"
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for row in table:
-        errors = [format_error(**row[key]) for key in ERRORS]
-        shown.add_row(row["net"], str(row["depth"]), str(row["n"]), *errors)
-    rich.console.Console().print(shown)
-
-
-def format_error(mean: float, std: float | None) -> str:
-    """A fraction with its spread, in per cent."""
-    return f"{100 * mean:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "")
+def is_papers(runs: list[dict[str, Any]]) -> bool:
+    """Whether these are trained as the paper trained, so that its numbers compare."""
+    papers = full(runs[0]["depth"]).to_dict()
+    differences = workdirs.config_differences(papers, runs[0]["config"])
+    keys = {text.split()[0] for text in differences}
+    return keys <= {*FREE_KEYS, "log_every", "eval_every", "checkpoint_every"}
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
+    define_flags()
     program.run(main)

@@ -213,12 +213,7 @@ def measure_refined(
         run = parse_config(config)
         workdirs.check_writable(level_dir)
         network = transfer.load_source(run.init_from, run.model, level_dir, run.init_refine)
-        split = data.load(
-            run.data.name,
-            data_dir=run.data.data_dir,
-            cache_dir=run.data.cache_dir,
-            val_examples=run.data.val_examples,
-        ).val
+        split = data.load(**run.data.source).val
         rows = steps.evaluate(
             network.variables["params"],
             network.variables["batch_stats"],

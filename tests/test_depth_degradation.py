@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from cvjax.analysis import degradation_tables as tables
 from cvjax.errors import UserError
+from cvjax.training import workdir
 from experiments import depth_degradation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,7 +58,7 @@ def test_mistakes_get_one_line(tmp_path):
     for flag, sentence in (
         ("--depths=8,twenty", "--depths takes numbers such as 8,20,32, got '8,twenty'."),
         ("--depths=9", "depth must be 6n + 2"),
-        ("--preset=quik", "should be one of <quick|full>"),
+        ("--preset=quik", "should be one of <quick|cpu|full>"),
     ):
         done = run(tmp_path, flag)
         assert done.returncode == 2
@@ -98,20 +100,130 @@ def test_parse_depths():
         depth_degradation.parse_depths(["-8"])
 
 
+def a_run(net, depth, seed, error, **more):
+    summary = {"parameters": 5, "step": 10, **dict.fromkeys(tables.ERRORS, error)}
+    run = {"net": net, "depth": depth, "seed": seed, "summary": summary}
+    return {**run, "training_seconds": 60.0, **more}
+
+
 def test_table_by_hand():
-    runs = [
-        {
-            "net": "plain",
-            "depth": 8,
-            "summary": {"parameters": 5, **dict.fromkeys(depth_degradation.ERRORS, error)},
-        }
-        for error in (0.1, 0.3)
-    ]
-    (row,) = depth_degradation.tabulate(runs)
+    runs = [a_run("plain", 8, seed, error) for seed, error in ((0, 0.1), (1, 0.3))]
+    (row,) = tables.tabulate(runs)
     assert row["val/error"] == {
         "mean": pytest.approx(0.2),
         "std": pytest.approx(0.02**0.5),
     }
-    assert depth_degradation.format_error(**row["val/error"]) == "20.00 ± 14.14"
-    (single,) = depth_degradation.tabulate(runs[:1])
-    assert depth_degradation.format_error(**single["val/error"]) == "10.00"
+    assert tables.format_error(**row["val/error"]) == "20.00 ± 14.14"
+    (single,) = tables.tabulate(runs[:1])
+    assert tables.format_error(**single["val/error"]) == "10.00"
+
+
+def test_contrast_is_welchs():
+    """20 layers: 0.10 and 0.12; 56 layers: 0.20 and 0.26."""
+    values = {20: (0.10, 0.12), 56: (0.20, 0.26)}
+    runs = [
+        a_run(net, depth, seed, error)
+        for net in ("plain", "residual")
+        for depth, errors in values.items()
+        for seed, error in enumerate(errors)
+    ]
+    runs.append(a_run("residual", 110, 0, 0.5))  # no plain net to compare it with
+    claims = tables.contrasts(tables.tabulate(runs))
+    assert [(c["net"], c["error"]) for c in claims] == [
+        ("plain", "train_eval/error"),
+        ("plain", "test/error"),
+        ("residual", "train_eval/error"),
+        ("residual", "test/error"),
+    ]
+    claim = claims[0]
+    assert (claim["shallow"], claim["deep"]) == (20, 56)
+    assert claim["difference"] == pytest.approx(0.12)
+    # Variances 0.0002 and 0.0018, each over two seeds.
+    assert claim["standard_error"] == pytest.approx((0.0001 + 0.0009) ** 0.5)
+    assert claim["z"] == pytest.approx(0.12 / 0.001**0.5)
+    assert "+12.00 points against 20 layers (standard error 3.16: +3.8" in tables.describe(
+        claim
+    )
+
+
+def test_published_numbers_in_standard_errors():
+    runs = [a_run("residual", 20, s, e) for s, e in enumerate((0.085, 0.087, 0.089))]
+    runs += [a_run("residual", 110, s, e) for s, e in enumerate((0.066, 0.068, 0.070))]
+    runs += [a_run("residual", 32, 0, 0.07), a_run("plain", 20, 0, 0.1)]
+    twenty, deepest, single = tables.published(tables.tabulate(runs))
+    assert twenty["depth"] == 20
+    assert twenty["ours"] == {"mean": pytest.approx(8.7), "std": pytest.approx(0.2)}
+    assert (twenty["paper"], twenty["pytorch"]) == (8.75, 8.27)
+    assert twenty["paper_z"] == pytest.approx((8.7 - 8.75) / (0.2 / 3**0.5))
+    assert twenty["pytorch_z"] == pytest.approx((8.7 - 8.27) / (0.2 / 3**0.5))
+    # The paper says 6.61 +- 0.16 of five.
+    error = (0.2**2 / 3 + 0.16**2 / 5) ** 0.5
+    assert deepest["paper_z"] == pytest.approx((6.8 - 6.61) / error)
+    assert single["depth"] == 32 and single["paper_z"] is None
+
+
+def test_what_is_cut_short_is_of_use():
+    create, depths = depth_degradation.PRESETS["full"]
+    names = list(depth_degradation.plan(create, depths, 3, None))
+    assert names[:4] == [
+        "plain-56-seed0",
+        "residual-56-seed0",
+        "plain-20-seed0",
+        "residual-20-seed0",
+    ]
+    assert {name.split("-")[1] for name in names[:12]} == {"20", "56"}
+    assert {name.split("-")[1] for name in names[12:24]} == {"32", "44"}
+    assert names[24:] == [f"residual-110-seed{seed}" for seed in range(3)]
+
+
+def test_time_of_training_alone():
+    rows = [
+        {"step": 10, "time/step_ms": 100.0, "time/compile_seconds": 5.0},
+        {"step": 10, "val/error": 0.5},
+        {"step": 30, "time/step_ms": 50.0},
+    ]
+    assert depth_degradation.training_seconds(rows) == pytest.approx(2.0)
+
+
+def write_run(folder, net, seed, **settings):
+    config = depth_degradation.quick(8)
+    config.update(seed=seed, **settings)
+    config.model.shortcut = depth_degradation.NETS[net]
+    run = a_run(net, 8, seed, 0.1 * (seed + 1))
+    path = folder / "runs" / f"{net}-8-seed{seed}"
+    path.mkdir(parents=True)
+    workdir.write_manifest(path, config.to_dict())
+    row = {"step": 300, **dict.fromkeys(tables.ERRORS, 0.2)}
+    (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    workdir.write_json(path / "summary.json", run["summary"])
+
+
+def test_gather(tmp_path):
+    a, b, c, out = (tmp_path / name for name in "abcd")
+    for folder, net, seed in ((a, "plain", 0), (b, "plain", 1), (b, "residual", 0)):
+        write_run(folder, net, seed)
+    out.mkdir()
+    depth_degradation.report(out, [a, b])
+    results = json.loads((out / "results.json").read_text())
+    assert [(row["net"], row["n"]) for row in results["table"]] == [
+        ("plain", 2),
+        ("residual", 1),
+    ]
+    assert results["table"][0]["test/error"]["mean"] == pytest.approx(0.15)
+    assert results["published"] == []  # digits are not the paper's images
+    assert (out / "depth_degradation.png").stat().st_size > 10_000
+
+    with pytest.raises(UserError, match="are the same run; gather each once"):
+        depth_degradation.collect([a, a])
+    with pytest.raises(UserError, match=r"no finished run in .*nothing.*--gather takes"):
+        depth_degradation.collect([tmp_path / "nothing"])
+    write_run(c, "residual", 1, total_steps=400)
+    with pytest.raises(UserError, match=r"cannot stand in one table .*total_steps was 300"):
+        depth_degradation.collect([a, c])
+
+
+def test_papers_recipe_is_known_by_its_settings():
+    run = {"depth": 110, "config": depth_degradation.full(110).to_dict()}
+    assert depth_degradation.is_papers([run])
+    run["config"]["total_steps"] = 2000
+    assert not depth_degradation.is_papers([run])

@@ -18,13 +18,7 @@ ROW_COLORS += ("#1f5a99", "#5b4a9e", "#a0408a", "#3d3d3d")
 
 def first_examples(network: Network, count: int) -> Split:
     """The first `count` test images of the data that a network was trained on."""
-    settings = network.run.data
-    dataset = data.load(
-        settings.name,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
-        val_examples=settings.val_examples,
-    )
+    dataset = data.load(**network.run.data.source)
     return Split(dataset.test.images[:count], dataset.test.labels[:count])
 
 

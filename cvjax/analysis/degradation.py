@@ -1,5 +1,6 @@
 """The degradation figure, in the manner of He et al. 2015, Fig. 6."""
 
+import collections
 import os
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from cvjax.analysis.figures import label_axes, save_figure
 
 NETS = ("plain", "residual")
+TITLES = {"val": "validation", "test": "test"}
 
 
 def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -17,8 +19,9 @@ def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -
 
     Args:
       runs: each with "net" ("plain" or "residual"), "depth", "seed", "curve" (rows with
-        "step", "train_eval/error" and "val/error") and "summary" (with the same keys at
-        the end); errors are fractions.
+        "step", "train_eval/error", "val/error" and, if all have it, "test/error", which is
+        then drawn in its place) and "summary" (with the same keys at the end); errors are
+        fractions.
       path: the PNG, replaced when it is complete.
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
@@ -31,34 +34,39 @@ def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -
 
     figure = Figure(figsize=(10.5, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots(1, 3)
+    has_test = all("test/error" in row for run in runs for row in run["curve"])
+    shown = "test" if has_test else "val"
     for panel, net in zip(axes, NETS, strict=False):
-        _draw_curves(panel, [run for run in runs if run["net"] == net], colors)
+        _draw_curves(panel, [run for run in runs if run["net"] == net], colors, shown)
         panel.set_title(f"{net} nets", fontsize=10)
     top = max(panel.get_ylim()[1] for panel in axes[:2])
     for panel in axes[:2]:
         panel.set_ylim(0, min(top, 100))
     _draw_final(axes[2], runs, depths)
-    seeds = sorted({run["seed"] for run in runs})
+    data, model = (runs[0]["config"][group] for group in ("data", "model"))
+    nets = collections.Counter((run["net"], run["depth"]) for run in runs)
+    seeds = "–".join(map(str, sorted({min(nets.values()), max(nets.values())})))
     figure.suptitle(
-        f"{runs[0]['config']['data']['name']}, {runs[0]['summary']['step']:,} steps, "
-        f"mean and standard deviation of {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        f"{data['name']}, width {model['width']}, {runs[0]['summary']['step']:,} steps of "
+        f"{data['batch_size']} images, mean and standard deviation of {seeds} "
+        f"seed{'s' * (seeds != '1')}",
         fontsize=10,
     )
     save_figure(figure, path)
 
 
-def _draw_curves(panel, runs: list[dict[str, Any]], colors: dict[int, Any]) -> None:
+def _draw_curves(panel, runs, colors: dict[int, Any], shown: str) -> None:
     for depth in sorted({run["depth"] for run in runs}):
         curves = [run["curve"] for run in runs if run["depth"] == depth]
         steps = [row["step"] for row in curves[0]]
         for key, style in (
             ("train_eval/error", {"linestyle": "--", "linewidth": 1.0}),
-            ("val/error", {"linewidth": 1.8, "label": f"{depth} layers"}),
+            (f"{shown}/error", {"linewidth": 1.8, "label": f"{depth} layers"}),
         ):
             errors = 100 * np.array([[row[key] for row in curve] for curve in curves])
             mean = errors.mean(axis=0)
             panel.plot(steps, mean, color=colors[depth], **style)
-            if len(curves) > 1 and key == "val/error":
+            if len(curves) > 1 and key == f"{shown}/error":
                 std = errors.std(axis=0, ddof=1)
                 band = (np.clip(mean - std, 0, None), mean + std)
                 panel.fill_between(steps, *band, color=colors[depth], alpha=0.15, lw=0)
@@ -66,7 +74,7 @@ def _draw_curves(panel, runs: list[dict[str, Any]], colors: dict[int, Any]) -> N
     panel.legend(
         fontsize=8,
         frameon=False,
-        title="dashed: training\nsolid: validation",
+        title=f"dashed: training\nsolid: {TITLES[shown]}",
         title_fontsize=8,
         alignment="left",
     )

@@ -8,7 +8,7 @@ import rich.console
 import rich.table
 
 from cvjax.analysis import convergence
-from cvjax.analysis.multilevel import spread
+from cvjax.analysis.statistics import spread
 
 ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4, "dopri5": 5}
 STARTS = ("independent", "equal")

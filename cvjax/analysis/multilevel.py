@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.analysis.figures import label_axes, save_figure
+from cvjax.analysis.statistics import spread
 
 REFERENCE = "deep, h=1/4"  # the method that times are compared with
 ERRORS = ("val/error", "test/error")
@@ -72,12 +73,6 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return table
-
-
-def spread(values) -> dict[str, float | None]:
-    """Mean and sample standard deviation; the latter None for a single value."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std}
 
 
 def draw_multilevel(

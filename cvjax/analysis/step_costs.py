@@ -48,13 +48,7 @@ def measure_steps(
         if {key: known.get(key) for key in asked} == asked:
             return known
     runs = {name: parse_config(config) for name, config in configs.items()}
-    settings = next(iter(runs.values())).data
-    dataset = data.load(
-        settings.name,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
-        val_examples=settings.val_examples,
-    )
+    dataset = data.load(**next(iter(runs.values())).data.source)
     prepared = {name: _prepare(run, dataset) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     for warm in (True, *[False] * rounds):

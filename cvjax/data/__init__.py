@@ -13,7 +13,7 @@ import re
 from absl import logging
 
 from cvjax.data import cache, tfds
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data.dataset import Dataset, Split, shrunk
 from cvjax.data.digits import load_digits
 from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.data.splits import check_val_examples, stratified
@@ -24,7 +24,12 @@ VAL_EXAMPLES = {"cifar10": 5_000, "cifar100": 5_000, "mnist": 5_000}
 
 
 def load(
-    name: str, *, data_dir: str = "", cache_dir: str = "", val_examples: int = -1
+    name: str,
+    *,
+    data_dir: str = "",
+    cache_dir: str = "",
+    val_examples: int = -1,
+    shrink: int = 1,
 ) -> Dataset:
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
@@ -35,13 +40,14 @@ def load(
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others.
+      shrink: the side of the squares of pixels whose mean becomes one pixel.
 
     Raises:
       UserError: if there is no such data set, it cannot be prepared, or its images do not
-        fit this in-memory path.
+        fit this in-memory path, or `shrink`.
     """
     if name == "digits":
-        return load_digits(val_examples)
+        return shrunk(load_digits(val_examples), shrink)
     decoded = _load_tfds(name, data_dir, cache_dir)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
@@ -58,7 +64,7 @@ def load(
     images = decoded.images["train"]
     digest = hashlib.sha256(f"{base} {decoded.fingerprint}".encode())
     digest.update(val.tobytes())
-    return Dataset(
+    dataset = Dataset(
         name=base,
         train=Split(images[train], labels[train]),
         val=Split(images[val], labels[val]),
@@ -66,6 +72,7 @@ def load(
         class_names=decoded.class_names,
         fingerprint=digest.hexdigest(),
     )
+    return shrunk(dataset, shrink)
 
 
 def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:

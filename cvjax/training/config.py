@@ -37,6 +37,8 @@ class DataConfig:
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
+      shrink: average over shrink x shrink pixels, for smaller and faster images; 1 for the
+        images as they are.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
       normalization: see `data.augment.compute_statistics`; or "init_from", the statistics
@@ -49,6 +51,7 @@ class DataConfig:
     data_dir: str = ""
     cache_dir: str = ""
     val_examples: int = -1
+    shrink: int = 1
     batch_size: int = 128
     eval_batch_size: int = 500
     normalization: str = "pixel_mean"
@@ -59,6 +62,12 @@ class DataConfig:
     brightness: float = 0.0
     contrast: float = 0.0
     lighting: float = 0.0
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The arguments of `data.load`."""
+        names = ("name", "data_dir", "cache_dir", "val_examples", "shrink")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def augmentation(self) -> Augmentation:
@@ -82,6 +91,8 @@ class RunConfig:
       train_eval_examples: how many training images each evaluation also measures, as they
         are (not augmented) and in evaluation mode; -1 for all, 0 for none. At the end all
         are measured, unless it is 0.
+      test_curve: whether each evaluation also measures the test images, for curves as the
+        papers draw them. Nothing is ever chosen by them.
       init_from: the workdir of a run whose network this one starts from, "" for none; see
         `training.transfer`.
       init_refine: how many blocks each block of that network becomes (`nn.depth.refine`), 1
@@ -99,6 +110,7 @@ class RunConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     train_eval_examples: int = -1
+    test_curve: bool = False
     init_from: str = ""
     init_refine: int = 1
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -115,6 +127,7 @@ RESUMABLE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "train_eval_examples",
+    "test_curve",
     "data.data_dir",
     "data.cache_dir",
     "data.eval_batch_size",
@@ -196,6 +209,7 @@ def _check_ranges(run: RunConfig) -> None:
         "keep_checkpoints": (run.keep_checkpoints, 1),
         "train_eval_examples": (run.train_eval_examples, -1),
         "init_refine": (run.init_refine, 1),
+        "data.shrink": (run.data.shrink, 1),
         "data.batch_size": (run.data.batch_size, 1),
         "data.eval_batch_size": (run.data.eval_batch_size, 1),
         "data.crop_padding": (run.data.crop_padding, 0),

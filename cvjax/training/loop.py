@@ -104,7 +104,11 @@ def train(
         return step > 0 and (step % every == 0 or step == run.total_steps)
 
     schedule = create_schedule(run.optim, run.total_steps)
-    seen = _first(dataset.train, run.train_eval_examples)
+    measured = {"val": dataset.val}
+    if run.train_eval_examples:
+        measured["train_eval"] = _first(dataset.train, run.train_eval_examples)
+    if run.test_curve:
+        measured["test"] = dataset.test
     step = saved = lap_step = int(state.step)
     logged = _evaluations_on_disk(folder)
     compiled, times = None, {}
@@ -115,10 +119,12 @@ def train(
             with clock.beside(state):
                 _check_sound(state, run, recipe, folder)
                 try:
-                    rows = evaluate(dataset.val, "val")
-                    if rows is not None and seen is not None:
-                        on_train = evaluate(seen, "train_eval")
-                        rows = None if on_train is None else rows | on_train
+                    rows = {}
+                    for prefix, split in measured.items():
+                        means = evaluate(split, prefix)
+                        rows = None if means is None else rows | means
+                        if rows is None:
+                            break
                 except DivergedError as error:
                     if saved != step:
                         info = dataclasses.asdict(record)
@@ -228,7 +234,5 @@ def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:
     return {row["step"] for row in rows if "val/error" in row}
 
 
-def _first(split: Split, count: int) -> Split | None:
-    if count == 0:
-        return None
+def _first(split: Split, count: int) -> Split:
     return split if count < 0 else Split(split.images[:count], split.labels[:count])

@@ -78,12 +78,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
     source = None
     if run.init_from and not resumes:
         source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
-    dataset = data.load(
-        run.data.name,
-        data_dir=run.data.data_dir,
-        cache_dir=run.data.cache_dir,
-        val_examples=run.data.val_examples,
-    )
+    dataset = data.load(**run.data.source)
     check_data(run, len(dataset.train.labels), dataset.image_shape)
     statistics = _statistics(run, dataset, source, folder)
     logging.info(
@@ -231,7 +226,7 @@ def _finish(
     dataset: Dataset,
     folder: pathlib.Path,
 ) -> dict[str, float]:
-    """The only place where the test images are looked at."""
+    """The only place where the test images are looked at, but for `test_curve`."""
 
     def evaluate(state: TrainState, split: Split, prefix: str) -> dict[str, float]:
         return steps.evaluate(

@@ -61,22 +61,27 @@ def check_writable(workdir: Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
     """Keeps other processes out of `workdir`, which is created if need be.
 
     The operating system lets go of the lock when this process ends, however it ends.
 
+    Args:
+      workdir: the folder.
+      timeout: how many seconds to wait for another process to let go of it.
+
     Raises:
-      UserError: another process holds it, or `workdir` cannot be written to.
+      WorkdirInUse: another process holds it.
+      UserError: `workdir` cannot be written to.
     """
     folder = check_writable(workdir)
     path = folder / ".lock"
     file_lock = filelock.FileLock(path)
     try:
-        held = file_lock.acquire(timeout=0)
+        held = file_lock.acquire(timeout=timeout)
     except filelock.Timeout:
         holder = path.read_text() or "another process"
-        raise errors.UserError(
+        raise errors.WorkdirInUse(
             f"The workdir {folder} is in use by {holder}; wait for it to end, or "
             "choose another --workdir."
         ) from None

@@ -1,0 +1,135 @@
+"""Many runs shared out over processes, on one machine or on many.
+
+Nobody hands the runs out: a process trains each run that is neither finished nor in another
+process's hands, which the lock of its workdir tells. So the same command line may be given
+in any number of processes whose --workdir is one shared folder, and again after any of them
+was stopped.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import ml_collections
+from absl import logging
+
+from cvjax.errors import InterruptedRun, UserError, WorkdirInUse
+from cvjax.training import interrupt
+from cvjax.training.trainer import train_and_evaluate
+
+
+def train_unclaimed(
+    runs: Mapping[Path, ml_collections.ConfigDict], after_each: Callable[[], None]
+) -> list[Path]:
+    """Trains the runs that no other process trains, in order.
+
+    Args:
+      runs: workdirs and their configs.
+      after_each: called after each run that is finished.
+
+    Returns:
+      The runs that are not finished, as other processes were at them to the last.
+
+    Raises:
+      As `train_and_evaluate`.
+    """
+    waiting = dict(runs)
+    while True:
+        trained, elsewhere = False, {}
+        for folder, config in waiting.items():
+            number = list(runs).index(folder) + 1
+            logging.info("Run %d of %d: %s.", number, len(runs), folder.name)
+            finished = _is_finished(folder)
+            try:
+                train_and_evaluate(config, folder)
+            except WorkdirInUse:
+                logging.info("%s is in the hands of another process.", folder.name)
+                elsewhere[folder] = config
+                continue
+            trained |= not finished
+            after_each()
+        # Whoever had a run when we passed may have been stopped since.
+        waiting = elsewhere
+        if not trained or not waiting:
+            return [folder for folder in waiting if not _is_finished(folder)]
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def run_in_processes(count: int, last_flag: str) -> None:
+    """Gives this very command line to `count` processes, and waits for them.
+
+    On Linux each has its share of the processor's cores to itself. XLA shares a
+    convolution badly between cores, so that many processes of one core are faster than one
+    process of many.
+
+    Args:
+      count: of processes, two or more.
+      last_flag: added to the command line, so that the new processes start no others.
+
+    Raises:
+      UserError: for more processes than cores.
+      InterruptedRun: after SIGTERM or Ctrl-C, when all have saved and ended.
+      SystemExit: if one of them fails, with its exit code.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if count > (len(cores) or os.cpu_count() or 1):
+        raise UserError(
+            f"{count} processes are more than the {len(cores) or os.cpu_count()} cores "
+            "of this machine; choose fewer."
+        )
+    # On an accelerator all of them live in its memory.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    with interrupt.watch() as stop, contextlib.ExitStack() as stack:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:], last_flag],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(count)
+        ]
+        for number, worker in enumerate(workers, start=1):
+            if cores:
+                os.sched_setaffinity(worker.pid, cores[number - 1 :: count])
+            stack.enter_context(_copied(worker.stderr, f"[{number}] "))
+        asked = False
+        while any(worker.poll() is None for worker in workers):
+            if stop.requested and not asked:
+                asked = True
+                for worker in workers:
+                    worker.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+    if asked or stop.requested:
+        raise InterruptedRun(
+            f"Stopped by {stop.signal_name}, and all {count} processes have saved; the "
+            "same command goes on from there."
+        )
+    failed = [worker.returncode for worker in workers if worker.returncode]
+    if failed:
+        sys.exit(max(failed))
+
+
+@contextlib.contextmanager
+def _copied(source: IO[str], prefix: str) -> Iterator[None]:
+    """Copies lines to stderr as they come, with a prefix."""
+
+    def copy() -> None:
+        for line in source:
+            sys.stderr.write(prefix + line)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    yield
+    thread.join()
