@@ -1,6 +1,7 @@
 """The main job, small: it runs, resumes nothing twice, and says what it found."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -26,8 +27,10 @@ def run(workdir, *flags):
 
 def test_experiment_runs_draws_and_is_idempotent(tmp_path):
     flags = ["--preset=quick", "--depths=8", "--seeds=2", "--steps=4"]
-    first = run(tmp_path, *flags)
+    shared = len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else False
+    first = run(tmp_path, *flags, *["--processes=2"] * shared)
     assert first.returncode == 0, first.stderr
+    assert first.stderr.count("Finished") == 4
     assert f"Figure:  {tmp_path / 'depth_degradation.png'}" in first.stdout
     assert (tmp_path / "depth_degradation.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())

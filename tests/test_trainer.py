@@ -344,6 +344,18 @@ def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_test_curve_changes_nothing_else(tmp_path):
+    plain = train_and_evaluate(create_config(), tmp_path / "plain")
+    curve = train_and_evaluate(create_config(test_curve=True), tmp_path / "curve")
+    assert {**curve, **plain} == curve
+    assert curve.keys() - plain.keys() <= {"test/loss", "test/accuracy"}
+    rows = logs.read_metrics(tmp_path / "curve" / "metrics.jsonl")
+    measured = [row for row in rows if "val/error" in row]
+    assert len(measured) > 1 and all("test/error" in row for row in measured)
+    assert measured[-1]["test/error"] == plain["test/error"]
+    assert "test/error" not in (tmp_path / "plain" / "metrics.jsonl").read_text()
+
+
 def test_photographic_augmentation_trains_and_resumes(tmp_path, monkeypatch):
     settings = {
         "data.crop_padding": 0,
