@@ -152,6 +152,8 @@ class CifarResNet(nn.Module):
       step_size: h in x + h * f(x), in blocks that keep the shape; 1 in the papers.
       norm_momentum: of BatchNorm's running averages.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+      remat: whether the gradient computes the blocks of the stages again instead of keeping
+        what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
         parameters, normalisation, its averages and logits are float32.
 
@@ -169,6 +171,7 @@ class CifarResNet(nn.Module):
     step_size: float = 1.0
     norm_momentum: float = 0.9
     walk: str = "auto"
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -233,7 +236,10 @@ class CifarResNet(nn.Module):
                 x = transition(features, stride=2)(x)
                 length -= 1
             same = partial(block, features, stride=1)
-            x = depth_axis.Stage(same, length, self.walk, name=f"stage{stage}")(x)
+            blocks = depth_axis.Stage(
+                same, length, self.walk, self.remat, name=f"stage{stage}"
+            )
+            x = blocks(x)
         if self.pre_activation:
             x = nn.relu(norm(name="head_bn")(x))
         x = x.mean(axis=(1, 2))

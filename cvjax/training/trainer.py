@@ -179,7 +179,7 @@ def _initial_or_restored(
 ) -> tuple[TrainState, loop.Record]:
     rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
     static = {"recipe": recipe, "image_shape": dataset.image_shape}
-    free = ("walk", *solver.FIELDS)
+    free = ("walk", "remat", *solver.FIELDS)
     same_net = {key: run.model[key] for key in run.model if key not in free}
     expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
     restored = checkpoint.restore_latest(
