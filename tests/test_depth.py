@@ -145,7 +145,9 @@ def test_recomputing_changes_no_value_and_no_gradient(walk):
 
 def test_recomputing_in_evaluation_leaves_the_averages_alone():
     variables = init()
-    stages = [Stage(partial(Block, train=False), LENGTH, "rolled", r) for r in (True, False)]
+    stages = [
+        Stage(partial(Block, train=False), LENGTH, "rolled", r) for r in (True, False)
+    ]
     actual, wanted = (stage.apply(variables, X) for stage in stages)
     np.testing.assert_allclose(actual, wanted, rtol=1e-6)
 
