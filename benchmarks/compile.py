@@ -4,9 +4,9 @@
     python -m benchmarks.compile --depth=20 --depth=56 --walk=unrolled
 
 CIFAR ResNets of 20 to 1202 layers, rolled (a stage is a loop) and unrolled (a stage is so
-many copies of its block); a blank cache folder, a process of its own for each compilation,
-and then another process with the cache that the first one filled. Told apart are the seconds
-that Python takes to trace the step and XLA to compile it. Nothing is run.
+many copies of its block). Each is compiled in a process of its own with a blank cache
+folder, and again in another one with the cache that the first one filled. Told apart are
+the seconds that Python takes to trace the step and XLA to compile it. Nothing is run.
 
 Rolled, the work does not depend on depth; unrolled it grows with it, so that by default
 the unrolled nets end at 110 layers, where a CPU takes minutes.
@@ -34,11 +34,9 @@ HEADINGS = ("depth", "walk", "trace s", "compile s", "from the cache: trace s", 
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
-    flags.DEFINE_multi_integer(
-        "depth", [], "6n + 2 layers; may be repeated.", lower_bound=8
-    )
+    flags.DEFINE_multi_integer("depth", [], "6n + 2; may be repeated.", lower_bound=8)
     walks = list(DEPTHS)
-    flags.DEFINE_multi_enum("walk", walks, walks, "How stages are walked; may be repeated.")
+    flags.DEFINE_multi_enum("walk", walks, walks, "May be repeated.")
     flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width.", lower_bound=4)
     flags.DEFINE_integer("rounds", 3, "Compilations of each.", lower_bound=1)

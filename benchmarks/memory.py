@@ -44,9 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("image_size", 32, "Height and width.", lower_bound=4)
     walks = ["auto", "rolled", "unrolled"]
     flags.DEFINE_enum("walk", "auto", walks, "How cvjax walks stages.")
-    flags.DEFINE_bool(
-        "torch", True, "Whether PyTorch is among the sides; it runs its steps."
-    )
+    flags.DEFINE_bool("torch", True, "Whether PyTorch runs its steps, too.")
 
 
 def main(arguments):

@@ -99,7 +99,7 @@ def lower_step(model: nn.Module, batch: Batch):
 
 
 def create_step(model: nn.Module, batch: Batch) -> tuple[Callable[[Batch], None], float]:
-    """A training step that waits for its update, and the seconds to trace and compile it."""
+    """A training step that waits for its update, and the seconds of compilation."""
     start = time.perf_counter()
     lowered, create = lower_step(model, batch)
     compiled = lowered.compile()

@@ -1,8 +1,7 @@
 """PyTorch's side: the same networks, and the same training step, in PyTorch's own way.
 
-Names of parameters are those that `cvjax.interop.torch` reads: akamaster's for CIFAR ResNets,
-torchvision's for the others. What the two projects do differently (where zeros for new
-channels stand) is done here as cvjax does it by default.
+Parameters have the names that `cvjax.interop.torch` reads: akamaster's for CIFAR ResNets,
+torchvision's for the others. Zeros for new channels stand where cvjax has them by default.
 """
 
 from collections.abc import Callable
@@ -213,7 +212,7 @@ def create_step(
       update and waits for it.
     """
     net = net.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = create_optimizer(net)
     mean = torch.as_tensor(np.array(mean), device=device)
 
     def loss_of(images, labels):
@@ -234,6 +233,11 @@ def create_step(
         synchronize(device)
 
     return step
+
+
+def create_optimizer(net: nn.Module) -> torch.optim.Optimizer:
+    """As `benchmarks.nets.create_recipe` has it."""
+    return torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 
 
 def synchronize(device: torch.device) -> None:

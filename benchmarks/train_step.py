@@ -8,7 +8,7 @@ A step is augmentation (pad by 4, crop, flip), forward and backward pass and SGD
 momentum 0.9 and weight decay 1e-4, from a batch of uint8 on the host to updated parameters
 on the device: `cvjax.training.steps.train_step` itself, which also keeps the sums that
 training logs. PyTorch does the same eagerly and through `torch.compile`, channels last. All
-take turns; compilation stands apart. On a GPU float32 means TF32 in products, on both sides.
+take turns; compilation stands apart. On a GPU products of float32 are TF32 on both sides.
 
 The peak is what the better of the two libraries reaches in a large product of square
 matrices of the same type, in the same turns. The operations of a step are 2 for each
@@ -52,9 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("net", [], f"One of {', '.join(nets.NETS)}; may be repeated.")
     flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
     types = ["float32", "bfloat16"]
-    flags.DEFINE_multi_enum(
-        "dtype", ["float32"], types, "Of convolutions; may be repeated."
-    )
+    flags.DEFINE_multi_enum("dtype", ["float32"], types, "May be repeated.")
     flags.DEFINE_integer("rounds", 7, "Timings of each side.", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "Steps in each timing.", lower_bound=1)
     flags.DEFINE_integer("matrix", 0, "Side of the peak's matrices; 0 for a default.")
@@ -111,13 +109,8 @@ def measure(
     for side, compiled in ((EAGER, False), (COMPILED, True)):
         if compiled and not with_compile:
             continue
-        step = torch_nets.create_step(
-            torch_nets.create(model),
-            mean,
-            device,
-            half=dtype != "float32",
-            compiled=compiled,
-        )
+        twin, half = torch_nets.create(model), dtype != "float32"
+        step = torch_nets.create_step(twin, mean, device, half=half, compiled=compiled)
         try:
             first = timing.interleave({side: lambda step=step: step(batch)}, 1, warm_up=0)
         except Exception as error:  # torch.compile fails in many ways; the table says so
