@@ -8,8 +8,8 @@ with XLA's own gradients, in a `lax.scan` with XLA's own gradients, and in a `la
 (quartiles) and ratios, compilation apart.
 """
 
-import functools
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ import rich.table
 from absl import flags
 from jax import numpy as jnp
 
+from benchmarks import timing
 from cvjax import program
 from cvjax.nn.conv import conv
 
@@ -52,25 +53,20 @@ def main(arguments):
         kernels = 0.1 * jax.random.normal(kernel_rng, (LAYERS, 3, 3, channels, channels))
         compiled, compile_ms = {}, {}
         for way, (rolled, in_loop) in WAYS.items():
-            walk = functools.partial(chain, rolled=rolled, in_loop=in_loop)
+            walk = partial(chain, rolled=rolled, in_loop=in_loop)
             start = time.perf_counter()
             compiled[way] = jax.jit(jax.grad(walk, (0, 1))).lower(x, kernels).compile()
             compile_ms[way] = 1000 * (time.perf_counter() - start)
-            jax.block_until_ready(compiled[way](x, kernels))
-        times = {way: [] for way in WAYS}
-        for _ in range(ROUNDS.value):
-            for way, run in compiled.items():
-                start = time.perf_counter()
-                jax.block_until_ready(run(x, kernels))
-                times[way].append(1000 * (time.perf_counter() - start))
+        runs = {way: partial(run, x, kernels) for way, run in compiled.items()}
+        times = timing.interleave(runs, ROUNDS.value)
         for way in WAYS:
-            low, median, high = np.percentile(times[way], (25, 50, 75))
+            low, median, high = np.percentile(1000 * times[way], (25, 50, 75))
             table.add_row(
                 f"{side}x{side}x{channels}",
                 way,
                 f"{median:.1f}",
                 f"{low:.1f} to {high:.1f}",
-                f"{median / np.median(times['unrolled']):.1f}",
+                f"{np.median(times[way] / times['unrolled']):.1f}",
                 f"{compile_ms[way]:.0f}",
             )
     rich.console.Console().print(table)

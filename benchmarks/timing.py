@@ -5,27 +5,28 @@ machine, so that ratios are taken round by round, and their median is what count
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
 def interleave(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1
-) -> dict[str, np.ndarray]:
+    ways: Mapping[Hashable, Callable[[], Any]], rounds: int, *, warm_up: int = 1
+) -> dict[Hashable, np.ndarray]:
     """Seconds of each call, float64 [rounds], the ways taking turns.
 
     Args:
-      ways: what to time; a call returns when its work is done.
+      ways: what to time; JAX's arrays that a call returns are waited for.
       rounds: timings of each.
       warm_up: calls of each before them, which do not count.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + rounds):
         for name, run in ways.items():
             start = time.perf_counter()
-            run()
+            jax.block_until_ready(run())
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: np.array(own) for name, own in seconds.items()}
