@@ -11,7 +11,9 @@ does so with `torch.utils.checkpoint`.
 Ours is XLA's plan: arguments (parameters, momentum, averages, images) and temporaries
 (activations, gradients, workspace), without running anything. PyTorch's is the most that a
 step allocates beyond what there was before, which is what XLA calls temporaries: on a GPU
-by its allocator's count, on CPU by the profiler's. On a GPU our peak is measured too.
+by its allocator's count, on CPU by the profiler's. On a GPU results.json also has the peaks
+that both allocators saw (ours: of the process so far, so give one depth at a time); set
+XLA_PYTHON_CLIENT_PREALLOCATE=false there, so that JAX leaves memory to PyTorch.
 
 What the gradient of an ODE block keeps is `benchmarks.ode_gradients`' subject.
 """

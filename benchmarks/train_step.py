@@ -8,7 +8,8 @@ A step is augmentation (pad by 4, crop, flip), forward and backward pass and SGD
 momentum 0.9 and weight decay 1e-4, from a batch of uint8 on the host to updated parameters
 on the device: `cvjax.training.steps.train_step` itself, which also keeps the sums that
 training logs. PyTorch does the same eagerly and through `torch.compile`, channels last. All
-take turns; compilation stands apart. On a GPU products of float32 are TF32 on both sides.
+take turns; compilation stands apart. On a GPU products of float32 are TF32 on both sides;
+set XLA_PYTHON_CLIENT_PREALLOCATE=false there, so that JAX leaves memory to PyTorch.
 
 The peak is what the better of the two libraries reaches in a large product of square
 matrices of the same type, in the same turns. The operations of a step are 2 for each
