@@ -222,7 +222,8 @@ def create_step(
         return functional.cross_entropy(logits.float(), labels)
 
     if compiled:
-        loss_of = torch.compile(loss_of)
+        torch.compiler.reset()  # or else nets of other shapes make all shapes variable
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def step(batch):
         images = torch.from_numpy(batch["image"]).to(device)
