@@ -13,9 +13,10 @@ import re
 from absl import logging
 
 from cvjax.data import cache, tfds
-from cvjax.data.dataset import Dataset, Split, shrunk
+from cvjax.data.dataset import Dataset, Split
 from cvjax.data.digits import load_digits
 from cvjax.data.prepare import PREPARABLE, prepare
+from cvjax.data.reduce import reduced
 from cvjax.data.splits import check_val_examples, stratified
 from cvjax.errors import UserError
 
@@ -29,6 +30,7 @@ def load(
     data_dir: str = "",
     cache_dir: str = "",
     val_examples: int = -1,
+    train_examples: int = -1,
     shrink: int = 1,
 ) -> Dataset:
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
@@ -40,14 +42,16 @@ def load(
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others.
+      train_examples: how many of the other training images are kept, stratified by class;
+        -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
 
     Raises:
       UserError: if there is no such data set, it cannot be prepared, or its images do not
-        fit this in-memory path, or `shrink`.
+        fit this in-memory path, `train_examples` or `shrink`.
     """
     if name == "digits":
-        return shrunk(load_digits(val_examples), shrink)
+        return reduced(load_digits(val_examples), train_examples, shrink)
     decoded = _load_tfds(name, data_dir, cache_dir)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
@@ -72,7 +76,7 @@ def load(
         class_names=decoded.class_names,
         fingerprint=digest.hexdigest(),
     )
-    return shrunk(dataset, shrink)
+    return reduced(dataset, train_examples, shrink)
 
 
 def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:

@@ -37,6 +37,8 @@ class DataConfig:
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
+      train_examples: how many of the other training images are used, stratified by class;
+        -1 for all.
       shrink: average over shrink x shrink pixels, for smaller and faster images; 1 for the
         images as they are.
       batch_size: of training.
@@ -51,6 +53,7 @@ class DataConfig:
     data_dir: str = ""
     cache_dir: str = ""
     val_examples: int = -1
+    train_examples: int = -1
     shrink: int = 1
     batch_size: int = 128
     eval_batch_size: int = 500
@@ -66,7 +69,8 @@ class DataConfig:
     @property
     def source(self) -> dict[str, Any]:
         """The arguments of `data.load`."""
-        names = ("name", "data_dir", "cache_dir", "val_examples", "shrink")
+        names = ("name", "data_dir", "cache_dir", "val_examples", "train_examples")
+        names += ("shrink",)
         return {name: getattr(self, name) for name in names}
 
     @property
