@@ -4,10 +4,10 @@
 
 By default of a set that is written first: crops of the two photographs that come with
 scikit-learn, 500x375 and 375x500, some 100 kB each, about as ImageNet's; `--name` takes
-another one that is prepared. Parts: milliseconds of one core for an image (processor time,
-so that others on the machine count less), medians over rounds with quartiles. Pipeline:
-images a second through grain with 0, 1, 2 ... workers, which share the cores of this
-process, after the first batches. Memory: when the buffers are full, early and at the end.
+another one that is prepared. Parts: milliseconds of processor time for an image. Pipeline:
+images through grain with 0, 1, 2 ... workers, a second (of the clock: other programs on the
+machine count) and a core-second (of the processor time of all these processes). Medians
+with quartiles. Memory: with full buffers, after the first batch and after an epoch.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,13 @@ import rich.table
 from absl import flags, logging
 from PIL import Image
 
+from benchmarks.photograph_set import photograph, write_set
 from cvjax import data, program
 from cvjax.data.crops import center_crop, scale_crop
 from cvjax.data.dataset import Dataset
 from cvjax.data.streaming import StreamOptions
 from cvjax.training import workdir as workdirs
 
-Examples = Iterable[tuple[bytes, int]]
-
-CLASSES = ("china", "flower")
-SIZES = ((500, 375), (500, 375), (375, 500))  # width, height
 SETTLE_SECONDS = 3.0  # for the workers to fill their buffers
 
 
@@ -53,73 +50,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Images a batch.", lower_bound=1)
     flags.DEFINE_integer("rounds", 10, "Timings of each part.", lower_bound=1)
     flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
-
-
-@functools.cache
-def _photographs() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_images
-
-    return [Image.fromarray(image) for image in load_sample_images().images]
-
-
-def photograph(number: int, quality: int = 97) -> tuple[bytes, int]:
-    """A JPEG file of one of SIZES, the same for the same number, and its class."""
-    label = number % len(CLASSES)
-    source = _photographs()[label]
-    width, height = SIZES[number % len(SIZES)]
-    rng = np.random.default_rng(number)
-    # Portraits are taller than the photographs: those are enlarged a little.
-    zoom = max(1.0, height / source.height) * rng.uniform(1.0, 1.1)
-    room = np.array([source.width - width / zoom, source.height - height / zoom])
-    left, top = room * rng.random(2)
-    box = (left, top, left + width / zoom, top + height / zoom)
-    image = source.resize((width, height), Image.Resampling.BICUBIC, box)
-    file = io.BytesIO()
-    image.save(file, "jpeg", quality=quality)
-    return file.getvalue(), label
-
-
-def write_set(
-    folder: pathlib.Path,
-    splits: dict[str, Examples],
-    *,
-    name: str = "photographs",
-    channels: int = 3,
-) -> pathlib.Path:
-    """Writes a prepared set of encoded images with labels, and gives its folder."""
-    import tensorflow_datasets as tfds
-
-    class Photographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = folder  # where TFDS looks for texts that describe the set
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(None, None, channels)),
-                "label": tfds.features.ClassLabel(names=CLASSES),
-                "file_name": tfds.features.Text(),  # as ImageNet has
-            }
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
-            )
-
-        def _split_generators(self, _):
-            return {
-                split: self._generate_examples(examples)
-                for split, examples in splits.items()
-            }
-
-        def _generate_examples(self, examples):
-            for i, (image, label) in enumerate(examples):
-                file = io.BytesIO(image)
-                yield i, {"image": file, "label": label, "file_name": f"{i}.jpg"}
-
-    Photographs.name = name
-    builder = Photographs(data_dir=folder, file_format="array_record")
-    builder.download_and_prepare()
-    return pathlib.Path(builder.data_dir)
 
 
 def main(arguments):
@@ -203,43 +133,53 @@ def measure_parts(
 
 
 def measure_pipeline(dataset: Dataset, batch_size: int) -> dict[str, Any]:
-    """One epoch through grain: rates over its eighths, and memory early and late."""
+    """One epoch through grain: rates over laps of it, and memory early and late."""
     num_workers = dataset.train.options.num_workers
     steps = len(dataset.train) // batch_size
-    free = shutil.disk_usage("/dev/shm").free
     lap = max(1, steps // 8)
-    rates, memory = [], []
+    free = shutil.disk_usage("/dev/shm").free
+    rates: dict[str, list[float]] = {"second": [], "core_second": []}
+    memory = {}
     start = time.perf_counter()
     with contextlib.closing(dataset.train.train_batches(batch_size, 0)) as batches:
         next(batches)
         first_seconds = time.perf_counter() - start
-        for step in itertools.count(1):
-            if step in (lap, steps - 1):  # outside of the timings
-                time.sleep(SETTLE_SECONDS)
-                memory.append(_memory(free))
-                for _ in range(5 * num_workers + 1):
-                    next(batches)  # what was ready does not tell the speed
-                start = time.perf_counter()
-            if step >= steps:
-                break
-            next(batches)
-            if step > lap and (step - lap) % lap == 0:
-                rates.append(lap * batch_size / (time.perf_counter() - start))
-                start = time.perf_counter()
+        pids = [os.getpid(), *(each.pid for each in multiprocessing.active_children())]
+        time.sleep(SETTLE_SECONDS)
+        memory["early"] = _memory(pids, free)
+        # What was ready does not tell the speed.
+        taken = 1 + sum(1 for _ in itertools.islice(batches, 5 * num_workers + 1))
+        while taken + lap <= steps:
+            wall, core = time.perf_counter(), _core_seconds(pids)
+            taken += sum(1 for _ in itertools.islice(batches, lap))
+            images = lap * batch_size
+            rates["second"].append(images / (time.perf_counter() - wall))
+            rates["core_second"].append(images / (_core_seconds(pids) - core))
+        time.sleep(SETTLE_SECONDS)
+        memory["late"] = _memory(pids, free)
     return {
         "workers": num_workers,
         "first_batch_seconds": first_seconds,
-        "images_per_second": _summary(rates),
+        "images_per": {unit: _summary(each) for unit, each in rates.items()},
         "batch_mb": batch_size * int(np.prod(dataset.image_shape)) / 1e6,
-        "memory_mb": dict(zip(("early", "late"), memory, strict=True)),
+        "memory_mb": memory,
     }
 
 
-def _memory(free: int) -> dict[str, float]:
+def _core_seconds(pids: list[int]) -> float:
+    """Processor time of these processes so far."""
+    ticks = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _memory(pids: list[int], free: int) -> dict[str, float]:
     """Megabytes: private to this process, the most of a worker, shared."""
-    workers = [_private(child.pid) for child in multiprocessing.active_children()]
+    own, *workers = [_private(pid) for pid in pids]
     return {
-        "own": _private(os.getpid()),
+        "own": own,
         "worker": max(workers, default=0.0),
         "shared": (free - shutil.disk_usage("/dev/shm").free) / 1e6,
     }
@@ -266,9 +206,11 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         spread = f"{each['low']:.2f} to {each['high']:.2f}"
         told.append((f"{part}, ms", f"{each['median']:.2f}", spread, str(each["n"]), ""))
     total = sum(parts[part]["median"] for part in ("read", "decode", "scale crop"))
-    told.append(("images a second and core, training", f"{1e3 / total:.0f}", "", "", ""))
+    told.append(
+        ("images a core-second, the parts of training", f"{1e3 / total:.0f}", "", "", "")
+    )
     for each in results["pipeline"]:
-        rate, late = each["images_per_second"], each["memory_mb"]["late"]
+        late = each["memory_mb"]["late"]
         shared = late["shared"] / each["batch_mb"]
         memory = f"own {late['own']:.0f} MB"
         if each["workers"]:
@@ -276,15 +218,17 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f", a worker {late['worker']:.0f} MB, shared {late['shared']:.0f} MB "
                 f"({shared:.0f} batches)"
             )
-        told.append(
-            (
-                f"{each['workers']} workers, images a second",
-                f"{rate['median']:.0f}",
-                f"{rate['low']:.0f} to {rate['high']:.0f}",
-                str(rate["n"]),
-                memory,
+        for unit, rate in each["images_per"].items():
+            told.append(
+                (
+                    f"{each['workers']} workers, images a {unit.replace('_', '-')}",
+                    f"{rate['median']:.0f}",
+                    f"{rate['low']:.0f} to {rate['high']:.0f}",
+                    str(rate["n"]),
+                    memory,
+                )
             )
-        )
+            memory = ""
     return told
 
 

@@ -18,7 +18,7 @@ import pytest
 from jax import numpy as jnp
 from PIL import Image
 
-from benchmarks.streaming import photograph, write_set
+from benchmarks.photograph_set import photograph, write_set
 from cvjax import data
 from cvjax.data import crops, photographs, streaming
 from cvjax.data.dataset import Split
