@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data
-from cvjax.data import crops, photographs, streaming
+from cvjax.data import crops, photographs, workers
 from cvjax.data.dataset import Split
 from cvjax.data.pipeline import batch_indices
 from cvjax.data.streaming import StreamOptions
@@ -51,10 +51,10 @@ def opened(folder):
     return opened
 
 
-def take(split, count, *, batch_size=4, seed=3, start=0, workers=0):
+def take(split, count, *, batch_size=4, seed=3, start=0, num_workers=0):
     """Batches `start`, `start + 1`, ... of a run."""
     split = dataclasses.replace(
-        split, options=dataclasses.replace(split.options, num_workers=workers)
+        split, options=dataclasses.replace(split.options, num_workers=num_workers)
     )
     with contextlib.closing(split.train_batches(batch_size, seed, start)) as batches:
         return list(itertools.islice(batches, count))
@@ -73,14 +73,14 @@ def assert_same(batches, expected):
 # Batches
 
 
-@pytest.mark.parametrize("workers", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_goes_on_with_the_same_bytes(workers, opened):
+@pytest.mark.parametrize("num_workers", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_the_same_bytes(num_workers, opened):
     train = opened().train
     whole = take(train, 12)  # 48 examples: two epochs of 23
     assert whole[0]["image"].shape == (4, SIZE, SIZE, 3)
     assert (whole[0]["image"].dtype, whole[0]["label"].dtype) == (np.uint8, np.int32)
     again = opened().train  # as another process opens it
-    assert_same(take(again, 5, start=7, workers=workers), whole[7:])
+    assert_same(take(again, 5, start=7, num_workers=num_workers), whole[7:])
 
 
 def test_the_order_is_the_one_of_images_in_memory(opened):
@@ -345,7 +345,7 @@ def test_a_batch_that_processes_cannot_share(opened):
 
 def test_too_little_shared_memory(opened, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(streaming, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     options = dataclasses.replace(OPTIONS, num_workers=3)
     message = r"of 3 workers need 3 MB of shared memory and .* has 1 MB; lower data\.num"
@@ -362,8 +362,8 @@ def broken_set(path):
     write_set(path, {"train": examples, "test": examples[:2]})
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_broken_image_is_named(workers, opened, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_broken_image_is_named(num_workers, opened, tmp_path):
     broken_set(tmp_path)
     train = opened(data_dir=str(tmp_path), val_examples=1).train
     sizes = [len(image) for image, _ in train.records.read(range(8))]
@@ -374,7 +374,7 @@ def test_a_broken_image_is_named(workers, opened, tmp_path):
         r"is broken \(.*truncated.*\); delete that folder and prepare the set again, or "
     )
     with pytest.raises(UserError, match=message):
-        take(train, 2, workers=workers)
+        take(train, 2, num_workers=num_workers)
 
 
 def test_damaged_files(opened, folder, tmp_path):

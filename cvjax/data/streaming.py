@@ -6,28 +6,21 @@ example's place in that endless sequence. So the position of a run is the number
 next batch, which every checkpoint has as its step; nothing else is saved, and neither the
 number of worker processes nor that of the job's processes changes a byte.
 
-Grain runs the workers. Each makes whole batches, in turn with the others, and has at most
-four of them ready.
+Who makes the batches is the concern of `data.workers`.
 """
 
 import dataclasses
 import functools
 import hashlib
 import io
-import multiprocessing
-import os
-import pathlib
-import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from cvjax.data import records as record_files
+from cvjax.data import workers
 from cvjax.data.crops import center_crop, scale_crop
 from cvjax.data.dataset import Dataset
 from cvjax.data.pipeline import Batch, batch_indices
@@ -40,11 +33,6 @@ from cvjax.errors import UserError
 CROP_DRAWS = 20151210
 # Without a number given, so many training images, or a tenth if that is less, validate.
 VAL_EXAMPLES = 10_000
-# What a worker has ready: grain keeps one batch in the worker, one in the pipe, one in the
-# process that waits for it, and the worker makes another one meanwhile.
-BATCHES_PER_WORKER = 4
-
-_SHARED_MEMORY = pathlib.Path("/dev/shm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +150,7 @@ class StreamedSplit:
                 f"multiple of {count}."
             )
         size = batch_size // count * int(np.prod(self.image_shape))
-        _check_shared_memory(size, self.options.num_workers)
-        return _batches(load, steps, self.options.num_workers)
+        return workers.make_batches(load, steps, self.options.num_workers, size)
 
 
 def open_stream(source: Source, val_examples: int, options: StreamOptions) -> Dataset:
@@ -222,20 +209,6 @@ def _check_sizes(source: Source, records: Records, image_size: int) -> None:
         )
 
 
-def _check_shared_memory(batch_bytes: int, num_workers: int) -> None:
-    """Containers often have 64 MB of it; too little kills workers without a word."""
-    if not num_workers or not _SHARED_MEMORY.is_dir():
-        return
-    needed = (BATCHES_PER_WORKER * num_workers + 1) * batch_bytes
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if needed > free:
-        raise UserError(
-            f"the batches of {num_workers} workers need {needed / 1e6:,.0f} MB of shared "
-            f"memory and {_SHARED_MEMORY} has {free / 1e6:,.0f} MB; lower data.num_workers "
-            "or the batch size, or give the container more (docker run --shm-size)."
-        )
-
-
 def _train_batch(split: StreamedSplit, batch_size: int, seed: int, step: int) -> Batch:
     """This process's part of batch `step`."""
     rows = _rows(split.options, batch_size)
@@ -287,43 +260,3 @@ def _load(
 
 def _pixels(image: Image.Image, split: StreamedSplit) -> np.ndarray:
     return np.asarray(image).reshape(split.image_shape)
-
-
-def _batches(
-    load: Callable[[int], Batch], steps: range, num_workers: int
-) -> Iterator[Batch]:
-    # Imported here: it takes a second, and images in memory do not need it.
-    import grain
-
-    if not flags.FLAGS.is_parsed():  # grain has flags of its own; a notebook parses none
-        flags.FLAGS.mark_as_parsed()
-    ahead = 0 if num_workers else 1  # in this process, by one thread
-    dataset = grain.MapDataset.range(steps.start, steps.stop).map(load)
-    dataset = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
-    ).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
-        worker_init_fn=_begin_worker,
-    )
-    iterator = iter(dataset)
-    try:
-        for batch in iterator:
-            # Plain arrays, which keep grain's shared memory alive as long as they live.
-            yield {key: np.asarray(value) for key, value in batch.items()}
-    finally:
-        iterator.close()
-
-
-def _begin_worker(index: int, count: int) -> None:
-    """Ties a worker's life to that of its parent, which ends it."""
-    # Ctrl-C and a batch system's SIGTERM go to all processes; the parent has a state to
-    # save first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    # A parent that was killed cannot end its workers.
-    multiprocessing.parent_process().join()
-    os._exit(1)
