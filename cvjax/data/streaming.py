@@ -29,6 +29,7 @@ from cvjax.data.splits import SPLIT_SEED, check_val_examples
 from cvjax.data.tfds import Source
 from cvjax.errors import UserError
 
+ALL = slice(None)
 # Purpose of the crops' random draws, beside the seed and the example's place.
 CROP_DRAWS = 20151210
 # Without a number given, so many training images, or a tenth if that is less, validate.
@@ -45,16 +46,12 @@ class StreamOptions:
         image is resized before a random crop (ImageNet's 256 to 480 for crops of 224); 0
         and 0 for the centre crop of evaluation.
       num_workers: processes that read, decode and crop; 0 for a thread of this process.
-      process_index, process_count: of this process in a job of several, each of which
-        makes its part of every batch.
     """
 
     image_size: int = 224
     scale_min: int = 0
     scale_max: int = 0
     num_workers: int = 0
-    process_index: int = 0
-    process_count: int = 1
 
     def __post_init__(self):
         for name, least in (("image_size", 1), ("num_workers", 0)):
@@ -111,24 +108,30 @@ class StreamedSplit:
             image[:] = _pixels(center_crop(picture, self.options.image_size), self)
         return images
 
-    def train_batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yields this process's part of the batches `start`, `start + 1`, ... of a run.
+    def train_batches(
+        self, batch_size: int, seed: int, start: int = 0, share: slice = ALL
+    ) -> Iterator[Batch]:
+        """Yields the batches `start`, `start + 1`, ... of a run, without end.
 
         Close the iterator (`contextlib.closing`) to end the workers.
 
+        Args:
+          batch_size: of the batch as a whole.
+          seed: of the run.
+          start: the number of the first batch.
+          share: the rows that this process makes, where several divide each batch.
+
         Yields:
-          "image" uint8 [rows, image_size, image_size, channels] and "label" int32 [rows];
-          rows is batch_size / process_count.
+          "image" uint8 [rows, image_size, image_size, channels] and "label" int32 [rows].
 
         Raises:
-          UserError: for a batch size that the processes cannot share, too little shared
-            memory, or damaged records.
+          UserError: for too little shared memory, or damaged records.
         """
-        load = functools.partial(_train_batch, self, batch_size, seed)
-        return self._stream(load, batch_size, range(start, sys.maxsize))
+        load = functools.partial(_train_batch, self, batch_size, seed, share)
+        return self._make(load, range(start, sys.maxsize), range(batch_size)[share])
 
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields this process's part of every example once, in order.
+    def eval_batches(self, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
+        """Yields every example once, in order, or `share` of the rows of each batch.
 
         Yields:
           As `train_batches`, centre crops, and "mask" bool [rows]: False for the rows
@@ -137,19 +140,14 @@ class StreamedSplit:
         Raises:
           UserError: as `train_batches`.
         """
-        load = functools.partial(_eval_batch, self, batch_size)
-        return self._stream(load, batch_size, range(-(-len(self) // batch_size)))
+        load = functools.partial(_eval_batch, self, batch_size, share)
+        steps = range(-(-len(self) // batch_size))
+        return self._make(load, steps, range(batch_size)[share])
 
-    def _stream(
-        self, load: Callable[[int], Batch], batch_size: int, steps: range
+    def _make(
+        self, load: Callable[[int], Batch], steps: range, rows: range
     ) -> Iterator[Batch]:
-        count = self.options.process_count
-        if batch_size % count:
-            raise UserError(
-                f"a batch of {batch_size} cannot be shared by {count} processes; choose a "
-                f"multiple of {count}."
-            )
-        size = batch_size // count * int(np.prod(self.image_shape))
+        size = len(rows) * int(np.prod(self.image_shape))
         return workers.make_batches(load, steps, self.options.num_workers, size)
 
 
@@ -209,19 +207,19 @@ def _check_sizes(source: Source, records: Records, image_size: int) -> None:
         )
 
 
-def _train_batch(split: StreamedSplit, batch_size: int, seed: int, step: int) -> Batch:
-    """This process's part of batch `step`."""
-    rows = _rows(split.options, batch_size)
-    chosen = batch_indices(len(split), batch_size, seed, step)[rows.start : rows.stop]
-    positions = [step * batch_size + row for row in rows]
+def _train_batch(
+    split: StreamedSplit, batch_size: int, seed: int, share: slice, step: int
+) -> Batch:
+    chosen = batch_indices(len(split), batch_size, seed, step)[share]
+    first = step * batch_size
+    positions = range(first, first + batch_size)[share]
     return _load(split, split.indices[chosen], seed, positions)
 
 
-def _eval_batch(split: StreamedSplit, batch_size: int, step: int) -> Batch:
-    """This process's part of batch `step`, and its mask."""
-    rows = _rows(split.options, batch_size)
+def _eval_batch(split: StreamedSplit, batch_size: int, share: slice, step: int) -> Batch:
     first = step * batch_size
-    indices = split.indices[first + rows.start : first + rows.stop]
+    rows = range(first, first + batch_size)[share]
+    indices = split.indices[rows.start : rows.stop]
     batch = _load(split, indices)
     missing = [(0, len(rows) - len(indices))]
     return {
@@ -229,11 +227,6 @@ def _eval_batch(split: StreamedSplit, batch_size: int, step: int) -> Batch:
         "label": np.pad(batch["label"], missing),
         "mask": np.arange(len(rows)) < len(indices),
     }
-
-
-def _rows(options: StreamOptions, batch_size: int) -> range:
-    share = batch_size // options.process_count
-    return range(options.process_index * share, (options.process_index + 1) * share)
 
 
 def _load(
