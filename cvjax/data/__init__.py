@@ -3,6 +3,9 @@
 digits                       bundled with scikit-learn, needs no network
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 any other TFDS name          if it is prepared already (`data.tfds`)
+
+A set that does not fit in memory, or whose images differ in size, is streamed:
+`load_stream(name, options) -> Dataset`.
 """
 
 import difflib
@@ -18,6 +21,7 @@ from cvjax.data.digits import load_digits
 from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.data.reduce import reduced
 from cvjax.data.splits import check_val_examples, stratified
+from cvjax.data.streaming import StreamOptions, open_stream
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
@@ -79,11 +83,38 @@ def load(
     return reduced(dataset, train_examples, shrink)
 
 
+def load_stream(
+    name: str, options: StreamOptions, *, data_dir: str = "", val_examples: int = -1
+) -> Dataset:
+    """Opens a data set whose images are read, decoded and cropped while training.
+
+    Args:
+      name: a TFDS set's NAME[/CONFIG][:VERSION].
+      options: see `streaming.StreamOptions`.
+      data_dir: as in `load`.
+      val_examples: number of training images split off for validation, not stratified; -1
+        for 10,000, or a tenth if that is less.
+
+    Raises:
+      UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
+        with these options.
+    """
+    if name == "digits":
+        raise UserError(
+            "digits has no files to stream; set data.streaming=false, or name a TFDS set."
+        )
+    folder = tfds.resolve_data_dir(data_dir)
+    _check_name(name, folder)
+    source = tfds.find_source(name, folder)
+    if source is None:
+        source = _prepare(name, folder)
+    return open_stream(source, val_examples, options)
+
+
 def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
     folder = tfds.resolve_data_dir(data_dir)
     cache_folder = cache.resolve_cache_dir(cache_dir)
-    if not re.fullmatch(r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name):
-        raise _unknown(name, folder)
+    _check_name(name, folder)
     source = tfds.find_source(name, folder)
     if source is None:
         cached = cache.find_entry(name, cache_folder)
@@ -94,12 +125,16 @@ def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
                 *(name, folder, cache_folder),
             )
             return cached
-        _prepare(name, folder)
-        source = tfds.find_source(name, folder)
+        source = _prepare(name, folder)
     return cache.read_or_decode(source, tfds.decode, cache_folder)
 
 
-def _prepare(name: str, folder: pathlib.Path) -> None:
+def _check_name(name: str, folder: pathlib.Path) -> None:
+    if not re.fullmatch(r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name):
+        raise _unknown(name, folder)
+
+
+def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
     """Prepares the set, or raises UserError with the ways to get it."""
     base, _, version = name.partition(":")
     elsewhere = "name the folder where it is with --config.data.data_dir or TFDS_DATA_DIR"
@@ -122,6 +157,7 @@ def _prepare(name: str, folder: pathlib.Path) -> None:
             f"{name} is not prepared in {folder}: {error} Or {elsewhere}, or take "
             "--config.data.name=digits, which needs no files."
         ) from error
+    return tfds.find_source(name, folder)
 
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:

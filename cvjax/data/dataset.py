@@ -1,13 +1,17 @@
-"""What a data set is, once it is loaded: three splits of uint8 images in memory."""
+"""What a data set is, once it is loaded: three splits of uint8 images."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from cvjax.data.streaming import StreamedSplit
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and their labels.
+    """Images and their labels, in memory.
 
     Attributes:
       images: uint8 [n, height, width, channels]; may be a read-only memory map.
@@ -17,10 +21,15 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set, split for good.
+    """A data set, split for good; the splits are in memory, or all of them streamed.
 
     Attributes:
       name: for example "cifar10".
@@ -32,9 +41,9 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
+    train: "Split | StreamedSplit"
+    val: "Split | StreamedSplit"
+    test: "Split | StreamedSplit"
     class_names: tuple[str, ...]
     fingerprint: str
 
@@ -46,4 +55,4 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return self.train.images.shape[1:]
+        return self.train.image_shape
