@@ -64,10 +64,10 @@ def quick() -> ml_collections.ConfigDict:
 
 
 def medium() -> ml_collections.ConfigDict:
-    """CIFAR-10, a residual net of 8 layers, 128,000 images."""
+    """CIFAR-10, a residual net of 8 layers, 64,000 images."""
     config = cifar10_resnet.get_config()
-    config.total_steps = config.eval_every = 1_000
-    config.checkpoint_every = 200
+    config.total_steps = config.eval_every = 500
+    config.checkpoint_every = 250
     config.train_eval_examples = 0
     config.optim.schedule = "cosine"
     config.model.depth = 8
@@ -240,8 +240,8 @@ def describe(network: Network, run: str | None, preset: str) -> dict[str, Any]:
 def show(results: dict[str, Any]) -> None:
     """The table on the terminal."""
     title = (
-        f"Of the {COUNT} images that excite a channel most, those of one class in %,\nmean ± "
-        f"standard deviation over the channels; {100 * results['chance']:.0f} by chance"
+        f"Of the {COUNT} images that excite a channel most, those of one class in %, by "
+        f"chance {100 * results['chance']:.0f}\n(mean ± standard deviation over channels)"
     )
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("layer", "sees, pixels", "channels", "silent", "trained", "untrained"):

@@ -10,6 +10,8 @@ import numpy as np
 from cvjax.analysis.figures import label_axes, save_figure
 
 COLORS = {"trained": "#1f5a99", "untrained": "#8c8c8c"}
+BARS = {"ecolor": "#555555", "capsize": 2}
+OUTSIDE = (0.86, 0.90, 0.97)  # of the image
 SIDE = 3  # tiles along a side of a channel's square
 
 
@@ -25,25 +27,26 @@ def as_picture(values: np.ndarray) -> np.ndarray:
 
 
 def tile(pictures: Sequence[np.ndarray], columns: int, scale: int) -> np.ndarray:
-    """Pictures of one size [height, width, 1 or 3], NaN for white, as a sheet.
+    """Pictures of one size [height, width, 1 or 3] as a sheet.
 
     Args:
-      pictures: in [0, 1].
+      pictures: in [0, 1]; NaN becomes `OUTSIDE`.
       columns: of the sheet; the last row is filled with white.
-      scale: pixels of the sheet for a pixel of the picture; the gaps are one tenth of a
+      scale: pixels of the sheet for a pixel of the picture; the gaps are a twentieth of a
         picture wide.
 
     Returns:
       [rows, columns, 3].
     """
     height, width = (scale * side for side in pictures[0].shape[:2])
-    gap = max(1, round(0.1 * width))
+    gap = max(1, round(0.05 * width))
     rows = -(-len(pictures) // columns)
     sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3))
     for number, picture in enumerate(pictures):
         top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        large = np.kron(np.nan_to_num(picture, nan=1.0), np.ones((scale, scale, 1)))
-        sheet[top : top + height, left : left + width] = large.clip(0, 1)
+        colored = np.where(np.isnan(picture), OUTSIDE, picture).clip(0, 1)
+        large = np.kron(colored, np.ones((scale, scale, 1)))
+        sheet[top : top + height, left : left + width] = large
     return sheet
 
 
@@ -64,30 +67,34 @@ def draw_filters(
     # Imported here: matplotlib needs a second that training would have to wait for.
     from matplotlib.figure import Figure
 
-    columns = max(len(channels) for channels in pictures.values())
-    figure = Figure(figsize=(11, 1.9 + 1.25 * len(pictures)), dpi=160, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.25 * len(pictures)])
-    figure.suptitle(f"What the channels of {results['net']} respond to", fontsize=11)
-    _draw_kernel(above.subplots(), kernel)
-    left, right = below.subfigures(1, 2, width_ratios=[4.6, 1])
-    grid = left.subplots(len(pictures), columns, squeeze=False)
-    for row, (panels, (layer, channels)) in enumerate(
-        zip(grid, pictures.items(), strict=True)
-    ):
-        for panel in panels:
-            panel.set_axis_off()
-        for panel, (patches, projections) in zip(panels, channels, strict=False):
-            panel.imshow(_pair(patches, projections), interpolation="nearest")
-        told = results["layers"][row]
-        text = f"{layer}\nsees {_sight(told)}"
-        style = {"ha": "right", "va": "center", "fontsize": 8.5}
-        panels[0].text(-0.06, 0.5, text, transform=panels[0].transAxes, **style)
-    left.suptitle(
-        f"the {SIDE**2} patches that excite a channel most, and what in them does it "
-        f"({results['rule']})",
-        fontsize=9.5,
+    columns = max(1, *(len(channels) for channels in pictures.values()))
+    figure = Figure(figsize=(12, 1.6 + 1.08 * len(pictures)), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
+    grid = figure.add_gridspec(
+        len(pictures) + 1, columns + 1, height_ratios=[0.62, *[1] * len(pictures)]
     )
-    _draw_agreement(right.subplots(), results)
+    _draw_kernel(figure.add_subplot(grid[0, :columns]), kernel)
+    for row, (told, channels) in enumerate(
+        zip(results["layers"], pictures.values(), strict=True), start=1
+    ):
+        for column, (patches, projections) in enumerate(channels):
+            panel = figure.add_subplot(grid[row, column])
+            panel.imshow(_pair(patches, projections), interpolation="nearest")
+            panel.set_axis_off()
+            if column == 0:
+                text = f"{told['layer']}\nsees {_sight(told)}"
+                place = {"x": -0.06, "y": 0.5, "ha": "right", "va": "center"}
+                panel.text(s=text, transform=panel.transAxes, fontsize=9, **place)
+        panel = figure.add_subplot(grid[row, columns])
+        _draw_agreement(panel, told, results["chance"], is_last=row == len(pictures))
+    legend = figure.add_subplot(grid[0, columns])
+    _draw_legend(legend)
+    figure.suptitle(
+        f"{results['net']}: its {kernel.shape[-1]} kernels that read the images; below, of "
+        f"some channels the {SIDE**2} patches\nthat excite it most and, on grey, what in "
+        f"them does it ({results['rule']}; pale: outside of the image)",
+        fontsize=10.5,
+    )
     save_figure(figure, path)
 
 
@@ -100,43 +107,46 @@ def _sight(row: dict[str, Any]) -> str:
 def _draw_kernel(panel, kernel: np.ndarray) -> None:
     filters = [as_picture(kernel[..., i]) for i in range(kernel.shape[-1])]
     columns = math.ceil(len(filters) / (1 if len(filters) <= 24 else 2))
-    panel.imshow(tile(filters, columns, 10), interpolation="nearest")
+    panel.imshow(tile(filters, columns, 20), interpolation="nearest")
     panel.set_axis_off()
-    height, width, _, count = kernel.shape
-    panel.set_title(
-        f"the {count} kernels that read the images, {height}×{width}", fontsize=9.5
-    )
 
 
 def _pair(patches: list[np.ndarray], projections: list[np.ndarray]) -> np.ndarray:
     """Two squares side by side."""
-    scale = -(-40 // patches[0].shape[0])
+    scale = -(-60 // patches[0].shape[0])
+    patches = [np.broadcast_to(x, (*x.shape[:2], 3)) for x in patches]
     squares = [
-        tile([np.broadcast_to(x, (*x.shape[:2], 3)) for x in tiles], SIDE, scale)
+        tile(tiles, SIDE, scale)
         for tiles in (patches, [as_picture(x) for x in projections])
     ]
-    gap = np.ones((len(squares[0]), round(0.06 * squares[0].shape[1]), 3))
+    gap = np.ones((len(squares[0]), round(0.04 * squares[0].shape[1]), 3))
     return np.concatenate([squares[0], gap, squares[1]], axis=1)
 
 
-def _draw_agreement(panel, results: dict[str, Any]) -> None:
-    rows = results["layers"]
-    heights = np.arange(len(rows))[::-1]
-    for kind, shift in (("trained", 0.14), ("untrained", -0.14)):
-        found = [(y, row[kind]) for y, row in zip(heights, rows, strict=True) if row[kind]]
-        if found:
-            y, spread = zip(*found, strict=True)
-            mean, std = (
-                100 * np.array([s[key] or 0 for s in spread]) for key in ("mean", "std")
-            )
-            style = {"height": 0.26, "color": COLORS[kind], "label": kind, "capsize": 2}
-            panel.barh(np.array(y) + shift, mean, xerr=std, ecolor="#555555", **style)
-    panel.axvline(100 * results["chance"], color="#555555", lw=0.8, ls="--", label="chance")
+def _draw_agreement(panel, row: dict[str, Any], chance: float, *, is_last: bool) -> None:
+    for height, kind in enumerate(reversed(COLORS)):
+        if row[kind]:
+            mean, std = (100 * (row[kind][key] or 0) for key in ("mean", "std"))
+            panel.barh(height, mean, xerr=std, height=0.8, color=COLORS[kind], **BARS)
+    panel.axvline(100 * chance, color="#333333", lw=1, ls="--")
     panel.set_yticks([])
-    panel.set_ylim(-0.6, len(rows) - 0.4)
+    panel.set_ylim(-0.9, 1.9)
     panel.set_xlim(0, 100)
-    label_axes(panel, "of one class (%)", "")
+    label_axes(panel, "share of one class (%)" if is_last else "", "")
+    panel.tick_params(labelbottom=is_last)
     panel.spines["left"].set_visible(False)
-    panel.set_title(f"do the {SIDE**2} agree?", fontsize=9.5)
-    handles, labels = panel.get_legend_handles_labels()
-    panel.legend(handles, labels, fontsize=7.5, frameon=False, loc="lower right")
+
+
+def _draw_legend(panel) -> None:
+    for kind, color in COLORS.items():
+        panel.barh(0, 0, color=color, label=kind)
+    panel.plot([], [], color="#333333", lw=1, ls="--", label="chance")
+    panel.set_axis_off()
+    panel.legend(
+        title=f"are the {SIDE**2} of one class?",
+        loc="lower center",
+        ncols=1,
+        fontsize=8,
+        title_fontsize=9,
+        frameon=False,
+    )
