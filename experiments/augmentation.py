@@ -16,9 +16,9 @@ the data does not have (colours, of digits that are grey on black), nothing is e
 The training set is kept small, so that there is something to gain in minutes; all else is
 validation (looked at once, at the end). Training error is that of the images as they are.
 
-Presets: quick (300 digits, two CPU cores), medium (5,000 images of CIFAR-10, a small
-convolutional net, CPU), full (45,000, ResNet-20, the paper's recipe, for a GPU; not yet
-run). Each run has a folder of its own under WORKDIR/runs; the same command goes on where it
+Presets: quick (300 digits, minutes), medium (5,000 images of CIFAR-10, for a quiet CPU; not
+yet run), both with a net of two convolutions; full (45,000, ResNet-20, the paper's recipe,
+for a GPU; not yet run). Each run has a folder of its own under WORKDIR/runs; the same command goes on where it
 was stopped, and what is finished is not run again.
 """
 
@@ -35,7 +35,7 @@ import rich.console
 import rich.table
 from absl import flags, logging
 
-from configs import cifar10_convnet, cifar10_resnet, digits_resnet
+from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import data, program
 from cvjax.analysis.augmentation_figure import draw_augmentation
 from cvjax.analysis.multilevel import spread
@@ -51,22 +51,21 @@ DRAWS = 6  # of each image, in the figure
 
 
 def quick() -> ml_collections.ConfigDict:
-    """300 of the bundled digits, a residual net of 8 narrow layers."""
-    config = digits_resnet.get_config()
-    config.total_steps = 300
-    config.eval_every = config.checkpoint_every = 300
-    config.data.val_examples = 1_197
-    config.data.batch_size = 60
+    """300 of the bundled digits, two convolutions of 3x3."""
+    config = mnist_convnet.get_config()
+    config.total_steps = config.eval_every = config.checkpoint_every = 600
+    config.train_eval_examples = -1
+    config.data.update(name="digits", val_examples=1_197, batch_size=60)
     config.optim.schedule = "cosine"
-    config.model.update(depth=8, width=8)
+    config.optim.learning_rate = 0.03
+    config.model.update(features=(16, 32), kernels=(3, 3), paddings=(1, 1))
     return config
 
 
 def medium() -> ml_collections.ConfigDict:
     """5,000 images of CIFAR-10, two convolutions of 5x5 with stride 2."""
     config = cifar10_convnet.get_config()
-    config.total_steps = 1_500
-    config.eval_every = config.checkpoint_every = 1_500
+    config.total_steps = config.eval_every = config.checkpoint_every = 1_500
     config.train_eval_examples = -1
     config.data.val_examples = 45_000
     config.data.batch_size = 100
@@ -213,7 +212,8 @@ def draw(
         color_axes=compute_color_axes(train_images),
     )
     repeated = np.repeat(images, DRAWS, axis=0)
-    drawn = steps.training_images(constants.rng, repeated, constants, settings.augmentation)
+    draw_all = jax.jit(steps.training_images, static_argnames="augmentation")
+    drawn = draw_all(constants.rng, repeated, constants, augmentation=settings.augmentation)
     statistics = constants.statistics
     seen = np.asarray(drawn * statistics.std[None] + statistics.mean[None]).clip(0, 1)
     return seen.reshape(len(images), DRAWS, *images.shape[1:])

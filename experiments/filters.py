@@ -23,6 +23,7 @@ own small net is trained in WORKDIR/run, or found there: quick (digits, a minute
 """
 
 import pathlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from absl import flags, logging
 
 from configs import cifar10_resnet, digits_resnet
 from cvjax import program
-from cvjax.analysis import filter_figure, filters
+from cvjax.analysis import filter_figure, filters, maps
 from cvjax.analysis.backprojection import RULES
 from cvjax.analysis.multilevel import spread
 from cvjax.data import augment
@@ -101,40 +102,73 @@ def main(arguments):
     program.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir)
-    place = pathlib.Path(values.run or folder / "run")
-    if not values.run:
+    if values.run:
+        place = check_run(values.run)
+    else:
+        place = folder / "run"
         train_and_evaluate(PRESETS[values.preset](), place)
-    network = load_network(place, values.checkpoint, program.parse_fields(values.fields))
-    check_finite(network)
-    model = filters.prepare(network.recipe.model)
-    layers = filters.list_layers(model, network.variables, network.image_shape)
-    names = values.layers or filters.choose_layers(layers, DEFAULT_LAYERS)
-    filters.check_layers(layers, names)
-    split = load_data(network, values.data_dir, values.cache_dir).val
-    examples = Split(split.images[: values.images], split.labels[: values.images])
-    if len(examples.images) < COUNT:
+    examine(
+        place,
+        folder,
+        checkpoint=values.checkpoint,
+        fields=program.parse_fields(values.fields),
+        layers=values.layers,
+        channels=values.channels,
+        images=values.images,
+        rule=values.rule,
+        data_dir=values.data_dir,
+        cache_dir=values.cache_dir,
+    )
+
+
+def check_run(run: str) -> pathlib.Path:
+    """The folder of a run, or UserError."""
+    place = pathlib.Path(run).absolute()
+    if not (place / "config.json").exists():
         raise UserError(
-            f"the run has {len(examples.images)} validation images, but {COUNT} are shown "
-            "of each channel; name a run with more (data.val_examples)."
+            f"{place} holds no run; --run takes the workdir of a run of train.py, finished "
+            "or going on, or leave it out for the preset's own."
         )
+    return place
+
+
+def examine(
+    place: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    checkpoint: str = "last",
+    fields: dict[str, Any] | None = None,
+    layers: Sequence[str] = (),
+    channels: int = 5,
+    images: int = 5_000,
+    rule: str = "guided",
+    data_dir: str = "",
+    cache_dir: str = "",
+) -> None:
+    """Looks at the network of the run in `place`; writes to `folder`, draws and prints."""
+    network = load_network(place, checkpoint, fields)
+    check_finite(network)
+    model = maps.prepare(network.recipe.model)
+    known = maps.list_layers(model, network.variables, network.image_shape)
+    names = list(layers) or maps.choose_layers(known, DEFAULT_LAYERS)
+    maps.check_layers(known, names)
+    examples = load_examples(network, images, data_dir, cache_dir)
 
     rows, pictures = [], {}
     for name in names:
-        logging.info("Layer %s, %d channels.", name, layers[name].shape[-1])
-        row, pictures[name] = look_at(
-            network, name, examples, channels=values.channels, rule=values.rule
-        )
+        logging.info("Layer %s, %d channels.", name, known[name].shape[-1])
+        row, pictures[name] = look_at(network, name, examples, channels, rule)
         rows.append(row)
     results = {
         "experiment": "filters",
-        **describe(network, values.run, values.preset),
-        "rule": RULE_NAMES[values.rule],
+        **describe(network),
+        "rule": rule,
         "images": len(examples.images),
-        "chance": chance(examples.labels),
+        "chance": filters.chance_agreement(examples.labels, COUNT),
         "layers": rows,
         "provenance": workdirs.provenance(),
     }
-    kernel = filters.first_kernel(layers, network.variables["params"])
+    kernel = maps.first_kernel(known, network.variables["params"])
     workdirs.write_json(folder / "results.json", results)
     filter_figure.draw_filters(results, kernel, pictures, folder / "filters.png")
     show(results)
@@ -142,11 +176,20 @@ def main(arguments):
     print(f"Figure:  {folder / 'filters.png'}")
 
 
-RULE_NAMES = {
-    "guided": "guided backpropagation",
-    "deconvolution": "deconvolution",
-    "gradient": "the gradient",
-}
+def load_examples(network: Network, count: int, data_dir: str, cache_dir: str) -> Split:
+    """The first `count` validation images of the run's data."""
+    split = load_data(network, data_dir, cache_dir).val
+    if split.labels.ndim > 1:
+        raise UserError(
+            f"{network.run.data.name} has several classes an image; only sets with one can "
+            "be looked at here."
+        )
+    if len(split.labels) < COUNT:
+        raise UserError(
+            f"the run has {len(split.labels)} validation images, but {COUNT} are shown of "
+            "each channel; name a run with more (data.val_examples)."
+        )
+    return Split(split.images[:count], split.labels[:count])
 
 
 def check_finite(network: Network) -> None:
@@ -159,11 +202,11 @@ def check_finite(network: Network) -> None:
 
 
 def look_at(
-    network: Network, layer: str, examples: Split, *, channels: int, rule: str
+    network: Network, layer: str, examples: Split, channels: int, rule: str
 ) -> tuple[dict[str, Any], list]:
     """What the results keep of a layer; patches and projections of some channels."""
-    model, shape = filters.prepare(network.recipe.model), network.image_shape
-    apply = partial(filters.layer_map, model, network.variables, layer=layer)
+    model, shape = maps.prepare(network.recipe.model), network.image_shape
+    apply = partial(maps.layer_map, model, network.variables, layer=layer)
     batches = [
         np.asarray(augment.normalize(examples.images[i : i + BATCH], network.statistics))
         for i in range(0, len(examples.images), BATCH)
@@ -184,7 +227,7 @@ def look_at(
     )
     untrained, initial = None, initial_variables(network)
     if initial:
-        apply = partial(filters.layer_map, model, initial, layer=layer)
+        apply = partial(maps.layer_map, model, initial, layer=layer)
         untrained = agreement(filters.find_top(apply, batches, COUNT), examples.labels)
     row = {
         "layer": layer,
@@ -201,16 +244,9 @@ def look_at(
 
 
 def agreement(top: filters.Top, labels: np.ndarray) -> dict[str, float | None] | None:
-    """The share of the commonest class among a channel's images, over the channels."""
-    if labels.ndim > 1 or top.silent.all():
-        return None
-    return spread(filters.class_agreement(labels[top.images[~top.silent]]))
-
-
-def chance(labels: np.ndarray) -> float:
-    """The same of nine images drawn at random, on average."""
-    draws = np.random.default_rng(0).permuted(np.tile(labels, (2_000, 1)), axis=1)
-    return float(filters.class_agreement(draws[:, :COUNT]).mean())
+    """`class_agreement` over the channels that are not silent."""
+    labels = labels[top.images[~top.silent]]
+    return spread(filters.class_agreement(labels)) if len(labels) else None
 
 
 def initial_variables(network: Network) -> dict[str, Any] | None:
@@ -222,13 +258,12 @@ def initial_variables(network: Network) -> dict[str, Any] | None:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def describe(network: Network, run: str | None, preset: str) -> dict[str, Any]:
+def describe(network: Network) -> dict[str, Any]:
     model = network.run.model
     kind = (
         f"{model['name']} of {model['depth']} layers" if "depth" in model else model["name"]
     )
     return {
-        "preset": None if run else preset,
         "net": f"{kind} on {network.run.data.name} after {network.step:,} steps",
         "step": network.step,
         "seed": network.run.seed,

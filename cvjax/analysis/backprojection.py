@@ -76,7 +76,7 @@ def _evaluate(jaxpr, consts, arguments, relu) -> list[jax.Array]:
 
 def _apply(equation, inputs: list[jax.Array], relu) -> list[jax.Array]:
     name, params = equation.primitive.name, equation.params
-    if params.get("name") == "relu":
+    if _is_relu(equation):
         return [relu(*inputs)]
     if name == "scan":
         return _unroll(params, inputs, relu)
@@ -86,6 +86,14 @@ def _apply(equation, inputs: list[jax.Array], relu) -> list[jax.Array]:
         return _evaluate(getattr(inner, "jaxpr", inner), consts, inputs, relu)
     outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(params))
     return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def _is_relu(equation) -> bool:
+    """Whether it is `jax.nn.relu`: a jitted function, with a derivative of its own."""
+    if equation.primitive.name != "custom_jvp_call":
+        return False
+    inner = equation.params["call_jaxpr"].jaxpr.eqns
+    return [other.params.get("name") for other in inner] == ["relu"]
 
 
 def _unroll(params, inputs: list[jax.Array], relu) -> list[jax.Array]:

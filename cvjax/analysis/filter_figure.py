@@ -12,6 +12,11 @@ from cvjax.analysis.figures import label_axes, save_figure
 COLORS = {"trained": "#1f5a99", "untrained": "#8c8c8c"}
 BARS = {"ecolor": "#555555", "capsize": 2}
 OUTSIDE = (0.86, 0.90, 0.97)  # of the image
+RULES = {
+    "gradient": "the gradient",
+    "deconvolution": "deconvolution",
+    "guided": "guided backpropagation",
+}
 SIDE = 3  # tiles along a side of a channel's square
 
 
@@ -90,9 +95,9 @@ def draw_filters(
     legend = figure.add_subplot(grid[0, columns])
     _draw_legend(legend)
     figure.suptitle(
-        f"{results['net']}: its {kernel.shape[-1]} kernels that read the images; below, of "
-        f"some channels the {SIDE**2} patches\nthat excite it most and, on grey, what in "
-        f"them does it ({results['rule']}; pale: outside of the image)",
+        f"{results['net']}: the kernels that read the images; then, of channels of deeper "
+        f"layers,\nthe {SIDE**2} patches that excite it most (pale: outside of the image) "
+        f"and, on grey, what in them does it ({RULES[results['rule']]})",
         fontsize=10.5,
     )
     save_figure(figure, path)
