@@ -16,10 +16,10 @@ the data does not have (colours, of digits that are grey on black), nothing is e
 The training set is kept small, so that there is something to gain in minutes; all else is
 validation (looked at once, at the end). Training error is that of the images as they are.
 
-Presets: quick (300 digits, minutes), medium (5,000 images of CIFAR-10, for a quiet CPU; not
-yet run), both with a net of two convolutions; full (45,000, ResNet-20, the paper's recipe,
-for a GPU; not yet run). Each run has a folder of its own under WORKDIR/runs; the same command goes on where it
-was stopped, and what is finished is not run again.
+Presets: quick (300 digits, minutes on a CPU) and medium (5,000 images of CIFAR-10, for a
+quiet CPU; not yet run) train two convolutions, full (45,000 images, for a GPU; not yet run)
+ResNet-20 by the paper's recipe. Each run has a folder of its own under WORKDIR/runs; the
+same command goes on where it was stopped, and what is finished is not run again.
 """
 
 import json

@@ -95,9 +95,9 @@ def draw_filters(
     legend = figure.add_subplot(grid[0, columns])
     _draw_legend(legend)
     figure.suptitle(
-        f"{results['net']}: the kernels that read the images; then, of channels of deeper "
-        f"layers,\nthe {SIDE**2} patches that excite it most (pale: outside of the image) "
-        f"and, on grey, what in them does it ({RULES[results['rule']]})",
+        f"{results['net']}. Above: the kernels that read the images. Below: of some "
+        f"channels, the {SIDE**2} patches\nthat excite each most (pale: outside of the "
+        f"image) and, on grey, what in them does it ({RULES[results['rule']]})",
         fontsize=10.5,
     )
     save_figure(figure, path)
