@@ -105,7 +105,8 @@ def test_pictures_are_what_training_draws():
     )
     images = (images - statistics.mean[None]) / statistics.std[None]
     wanted = augment.augment(rng, images, augmentation)
-    seen = steps.training_images(rng, IMAGES, constants, augmentation)
+    draw = jax.jit(steps.training_images, static_argnames="augmentation")
+    seen = draw(rng, IMAGES, constants, augmentation=augmentation)
     np.testing.assert_allclose(seen, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -161,6 +162,7 @@ def test_names_tell_the_size():
 def test_experiment_compares_and_does_nothing_twice(tmp_path, monkeypatch, capsys):
     config = default_config("mlp")
     config.update(total_steps=2, eval_every=2, checkpoint_every=2)
+    config.optim.schedule = "cosine"
     config.model.widths = (3,)
     choices = {"none": {}, "crop": {"crop_padding": 1}}
     monkeypatch.setattr(experiment, "augmentations", lambda side: choices)
