@@ -53,7 +53,7 @@ DRAWS = 6  # of each image, in the figure
 def quick() -> ml_collections.ConfigDict:
     """300 of the bundled digits, two convolutions of 3x3."""
     config = mnist_convnet.get_config()
-    config.total_steps = config.eval_every = config.checkpoint_every = 600
+    config.total_steps = config.eval_every = config.checkpoint_every = 400
     config.train_eval_examples = -1
     config.data.update(name="digits", val_examples=1_197, batch_size=60)
     config.optim.schedule = "cosine"
