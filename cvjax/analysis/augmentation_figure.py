@@ -9,10 +9,10 @@ import numpy as np
 from cvjax.analysis.figures import label_axes, save_figure
 from cvjax.analysis.filter_figure import tile
 
-COLORS = {"train_eval/error": "#8c8c8c", "test/error": "#1f5a99"}
+COLORS = {"train_eval/error": "#8c8c8c", "val/error": "#1f5a99"}
 LABELS = {
     "train_eval/error": "training error, images as they are",
-    "test/error": "test error",
+    "val/error": "test error",
 }
 
 
@@ -25,7 +25,7 @@ def draw_augmentation(
     """A row an augmentation: images beside draws of them, and errors of training with it.
 
     Points are means over the seeds, bars one standard deviation; the band is that of the
-    test error without augmentation.
+    validation error without augmentation.
 
     Args:
       results: see experiments/augmentation.py.
@@ -68,7 +68,7 @@ def draw_augmentation(
         f"{results['data']}, {results['train_examples']:,} training images, "
         f"{results['steps']:,} steps: what an augmentation does to images, and to errors "
         f"(mean and standard deviation of {seeds} seed{'s' * (seeds > 1)};\n"
-        "dashed: test error without augmentation)",
+        "dashed: validation error without augmentation)",
         fontsize=10,
     )
     save_figure(figure, path)
@@ -80,8 +80,8 @@ def _draw_errors(panel, table: dict[str, Any], name: str, *, is_last: bool) -> N
         for row in table.values()
         for key in COLORS
     )
-    reference = 100 * table["none"]["test/error"]["mean"]
-    spread = 100 * (table["none"]["test/error"]["std"] or 0)
+    reference = 100 * table["none"]["val/error"]["mean"]
+    spread = 100 * (table["none"]["val/error"]["std"] or 0)
     panel.axvspan(reference - spread, reference + spread, color="#1f5a99", alpha=0.12, lw=0)
     panel.axvline(reference, color="#1f5a99", lw=0.8, ls="--")
     for height, (key, color) in enumerate(COLORS.items()):
