@@ -12,7 +12,7 @@ from cvjax.analysis.filter_figure import tile
 COLORS = {"train_eval/error": "#8c8c8c", "val/error": "#1f5a99"}
 LABELS = {
     "train_eval/error": "training error, images as they are",
-    "val/error": "test error",
+    "val/error": "validation error (nothing was chosen by it)",
 }
 
 
