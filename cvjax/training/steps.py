@@ -15,7 +15,7 @@ from flax import struct
 from jax import numpy as jnp
 
 from cvjax.data import augment
-from cvjax.data.augment import Statistics
+from cvjax.data.augment import Augmentation, Statistics
 from cvjax.data.dataset import Split
 from cvjax.data.pipeline import Batch, eval_batches
 from cvjax.errors import DivergedError
@@ -46,6 +46,27 @@ class Constants:
     color_axes: jax.Array | None = None
 
 
+def training_images(
+    rng: jax.Array, images: jax.Array, constants: Constants, augmentation: Augmentation
+) -> jax.Array:
+    """uint8 images -> what the network is trained on: with random changes, normalised.
+
+    Args:
+      rng: of one step, see `Constants.rng`.
+      images: uint8 [batch, height, width, channels].
+      constants: its statistics and axes of colour are used.
+      augmentation: what is drawn.
+    """
+    images = augment.augment_colors(
+        jax.random.fold_in(rng, COLOR_DRAWS),
+        augment.to_unit(images),
+        augmentation,
+        constants.color_axes,
+    )
+    images = augment.standardize(images, constants.statistics)
+    return augment.augment(rng, images, augmentation)
+
+
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, constants: Constants, *, recipe: Recipe
@@ -58,14 +79,7 @@ def train_step(
     "kinetic" [batch] (the kinetic energy of an ODE block) and `recipe.loss.kinetic_weight`.
     """
     rng = jax.random.fold_in(constants.rng, state.step)
-    images = augment.augment_colors(
-        jax.random.fold_in(rng, COLOR_DRAWS),
-        augment.to_unit(batch["image"]),
-        recipe.augmentation,
-        constants.color_axes,
-    )
-    images = augment.standardize(images, constants.statistics)
-    images = augment.augment(rng, images, recipe.augmentation)
+    images = training_images(rng, batch["image"], constants, recipe.augmentation)
 
     collections = ["batch_stats", "auxiliary", "solver"]
     if recipe.loss.kinetic_weight:
