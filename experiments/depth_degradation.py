@@ -66,26 +66,31 @@ PRESETS = {
     "full": (full, {"plain": (20, 32, 44, 56), "residual": (20, 32, 44, 56, 110)}),
 }
 
-PRESET = flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-DEPTHS = flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
-STEPS = flags.DEFINE_integer(
-    "steps", None, "Steps a run instead of the preset's.", lower_bound=1
-)
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
+    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
+    flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", None, "Steps a run instead of the preset's.", lower_bound=1
+    )
+    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
     program.refuse_arguments(arguments)
-    create_config, depths = PRESETS[PRESET.value]
-    if DEPTHS.value:
-        depths = dict.fromkeys(NETS, parse_depths(DEPTHS.value))
-    folder = workdirs.check_writable(WORKDIR.value)
+    values = flags.FLAGS
+    create_config, depths = PRESETS[values.preset]
+    if values.depths:
+        depths = dict.fromkeys(NETS, parse_depths(values.depths))
+    folder = workdirs.check_writable(values.workdir)
     plan = [
         (net, depth, seed)
         for net in NETS
         for depth in depths[net]
-        for seed in range(SEEDS.value)
+        for seed in range(values.seeds)
     ]
     runs = []
     for number, (net, depth, seed) in enumerate(plan, start=1):
@@ -95,12 +100,12 @@ def main(arguments):
         config = create_config(depth)
         config.model.shortcut = NETS[net]
         config.seed = seed
-        config.total_steps = STEPS.value or config.total_steps
+        config.total_steps = values.steps or config.total_steps
         run_dir = folder / "runs" / f"{net}-{depth}-seed{seed}"
         train_and_evaluate(config, run_dir)
         runs.append(read_run(net, depth, seed, run_dir))
     table = tabulate(runs)
-    results = {"experiment": "depth_degradation", "preset": PRESET.value}
+    results = {"experiment": "depth_degradation", "preset": values.preset}
     workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
     draw_degradation(runs, folder / "depth_degradation.png")
     show(table)
@@ -178,5 +183,5 @@ def format_error(mean: float, std: float | None) -> str:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
+    define_flags()
     program.run(main)
