@@ -80,16 +80,14 @@ def quick() -> Preset:
     few.optim.learning_rate = 0.05
     few.optim.schedule = "cosine"
     few.model.widths = (256,)
-    decays = ("0", "0.001", "0.01", "0.03", "0.1", "0.3")
+    decays = ("0", "0.01", "0.03", "0.1", "0.3")
     regularisation = {decay: {"optim.weight_decay": float(decay)} for decay in decays}
     regularisation["crops"] = {"data.crop_padding": 1}
     return Preset(
         config=config,
         rates=(0.001, 0.03, 0.3, 3.0),
         few=few,
-        capacity={
-            str(width): {"model.widths": (width,)} for width in (1, 2, 4, 8, 32, 256)
-        },
+        capacity={str(width): {"model.widths": (width,)} for width in (1, 2, 4, 16, 256)},
         regularisation=regularisation,
         names={
             "capacity": "hidden units",

@@ -37,7 +37,6 @@ from typing import Any
 import ml_collections
 from absl import flags, logging
 
-from configs import cifar10_resnet
 from cvjax import data, program
 from cvjax.analysis import gradients
 from cvjax.analysis import vanishing_gradients as vanishing
@@ -60,18 +59,18 @@ NETS: dict[str, dict[str, Any]] = {
 BATCH = 128  # images that gradients are measured on
 
 
-def quick() -> ml_collections.ConfigDict:
-    """As in experiments/depth_degradation.py, the digits and narrow nets, but 200 steps."""
-    config = depth_degradation.quick(depth=8)
-    config.total_steps = 200
-    config.eval_every = config.checkpoint_every = 100
+def quick(depth: int) -> ml_collections.ConfigDict:
+    """As in experiments/depth_degradation.py, the digits and narrow nets, but 100 steps."""
+    config = depth_degradation.quick(depth)
+    config.total_steps = config.eval_every = 100
+    config.checkpoint_every = 50
     config.model.walk = "rolled"  # short runs: compilation would take most of the time
     return config
 
 
-def full() -> ml_collections.ConfigDict:
+def full(depth: int) -> ml_collections.ConfigDict:
     """The paper's recipe on CIFAR-10."""
-    config = cifar10_resnet.get_config()
+    config = depth_degradation.full(depth)
     config.checkpoint_every = 16_000
     config.keep_checkpoints = 4
     return config
@@ -110,31 +109,28 @@ def main(arguments):
         logging.info(
             "Run %d of %d: %s, %d layers, seed %d.", number, len(plan), net, depth, seed
         )
-        config = create_config()
+        config = create_config(depth)
         config.seed = seed
         config.total_steps = values.steps or config.total_steps
         place = folder / "runs" / f"{net}-{depth}-seed{seed}"
-        train_and_evaluate(with_net(config, net, depth), place)
+        train_and_evaluate(with_net(config, net), place)
         runs.append({"net": net, "depth": depth, "seed": seed, **measure(place)})
     table = vanishing.tabulate(runs)
     results = {"experiment": "vanishing_gradients", "preset": values.preset}
     results["provenance"] = workdirs.provenance()
     workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
     figure = folder / "vanishing_gradients.png"
-    vanishing.draw_gradients(runs, table, create_config().data.name, figure)
+    vanishing.draw_gradients(runs, table, config.data.name, figure)
     vanishing.show(table)
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {figure}")
 
 
-def with_net(
-    config: ml_collections.ConfigDict, net: str, depth: int
-) -> ml_collections.ConfigDict:
+def with_net(config: ml_collections.ConfigDict, net: str) -> ml_collections.ConfigDict:
     """The config for one of `NETS`; an ODE-net has as many layers as the others."""
-    config.model.depth = depth
     config.model.update(NETS[net])
     if net == "ode":
-        width, walk = config.model.width, config.model.walk
+        depth, width, walk = (config.model[key] for key in ("depth", "width", "walk"))
         config.model = default_config("odenet").model
         # It has one width where the others end with four times theirs.
         config.model.update(stem="none", width=2 * width, walk=walk)
