@@ -324,6 +324,10 @@ def test_too_little(key):
     [
         ({"optim.learning_rate": 0.0}, "optim.learning_rate must be above 0, got 0.0."),
         (
+            {"optim.schedule": "exponential", "optim.decay_factor": 0.0},
+            "optim.decay_factor must be above 0, got 0.0.",
+        ),
+        (
             {"optim.learning_rate": float("inf")},
             "optim.learning_rate must be above 0, got inf.",
         ),
