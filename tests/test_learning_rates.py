@@ -39,9 +39,10 @@ def test_suggestion_is_a_tenth_of_the_best_rate():
 
 def test_what_comes_after_the_divergence_does_not_count():
     tried = np.geomspace(1e-4, 10, 101)
-    losses = np.where(tried < 0.01, 2.0 - 100 * tried, 1e6)
-    losses[-20:] = 0.0  # as by chance
-    assert rates.suggest(tried, losses).least == pytest.approx(tried[tried < 0.01][-1])
+    losses = np.where(tried < 0.0099, 2.0 - 100 * tried, 50.0)
+    losses[-55:] = 0.0  # as by chance, and long enough for the smoothed loss to follow
+    assert rates.smooth(losses).argmin() == 100
+    assert rates.suggest(tried, losses).least == pytest.approx(tried[tried < 0.0099][-1])
 
 
 # The range test's config
