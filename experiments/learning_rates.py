@@ -9,17 +9,18 @@ in train.py), prints the learning rate that it suggests and draws the curve.
 Learning rates. Theory: a low rate learns slowly, a high one learns fast at first and then
 cannot settle, a very high one diverges: near a minimum, steps with a rate above
 2 / curvature (with momentum 2 (1 + momentum) / curvature) lead away from it. A run that
-diverges is a result, drawn as far as the loss was finite.
+diverges is a result, drawn as far as the loss was finite. Between them a rate may throw a
+net to where its ReLUs are dead: its loss stays that of a guess, ln 10 = 2.3.
 
 Range test (Smith 2017, arXiv:1506.01186, section 3.3; here growing exponentially): one
 short run, the rate multiplied by the same factor in each step (`optim.schedule`
 "exponential"), and the batches' loss against it. Suggested is a tenth of the rate at which
 the smoothed loss is least (`analysis.learning_rates.suggest`).
 
-Gap. Few training images. With more capacity the training error falls to zero and the
-validation error falls, then rises or stays: the gap is the overfitting. With more weight
-decay the training error rises, and the validation error falls before it rises. Nets that
-can learn all images by heart often do not get worse with still more capacity (Belkin et al.
+Gap, with few training images. With more capacity the training loss falls to zero and the
+validation loss falls, then rises or stays: the gap is the overfitting. With more weight
+decay the training loss rises, and the validation loss falls before it rises. Nets that can
+learn all images by heart often do not get worse with still more capacity (Belkin et al.
 2019, arXiv:1812.11118): whether these do is measured, not assumed.
 
 Presets: quick (digits, fully connected nets, two CPU cores), full (CIFAR-10, residual
@@ -51,7 +52,7 @@ class Preset(NamedTuple):
 
     Attributes:
       config: of the learning rates and the range test.
-      rates: low, good, high, very high.
+      rates: from low to very high.
       few: the config of capacity and regularisation, of few training images.
       capacity, regularisation: the keys that each setting changes in it, by its label.
       names: what the settings are.
@@ -77,15 +78,15 @@ def quick() -> Preset:
     few.log_every = 100
     few.data.val_examples = 1397  # of 1,497: 100 are left
     few.data.batch_size = 50
-    few.optim.learning_rate = 0.05
+    few.optim.learning_rate = 0.02
     few.optim.schedule = "cosine"
     few.model.widths = (256,)
-    decays = ("0", "0.01", "0.03", "0.1", "0.3")
+    decays = ("0", "0.003", "0.01", "0.03", "0.1", "0.3")
     regularisation = {decay: {"optim.weight_decay": float(decay)} for decay in decays}
     regularisation["crops"] = {"data.crop_padding": 1}
     return Preset(
         config=config,
-        rates=(0.001, 0.03, 0.3, 3.0),
+        rates=(0.0003, 0.03, 0.1, 0.3, 3.0),
         few=few,
         capacity={str(width): {"model.widths": (width,)} for width in (1, 2, 4, 16, 256)},
         regularisation=regularisation,
@@ -111,7 +112,7 @@ def full() -> Preset:
     regularisation["crops, flips"] = {"data.crop_padding": 4, "data.flip": True}
     return Preset(
         config=config,
-        rates=(0.001, 0.1, 3.0, 100.0),
+        rates=(0.0003, 0.1, 1.0, 10.0, 100.0),
         few=few,
         capacity={str(width): {"model.width": width} for width in (1, 2, 4, 8, 16, 32)},
         regularisation=regularisation,

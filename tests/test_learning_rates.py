@@ -82,7 +82,9 @@ RATE_RUNS = [
 
 
 def fit_of(setting, train, val):
-    return {"setting": setting, "summary": {"train_eval/error": train, "val/error": val}}
+    losses = {"train_eval/loss": train, "val/loss": val}
+    summary = {**losses, "train_eval/error": train / 2, "val/error": val / 2}
+    return {"setting": setting, "summary": summary}
 
 
 def test_table_of_rates_by_hand():
@@ -101,6 +103,8 @@ def test_table_of_fits_by_hand():
     ]
     (row,) = rates.tabulate_fits(runs)
     assert (row["setting"], row["n"]) == ("4", 2)
+    assert row["val/loss"]["mean"] == pytest.approx(0.3)
+    assert row["train_eval/error"]["mean"] == pytest.approx(0.025)
     assert row["gap"] == {
         "mean": pytest.approx(0.25),
         "std": pytest.approx(0.3 / np.sqrt(2)),

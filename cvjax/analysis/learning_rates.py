@@ -13,8 +13,9 @@ import rich.table
 from cvjax.analysis.figures import label_axes, save_figure
 from cvjax.analysis.multilevel import spread
 
-RATE_COLORS = ("#2f8f83", "#1f5a99", "#d99a2b", "#c8553d")
-RATE_MARKERS = ("^", "o", "D", "s")
+RATE_COLORS = ("#2f8f83", "#1f5a99", "#d99a2b", "#c8553d", "#3d3d3d")
+RATE_MARKERS = ("^", "o", "D", "s", "v")
+FITS = ("train_eval/loss", "val/loss", "train_eval/error", "val/error")
 TRAINING, VALIDATION, GREY = "#1f5a99", "#c8553d", "#8c8c8c"
 SMOOTHING = 0.9
 DIVERGED = 4.0  # times the least smoothed loss so far
@@ -82,10 +83,10 @@ def tabulate_rates(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each "setting": "n" (seeds), errors (fractions) as mean and spread.
+    """A row for each "setting": "n" (seeds), and mean and spread of each of `FITS`.
 
-    "gap" is the validation error less the training error. A run that diverged has no
-    errors, and its setting no row.
+    Losses are in nats, errors fractions; "gap" is the validation loss less the training
+    loss. A run that diverged has none, and its setting no row.
     """
     table = []
     for setting in dict.fromkeys(run["setting"] for run in runs):
@@ -93,9 +94,9 @@ def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not all(own):
             continue
         row = {"setting": setting, "n": len(own)}
-        for key in ("train_eval/error", "val/error"):
+        for key in FITS:
             row[key] = spread([summary[key] for summary in own])
-        gaps = [summary["val/error"] - summary["train_eval/error"] for summary in own]
+        gaps = [summary["val/loss"] - summary["train_eval/loss"] for summary in own]
         table.append({**row, "gap": spread(gaps)})
     return table
 
@@ -110,12 +111,13 @@ def show(results: dict[str, Any]) -> None:
         rates.add_row(f"{row['rate']:g}", loss, diverged)
     console = rich.console.Console()
     console.print(rates)
-    headings = ("training error %", "validation error %", "gap")
+    headings = ("training loss", "validation loss", "training %", "validation error %")
     for part in ("capacity", "regularisation"):
-        fits = _table(part, (results["names"][part], *headings))
+        fits = _table(part, (results["names"][part].partition(",")[0], *headings))
         for row in results[part]:
-            keys = ("train_eval/error", "val/error", "gap")
-            fits.add_row(str(row["setting"]), *(_format(row[k], 1, 100) for k in keys))
+            losses = [_format(row[key], 3) for key in FITS[:2]]
+            errors = [_format(row[key], 1, 100) for key in FITS[2:]]
+            fits.add_row(row["setting"], *losses, *errors)
         console.print(fits)
     print(describe(results["range"]))
 
@@ -190,7 +192,7 @@ def draw_range_test(
 def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
     rates = list(dict.fromkeys(run["rate"] for run in runs))
     for i, rate in enumerate(rates):
-        style = {"color": RATE_COLORS[i % 4], "lw": 1.5}
+        style = {"color": RATE_COLORS[i % 5], "lw": 1.5}
         own = [run for run in runs if run["rate"] == rate]
         broken = [run for run in own if run["diverged"]]
         for run in own:
@@ -199,7 +201,7 @@ def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
             label = f"{rate:g}" + (
                 f", diverged: {len(broken)} of {len(own)}" * bool(broken)
             )
-            mark = {"marker": RATE_MARKERS[i % 4], "markersize": 4, "markevery": 10}
+            mark = {"marker": RATE_MARKERS[i % 5], "markersize": 4, "markevery": 10}
             panel.plot(steps, losses, alpha=0.9, **style, **mark, label=label * first)
         for run in broken:
             last = run["curve"][-1]
@@ -207,7 +209,7 @@ def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
     panel.set_yscale("log")
     panel.legend(fontsize=8, frameon=False, title="learning rate", title_fontsize=8)
     label_axes(panel, "step", "training loss (batches)")
-    panel.set_title("low, good, high, very high; a line a seed", fontsize=10)
+    panel.set_title("from low to very high; a line a seed, × not finite", fontsize=10)
 
 
 def _draw_range(panel, tests: list[dict[str, Any]], marks: Sequence[float]) -> None:
@@ -227,7 +229,7 @@ def _draw_range(panel, tests: list[dict[str, Any]], marks: Sequence[float]) -> N
         f"suggested\n{suggested:.2g} ", (suggested, 0.97), ha="right", va="top", **at
     )
     for i, rate in enumerate(marks):
-        style = {"color": RATE_COLORS[i % 4], "marker": RATE_MARKERS[i % 4]}
+        style = {"color": RATE_COLORS[i % 5], "marker": RATE_MARKERS[i % 5]}
         place = panel.get_xaxis_transform()
         panel.plot(rate, 0.03, ls="", transform=place, clip_on=False, **style)
     panel.legend(fontsize=8, frameon=False, loc="upper left")
@@ -239,19 +241,19 @@ def _draw_fits(panel, table: list[dict[str, Any]], name: str) -> None:
     places = np.arange(len(table))
     means = {}
     for key, color, marker, label in (
-        ("train_eval/error", TRAINING, "o", "training"),
-        ("val/error", VALIDATION, "s", "validation"),
+        ("train_eval/loss", TRAINING, "o", "training"),
+        ("val/loss", VALIDATION, "s", "validation"),
     ):
-        means[key] = np.array([100 * row[key]["mean"] for row in table])
-        std = [100 * (row[key]["std"] or 0) for row in table]
+        means[key] = np.array([row[key]["mean"] for row in table])
+        std = [row[key]["std"] or 0 for row in table]
         style = {"color": color, "marker": marker, "markersize": 5, "capsize": 3}
         panel.errorbar(places, means[key], yerr=std, lw=1.6, label=label, **style)
     panel.fill_between(places, *means.values(), color=VALIDATION, alpha=0.1, lw=0)
-    best = int(means["val/error"].argmin())
+    best = int(means["val/loss"].argmin())
     panel.axvline(best, color=GREY, lw=1, ls="--", zorder=0)
     at = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": "0.35"}
-    panel.annotate(" least validation error", (best, 0.97), va="top", **at)
+    panel.annotate(" least validation loss", (best, 0.97), va="top", **at)
     panel.set_xticks(places, [str(row["setting"]) for row in table])
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=8, frameon=False, loc="center right")
-    label_axes(panel, name, "error (%)")
+    label_axes(panel, name, "loss (nats)")
