@@ -239,6 +239,8 @@ def _draw_range(panel, tests: list[dict[str, Any]], marks: Sequence[float]) -> N
 
 def _draw_fits(panel, table: list[dict[str, Any]], name: str) -> None:
     places = np.arange(len(table))
+    # What is no number stands beside the line.
+    line = [i for i in places if table[i]["setting"].replace(".", "").isdecimal()]
     means = {}
     for key, color, marker, label in (
         ("train_eval/loss", TRAINING, "o", "training"),
@@ -246,14 +248,17 @@ def _draw_fits(panel, table: list[dict[str, Any]], name: str) -> None:
     ):
         means[key] = np.array([row[key]["mean"] for row in table])
         std = [row[key]["std"] or 0 for row in table]
-        style = {"color": color, "marker": marker, "markersize": 5, "capsize": 3}
-        panel.errorbar(places, means[key], yerr=std, lw=1.6, label=label, **style)
-    panel.fill_between(places, *means.values(), color=VALIDATION, alpha=0.1, lw=0)
-    best = int(means["val/loss"].argmin())
+        style = {"color": color, "marker": marker, "markersize": 5, "capsize": 3, "ls": ""}
+        panel.errorbar(places, means[key], yerr=std, label=label, **style)
+        panel.plot(line, means[key][line], color=color, lw=1.6)
+    train, val = means.values()
+    panel.fill_between(line, train[line], val[line], color=VALIDATION, alpha=0.1, lw=0)
+    best = int(val.argmin())
     panel.axvline(best, color=GREY, lw=1, ls="--", zorder=0)
     at = {"xycoords": ("data", "axes fraction"), "fontsize": 8, "color": "0.35"}
-    panel.annotate(" least validation loss", (best, 0.97), va="top", **at)
-    panel.set_xticks(places, [str(row["setting"]) for row in table])
+    side = "right" if best > len(table) / 2 else "left"
+    panel.annotate(" least validation loss ", (best, 0.97), va="top", ha=side, **at)
+    panel.set_xticks(places, [row["setting"] for row in table])
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8, frameon=False, loc="center right")
+    panel.legend(fontsize=8, frameon=False, loc="center")
     label_axes(panel, name, "loss (nats)")
