@@ -48,6 +48,8 @@ def test_factor_by_hand():
     """Three blocks of two layers: 8 = sqrt(2)^6."""
     assert vanishing.ratio([8.0, 5.0, 2.0, 1.0]) == 8.0
     assert vanishing.factor([8.0, 5.0, 2.0, 1.0]) == pytest.approx(np.sqrt(2))
+    for dead in ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0]):
+        assert vanishing.ratio(dead) == vanishing.factor(dead) == 0.0
 
 
 # Table and figure
@@ -82,7 +84,10 @@ def test_figure_from_given_numbers(tmp_path, seeds, capsys):
         for depth in (8, 14)
         for seed in range(seeds)
     ]
+    # A net that is dead after its training.
+    runs[0]["gradients"][-1]["states"][0] = runs[0]["gradients"][-1]["kernels"][0] = 0.0
     table = vanishing.tabulate(runs)
+    assert table[0]["ratio/trained"] == 0.0
     vanishing.draw_gradients(runs, table, "digits", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 20_000
     vanishing.show(table)

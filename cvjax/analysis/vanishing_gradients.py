@@ -20,6 +20,7 @@ STYLES = {
     "residual": ("residual, ReLU, BatchNorm", "#1f5a99", "o"),
     "ode": ("ODE-net (Euler)", "#2f8f83", "^"),
 }
+TINY = 1e-300
 
 
 def padding_factor(side: int, depth: int) -> float:
@@ -55,8 +56,11 @@ def theory(net: str, side: int, depth: int) -> tuple[str, float]:
 
 
 def ratio(states: list[float]) -> float:
-    """|dL/dx| of the first state over that of the last one."""
-    return states[0] / states[-1]
+    """|dL/dx| of the first state over that of the last one; 0 where none arrives at all.
+
+    That can be: behind ReLUs that are zero for all images the gradient is exactly zero.
+    """
+    return states[0] / states[-1] if states[0] else 0.0
 
 
 def factor(states: list[float]) -> float:
@@ -83,7 +87,8 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for when, at in (("initial", 0), ("trained", -1)):
             states = [run["gradients"][at]["states"] for run in own]
             row[f"factor/{when}"] = spread([factor(one) for one in states])
-            logs = [math.log(ratio(one)) for one in states]
+            ratios = [ratio(one) for one in states]
+            logs = [math.log(one) if one else -math.inf for one in ratios]
             row[f"ratio/{when}"] = math.exp(np.mean(logs))
         row["train/error"] = spread([run["train/error"] for run in own])
         table.append(row)
@@ -178,9 +183,9 @@ def _draw_along(panel, net: str, runs: list[dict[str, Any]], at: int, key: str) 
         return
     layers = 1 + np.arange(norms.shape[1])
     if key == "states":  # two layers a block, after the stem
-        norms, layers = norms / norms[:, -1:], 2 * layers - 1
+        norms, layers = norms / np.maximum(norms[:, -1:], TINY), 2 * layers - 1
     label, color, marker = STYLES[net]
-    logs = np.log10(norms)
+    logs = np.log10(np.where(norms > 0, norms, np.nan))  # zero has no place on the axis
     mean = logs.mean(axis=0)
     style = {"color": color, "marker": marker, "markersize": 4, "lw": 1.6, "label": label}
     panel.plot(layers, 10**mean, markevery=max(1, len(layers) // 8), **style)
@@ -189,6 +194,11 @@ def _draw_along(panel, net: str, runs: list[dict[str, Any]], at: int, key: str) 
         band = (10 ** (mean - std), 10 ** (mean + std))
         panel.fill_between(layers, *band, color=color, alpha=0.18, lw=0)
     panel.set_yscale("log")
+    zero = int((norms[:, 0] == 0).sum())
+    if zero:
+        text = f"{label}: exactly zero at the first layer\n({zero} of {len(norms)} seeds)"
+        place = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8}
+        panel.annotate(text, (1.0, 0.08), color=color, **place)
 
 
 def _draw_ratios(panel, table: list[dict[str, Any]]) -> None:
@@ -201,7 +211,7 @@ def _draw_ratios(panel, table: list[dict[str, Any]]) -> None:
         if own and own[0]["theory"][0] != "near":
             powers = [row["theory"][1] ** (row["depth"] - 2) for row in own]
             panel.plot(depths, powers, color=color, lw=1, ls="--")
-    panel.plot([], [], color="0.4", lw=1, ls="--", label="theory (see docstring)")
+    panel.plot([], [], color="0.4", lw=1, ls="--", label="theory")
     panel.set_yscale("log")
     panel.set_xticks(sorted({row["depth"] for row in table}))
     panel.legend(fontsize=8, frameon=False, loc="lower left")
