@@ -196,7 +196,7 @@ def _draw_along(panel, net: str, runs: list[dict[str, Any]], at: int, key: str) 
     panel.set_yscale("log")
     zero = int((norms[:, 0] == 0).sum())
     if zero:
-        text = f"{label}: exactly zero at the first layer\n({zero} of {len(norms)} seeds)"
+        text = f"exactly zero at layer 1\nin {zero} of {len(norms)} seeds"
         place = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8}
         panel.annotate(text, (1.0, 0.08), color=color, **place)
 
