@@ -166,8 +166,10 @@ def draw_learning_rates(results: dict[str, Any], path: str | os.PathLike[str]) -
     _draw_range(panels[0, 1], results["range"], marks)
     for panel, part in zip(panels[1], ("capacity", "regularisation"), strict=True):
         _draw_fits(panel, results[part], results["names"][part])
-    panels[1, 0].set_title("capacity: too little, and too much", fontsize=10)
-    panels[1, 1].set_title("regularisation: too little, and too much", fontsize=10)
+    panels[1, 0].set_title(
+        "capacity: left underfit, right overfit by the shaded gap", fontsize=10
+    )
+    panels[1, 1].set_title("regularisation: left overfit, right underfit", fontsize=10)
     seeds = results["rates"][0]["n"]
     figure.suptitle(
         f"{results['data']}: learning rates (above), and the gap between training and "
@@ -191,6 +193,7 @@ def draw_range_test(
 
 def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
     rates = list(dict.fromkeys(run["rate"] for run in runs))
+    top = 50 * min(run["curve"][0][1] for run in runs if run["curve"])
     for i, rate in enumerate(rates):
         style = {"color": RATE_COLORS[i % 5], "lw": 1.5}
         own = [run for run in runs if run["rate"] == rate]
@@ -204,9 +207,11 @@ def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
             mark = {"marker": RATE_MARKERS[i % 5], "markersize": 4, "markevery": 10}
             panel.plot(steps, losses, alpha=0.9, **style, **mark, label=label * first)
         for run in broken:
-            last = run["curve"][-1]
-            panel.plot(*last, marker="x", markersize=9, mew=2.2, color=style["color"])
+            step, loss = run["curve"][-1]
+            cross = {"marker": "x", "markersize": 9, "mew": 2.2, "clip_on": False}
+            panel.plot(step, min(loss, top), color=style["color"], **cross)
     panel.set_yscale("log")
+    panel.set_ylim(top=top)  # what diverges leaves the panel
     panel.legend(fontsize=8, frameon=False, title="learning rate", title_fontsize=8)
     label_axes(panel, "step", "training loss (batches)")
     panel.set_title("from low to very high; a line a seed, × not finite", fontsize=10)
@@ -260,5 +265,5 @@ def _draw_fits(panel, table: list[dict[str, Any]], name: str) -> None:
     panel.annotate(" least validation loss ", (best, 0.97), va="top", ha=side, **at)
     panel.set_xticks(places, [row["setting"] for row in table])
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8, frameon=False, loc="center")
+    panel.legend(fontsize=8, frameon=False, loc=(0.04, 0.35))
     label_axes(panel, name, "loss (nats)")
