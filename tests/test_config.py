@@ -89,7 +89,6 @@ OTHERS = {
     "optim.schedule": "cosine",
     "optim.boundaries": (0.25, 100),
     "loss.name": "sigmoid",
-    "model.activation": "softplus",
     "model.body": "tied",
     "model.blocks": (3, 3, 3),
     "model.dtype": "bfloat16",
@@ -111,6 +110,7 @@ NEEDED = {
     "init_refine": {"init_from": "runs/coarse"},
     "model.pieces": {"model.theta": "piecewise_constant"},
 }
+OTHER_ACTIVATIONS = {"resnet_cifar": "sigmoid"}
 OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 
@@ -119,6 +119,8 @@ def another(model, key, value):
     """A value that is as good as the default."""
     if key == "model.depth":
         return OTHER_DEPTHS[model]
+    if key == "model.activation":
+        return OTHER_ACTIVATIONS.get(model, "softplus")
     if key == "model.variant":
         return OTHER_VARIANTS[model]
     if key in OTHERS:
@@ -321,6 +323,10 @@ def test_too_little(key):
     ("changes", "sentence"),
     [
         ({"optim.learning_rate": 0.0}, "optim.learning_rate must be above 0, got 0.0."),
+        (
+            {"optim.schedule": "exponential", "optim.decay_factor": 0.0},
+            "optim.decay_factor must be above 0, got 0.0.",
+        ),
         (
             {"optim.learning_rate": float("inf")},
             "optim.learning_rate must be above 0, got inf.",

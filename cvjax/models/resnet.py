@@ -34,7 +34,7 @@ from flax import linen as nn
 
 from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
-from cvjax.models.resnet_cifar import ModuleDef, PostActivation, Shortcut, head_init
+from cvjax.models.resnet_layers import ModuleDef, PostActivation, Shortcut, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
 
@@ -99,7 +99,7 @@ class ResNet(nn.Module):
     Attributes:
       num_classes: size of the logits.
       depth: number of layers with weights: 18, 34, 50, 101 or 152.
-      shortcut: "A", "B" or "C" of the paper (see `resnet_cifar.Shortcut`), or "none" for
+      shortcut: "A", "B" or "C" of the paper (see `resnet_layers.Shortcut`), or "none" for
         the plain net. The deep nets of the paper have "B".
       version: "1.5" or "1", where a bottleneck has its stride.
       width: features of the stem; the paper's is 64.

@@ -233,10 +233,12 @@ def _check_ranges(run: RunConfig) -> None:
     for key, (value, least) in at_least.items():
         if not least <= value < float("inf"):
             raise UserError(f"{key} must be {least} or more, got {value}.")
-    if not 0 < run.optim.learning_rate < float("inf"):
-        raise UserError(
-            f"optim.learning_rate must be above 0, got {run.optim.learning_rate}."
-        )
+    above_zero = {"optim.learning_rate": run.optim.learning_rate}
+    if run.optim.schedule == "exponential":
+        above_zero["optim.decay_factor"] = run.optim.decay_factor
+    for key, value in above_zero.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"{key} must be above 0, got {value}.")
     below_one = {
         "data.brightness": run.data.brightness,
         "data.contrast": run.data.contrast,
