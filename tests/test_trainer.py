@@ -10,7 +10,14 @@ from absl import logging
 from cvjax import data
 from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import DivergedError, InterruptedRun, UserError
-from cvjax.training import checkpoint, default_config, logs, loop, train_and_evaluate
+from cvjax.training import (
+    checkpoint,
+    default_config,
+    dispatch,
+    logs,
+    loop,
+    train_and_evaluate,
+)
 
 TOTAL_STEPS = 12
 BATCH_SIZE = 399  # of 1,197 training digits: three batches an epoch
@@ -60,14 +67,14 @@ def create_config(model="mlp", **settings):
 
 def stop_at(monkeypatch, step, action):
     """Calls `action` when the batch after `step` updates is asked for."""
-    train_batch = loop.train_batch
+    train_batch = dispatch.train_batch
 
-    def patched(split, batch_size, seed, at):
+    def patched(split, batch_size, seed, at, share):
         if at == step:
             action()
-        return train_batch(split, batch_size, seed, at)
+        return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(loop, "train_batch", patched)
+    monkeypatch.setattr(dispatch, "train_batch", patched)
 
 
 def rows_without_time(workdir):

@@ -79,6 +79,8 @@ class RunConfig:
       checkpoint_every: between two checkpoints; there is always one at the end, at the
         best validation error, and when the run is stopped by a signal.
       keep_checkpoints: how many of the latest checkpoints stay; the best stays besides.
+      steps_per_dispatch: how many updates one call of the device makes at most, 0 for what
+        the platform likes best (see `training.dispatch`); it changes speed, not results.
       train_eval_examples: how many training images each evaluation also measures, as they
         are (not augmented) and in evaluation mode; -1 for all, 0 for none. At the end all
         are measured, unless it is 0.
@@ -98,6 +100,7 @@ class RunConfig:
     eval_every: int = 250
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    steps_per_dispatch: int = 0
     train_eval_examples: int = -1
     init_from: str = ""
     init_refine: int = 1
@@ -114,6 +117,7 @@ RESUMABLE_KEYS = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "steps_per_dispatch",
     "train_eval_examples",
     "data.data_dir",
     "data.cache_dir",
@@ -194,6 +198,7 @@ def _check_ranges(run: RunConfig) -> None:
         "eval_every": (run.eval_every, 1),
         "checkpoint_every": (run.checkpoint_every, 1),
         "keep_checkpoints": (run.keep_checkpoints, 1),
+        "steps_per_dispatch": (run.steps_per_dispatch, 0),
         "train_eval_examples": (run.train_eval_examples, -1),
         "init_refine": (run.init_refine, 1),
         "data.batch_size": (run.data.batch_size, 1),

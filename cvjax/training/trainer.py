@@ -8,14 +8,18 @@ workdir/curves.png        loss and error against steps
 workdir/summary.json      the final numbers; its presence says that the run is finished
 """
 
+import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from cvjax import data, progress
 from cvjax.analysis.curves import draw_curves
@@ -25,7 +29,16 @@ from cvjax.data.photographs import compute_color_axes
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.nn import solver
-from cvjax.training import checkpoint, interrupt, logs, loop, metrics, steps, transfer
+from cvjax.training import (
+    checkpoint,
+    devices,
+    interrupt,
+    logs,
+    loop,
+    metrics,
+    steps,
+    transfer,
+)
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
 from cvjax.training.network import Network, write_inputs
@@ -60,10 +73,17 @@ def train_and_evaluate(
     run = parse_config(config)
     # A misspelt field should not wait for a download: the net is made again below.
     create_model(num_classes=1, **run.model)
-    folder = workdirs.check_writable(workdir)
-    with workdirs.lock(folder):
-        _refuse_changed_config(folder, config)
-        summary = _finished(folder, run)
+    devices.check_batch_size(run.data.batch_size)
+    folder = pathlib.Path(workdir).absolute()
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> dict[str, float] | None:
+            workdirs.check_writable(folder)
+            stack.enter_context(workdirs.lock(folder))
+            _refuse_changed_config(folder, config)
+            return _finished(folder, run)
+
+        summary = devices.from_first(enter)
         if summary:
             logging.info(
                 "%s is finished: step %d, see summary.json.", folder, run.total_steps
@@ -74,18 +94,8 @@ def train_and_evaluate(
 
 def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path):
     started = time.perf_counter()
-    resumes = checkpoint.latest_step(folder) is not None
-    source = None
-    if run.init_from and not resumes:
-        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
-    dataset = data.load(
-        run.data.name,
-        data_dir=run.data.data_dir,
-        cache_dir=run.data.cache_dir,
-        val_examples=run.data.val_examples,
-    )
-    check_data(run, len(dataset.train.labels), dataset.image_shape)
-    statistics = _statistics(run, dataset, source, folder)
+    resumes = devices.from_first(lambda: checkpoint.latest_step(folder) is not None)
+    source, dataset, statistics = devices.on_all(lambda: _load(run, folder, resumes))
     logging.info(
         "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
         *(dataset.name, len(dataset.train.labels), len(dataset.val.labels)),
@@ -108,31 +118,53 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
             f"loss.kinetic_weight is {run.loss.kinetic_weight:g}, but "
             f"{run.model['name']} has no ODE block; set it to 0."
         )
-    # Before config.json, by which readers know the run.
-    write_inputs(folder, statistics, dataset.class_names)
-    workdirs.write_manifest(folder, config.to_dict())
-    _log_plan(run, state, trained)
-
-    rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
     start = int(state.step)
-    with (
-        interrupt.watch() as stop,
-        logs.open_writer(folder, start or None) as write,
-        progress.open(run.total_steps, start, folder.name) as show,
-    ):
+    with contextlib.ExitStack() as stack:
+        write = show = _nothing
+        if devices.is_first():
+            # Before config.json, by which readers know the run.
+            write_inputs(folder, statistics, dataset.class_names)
+            workdirs.write_manifest(folder, config.to_dict())
+            _log_plan(run, state, trained)
+            write = stack.enter_context(logs.open_writer(folder, start or None))
+            show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
+        mesh = devices.create_mesh()
+        rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
+        constants = steps.Constants(rng, statistics, _color_axes(run, dataset))
+        constants = devices.replicate(constants, mesh)
         state, record = loop.train(
-            state,
+            devices.replicate(state, mesh),
             record,
             run=run,
             recipe=recipe,
-            constants=steps.Constants(rng, statistics, _color_axes(run, dataset)),
+            constants=constants,
             dataset=dataset,
+            mesh=mesh,
             folder=folder,
-            stop=stop,
+            stop=stack.enter_context(interrupt.watch()),
             write=write,
             show=show,
         )
-    return _finish(state, record, run, recipe, statistics, dataset, folder)
+    return _finish(state, record, run, recipe, constants.statistics, dataset, mesh, folder)
+
+
+def _nothing(*_) -> None:
+    """Writes and shows what processes but the first do."""
+
+
+def _load(run: RunConfig, folder: pathlib.Path, resumes: bool):
+    """The network to start from (None without), the data set, and its statistics."""
+    source = None
+    if run.init_from and not resumes:
+        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
+    dataset = data.load(
+        run.data.name,
+        data_dir=run.data.data_dir,
+        cache_dir=run.data.cache_dir,
+        val_examples=run.data.val_examples,
+    )
+    check_data(run, len(dataset.train.labels), dataset.image_shape)
+    return source, dataset, _statistics(run, dataset, source, folder)
 
 
 def _color_axes(run: RunConfig, dataset: Dataset) -> jax.Array | None:
@@ -187,8 +219,9 @@ def _initial_or_restored(
     free = ("walk", *solver.FIELDS)
     same_net = {key: run.model[key] for key in run.model if key not in free}
     expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
-    restored = checkpoint.restore_latest(
-        folder, create_train_state.eval_shape(rng, **static), expect
+    abstract_state = create_train_state.eval_shape(rng, **static)
+    restored = _read_together(
+        lambda: checkpoint.restore_latest(folder, abstract_state, expect), abstract_state
     )
     if restored is None:
         return create_train_state(rng, **static), loop.Record(**expect)
@@ -200,6 +233,27 @@ def _initial_or_restored(
         )
     logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
     return state, loop.Record(**expect, last=info["last"], best=info["best"])
+
+
+def _read_together(
+    read: Callable[[], tuple[TrainState, dict] | None], abstract_state: TrainState
+) -> tuple[TrainState, dict] | None:
+    """What `read` gives the first process, for all of them."""
+    restored = None
+
+    def read_info() -> dict | None:
+        nonlocal restored
+        restored = read()
+        return None if restored is None else restored[1]
+
+    info = devices.from_first(read_info)
+    if info is None:
+        return None
+    if restored is None:
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state)
+    else:
+        state = restored[0]
+    return devices.broadcast(state), info
 
 
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
@@ -229,6 +283,7 @@ def _finish(
     recipe: Recipe,
     statistics: Statistics,
     dataset: Dataset,
+    mesh: Mesh,
     folder: pathlib.Path,
 ) -> dict[str, float]:
     """The only place where the test images are looked at."""
@@ -242,6 +297,7 @@ def _finish(
             recipe=recipe,
             batch_size=run.data.eval_batch_size,
             prefix=prefix,
+            mesh=mesh,
         )
 
     summary = {**record.last, "parameters": count_parameters(state.params)}
@@ -252,13 +308,22 @@ def _finish(
     if best["step"] == run.total_steps:
         best |= {key: summary[key] for key in summary if key.startswith("test/")}
     else:
-        best_state, _ = checkpoint.restore_step(folder, best["step"], state)
-        best |= evaluate(best_state, dataset.test, "test")
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state
+        )
+        best_state, _ = _read_together(
+            lambda: checkpoint.restore_step(folder, best["step"], like), like
+        )
+        best |= evaluate(devices.replicate(best_state, mesh), dataset.test, "test")
     summary |= {f"best/{key}": value for key, value in best.items()}
-    rows = logs.read_metrics(folder / "metrics.jsonl")
-    title = f"{run.model['name']} on {dataset.name}"
-    draw_curves(rows, folder / "curves.png", title)
-    workdirs.write_json(folder / "summary.json", summary)
+
+    def write() -> None:
+        rows = logs.read_metrics(folder / "metrics.jsonl")
+        title = f"{run.model['name']} on {dataset.name}"
+        draw_curves(rows, folder / "curves.png", title)
+        workdirs.write_json(folder / "summary.json", summary)
+
+    devices.from_first(write)
     logging.info(
         "Finished %s: test error %.2f %% (at the best validation error, step %d: %.2f %%).",
         *(folder, 100 * summary["test/error"]),
