@@ -73,21 +73,24 @@ def parameters(folder, step="last"):
 
 def check_same_run(folder, reference, step):
     """Equal but for the order in which float32 numbers were added."""
-    for mine, other in zip(
-        *(jax.tree.leaves(parameters(run, step)) for run in (folder, reference)),
-        strict=True,
-    ):
+    leaves = [jax.tree.leaves(parameters(run, step)) for run in (folder, reference)]
+    for mine, other in zip(*leaves, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
-    mine, other = (
-        [row for row in logs.read_metrics(run / "metrics.jsonl") if row["step"] <= step]
-        for run in (folder, reference)
-    )
-    assert len(mine) == len(other) > 0
-    for mine_row, other_row in zip(mine, other, strict=True):
-        assert mine_row.keys() - other_row.keys() <= {"time/compile_seconds"}
-        for key, value in mine_row.items():
-            if not key.startswith("time/"):
-                assert value == pytest.approx(other_row[key], rel=1e-4), key
+    mine, other = rows(folder, step), rows(reference, step)
+    assert mine and mine.keys() <= other.keys()
+    for row in mine:
+        for key, value in mine[row].items():
+            assert value == pytest.approx(other[row][key], rel=1e-4), (row, key)
+
+
+def rows(folder, last):
+    """The rows of a run by their step and kind; at its end a run has one of each kind."""
+    found = {}
+    for row in logs.read_metrics(folder / "metrics.jsonl"):
+        timeless = {key: row[key] for key in row if not key.startswith("time/")}
+        if row["step"] <= last:
+            found[row["step"], "val/error" in row] = timeless
+    return found
 
 
 @pytest.mark.parametrize(
@@ -113,3 +116,123 @@ def test_eight_devices_compute_what_one_does_and_checkpoints_fit_both(model, tmp
     # `one` went on with eight devices; `eight` goes on with one.
     train_and_evaluate(create_config(model, total_steps=24), eight)
     check_same_run(eight, one, 24)
+
+
+def start_processes(folder, *settings, count=2):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "train.py", f"--workdir={folder}", *settings),
+        *(f"--coordinator_address=localhost:{port}", f"--process_count={count}"),
+    ]
+    return [
+        subprocess.Popen(
+            [*command, f"--process_index={index}"],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def end_of(processes):
+    """Exit code and last line of each."""
+    told = [process.communicate(timeout=300)[1] for process in processes]
+    return [
+        (process.returncode, text.strip().splitlines()[-1])
+        for process, text in zip(processes, told, strict=True)
+    ]
+
+
+def as_settings(config, file):
+    """The command line of a config."""
+    flat = {}
+
+    def walk(values, prefix):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            elif prefix + key != "model.name":
+                flat[f"{prefix}{key}"] = value
+
+    walk(config.to_dict(), "")
+    return [f"--config={file}", *(f"--config.{key}={flat[key]}" for key in flat)]
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("mlp", "configs/digits_mlp.py"),
+        pytest.param("residual", "configs/digits_resnet.py", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_stop_together_and_one_goes_on(model, file, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    config = create_config(model, total_steps=100_000)
+    processes = start_processes(two, *as_settings(config, file))
+    deadline = time.monotonic() + 200
+    while not any((two / "checkpoints").glob("[0-9]*")):
+        assert all(p.poll() is None for p in processes), end_of(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    (first, told), (second, own) = end_of(processes)
+    assert (first, second) == (75, 75), (told, own)
+    step = checkpoint.latest_step(two)
+    assert f"Stopped by a signal to another process and saved at step {step} of" in told
+    assert f"Stopped by SIGTERM and saved at step {step} of" in own
+    config.total_steps = step
+    train_and_evaluate(config, one)
+    check_same_run(two, one, step)
+    config.total_steps = step + 4
+    train_and_evaluate(config, two)
+    train_and_evaluate(config, one)
+    check_same_run(two, one, step + 4)
+
+
+def test_a_mistake_is_told_by_all_processes(tmp_path):
+    (tmp_path / "summary.json").write_text('{"step": 21}')
+    settings = as_settings(create_config(), "configs/digits_mlp.py")
+    for code, told in end_of(start_processes(tmp_path, *settings)):
+        assert code == 2
+        assert "holds a finished run of 21 steps, more than total_steps 20" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("", 2, 0), "go with the HOST:PORT of the first process"),
+        (("localhost", 2, 0), "got 'localhost', 2 and 0"),
+        (("localhost:1", 2, 2), "a --process_index from 0 to N - 1"),
+    ],
+)
+def test_impossible_processes_are_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        devices.connect(*arguments)
+
+
+def test_processes_join_by_themselves_where_a_launcher_started_several(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+    devices.connect()
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # as in a batch script, a single process
+    devices.connect()
+    assert not joined
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    devices.connect()
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    devices.connect("auto")
+    assert joined == [{"shutdown_timeout_seconds": devices.SHUTDOWN_SECONDS}] * 2
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 12)
+    with pytest.raises(
+        UserError, match=r"64 cannot be shared evenly by 12 .* 60 or 72, or"
+    ):
+        train_and_evaluate(create_config(), tmp_path)
+    assert not (tmp_path / "config.json").exists()

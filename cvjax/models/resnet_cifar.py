@@ -15,9 +15,9 @@ lead from one differential equation to the next, and h is not in them.
 
 Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are
 drawn with fan-in variance, and no scale starts at zero. Where we differ: BatchNorm's
-statistics are taken over the whole batch (the paper: over each of two GPUs), and in the
-pre-activation form every block is the same (the paper moves the first activation of the
-net in front of its first shortcut).
+statistics are taken over the whole batch (the paper: over each of two GPUs, which is
+`norm_group` 64 with batches of 128), and in the pre-activation form every block is the same
+(the paper moves the first activation of the net in front of its first shortcut).
 """
 
 from collections.abc import Callable, Mapping
@@ -32,6 +32,7 @@ from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import BatchNorm
 
 ModuleDef = Callable[..., nn.Module]
 SHORTCUTS = ("A", "B", "C", "none")
@@ -151,6 +152,8 @@ class CifarResNet(nn.Module):
       width: features of the first stage; the paper's is 16.
       step_size: h in x + h * f(x), in blocks that keep the shape; 1 in the papers.
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
         parameters, normalisation, its averages and logits are float32.
@@ -168,6 +171,7 @@ class CifarResNet(nn.Module):
     width: int = 16
     step_size: float = 1.0
     norm_momentum: float = 0.9
+    norm_group: int = 0
     walk: str = "auto"
     dtype: str = "float32"
 
@@ -208,9 +212,10 @@ class CifarResNet(nn.Module):
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype = DTYPES[self.dtype]
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
+            group=self.norm_group,
             epsilon=1e-5,
             dtype=dtype,
         )

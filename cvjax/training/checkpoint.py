@@ -237,6 +237,13 @@ def _refuse_other_run(
     folder: pathlib.Path, info: dict, abstract_state: PyTree, expect: dict
 ) -> None:
     """Raises UserError if the checkpoint is not one of the state that is wanted."""
+    # A setting that a group does not have yet is newer than the checkpoint.
+    expect = {
+        key: {name: value[name] for name in value if name in info[key]}
+        if isinstance(value, dict) and key in info
+        else value
+        for key, value in expect.items()
+    }
     settings = workdirs.config_differences(
         {key: info[key] for key in expect if key in info}, expect
     )

@@ -18,6 +18,7 @@ from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
 from cvjax.models.checks import as_type, check_choice
 from cvjax.nn import solver
+from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
     DECAYED,
@@ -244,8 +245,8 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
     """Refuses what does not fit the data.
 
     Raises:
-      UserError: for a batch larger than the training split, or a crop out of all
-        proportion to the images.
+      UserError: for a batch larger than the training split or not made of whole groups of
+        BatchNorm, or a crop out of all proportion to the images.
     """
     if run.data.batch_size > train_examples:
         raise UserError(
@@ -263,6 +264,7 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
             f"data.crop_padding {data.crop_padding} and data.scale_max {data.scale_max} "
             "are two ways to crop; set one of them to 0."
         )
+    check_group("model.norm_group", run.model.get("norm_group", 0), data.batch_size)
     side = min(image_shape[:2])
     if (data.scale_min or data.scale_max) and not side <= data.scale_min <= data.scale_max:
         raise UserError(

@@ -56,8 +56,8 @@ def connect(address: str = "", count: int = 0, index: int = -1) -> None:
     if address in ("", "auto"):
         if count or index >= 0:
             raise UserError(
-                "--process_count and --process_index go with --coordinator_address=HOST:PORT "
-                "of the first process; give all three, or none of them."
+                "--process_count and --process_index go with the HOST:PORT of the first "
+                "process as --coordinator_address; give all three, or none of them."
             )
         started = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
         if started == 1 and not address:

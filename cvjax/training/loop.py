@@ -84,7 +84,10 @@ def train(
     """Trains until `run.total_steps`, evaluates on validation and saves on the way.
 
     `state` and `constants` have copies on all devices of the `mesh`. With several processes
-    each calls this; the first one writes. The device is waited for at log points, evaluations and checkpoints only.
+    each calls this; the first one writes.
+
+    The devices are waited for at log points, evaluations and checkpoints only (and, with
+    several processes, at the end of each call).
 
     Raises:
       DivergedError: at the next such point after a loss or gradient that is not finite.

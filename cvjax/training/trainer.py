@@ -12,12 +12,10 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
@@ -28,7 +26,6 @@ from cvjax.data.dataset import Dataset, Split
 from cvjax.data.photographs import compute_color_axes
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from cvjax.nn import solver
 from cvjax.training import (
     checkpoint,
     devices,
@@ -41,13 +38,14 @@ from cvjax.training import (
 )
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
-from cvjax.training.network import Network, write_inputs
+from cvjax.training.network import Network, complete_config, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import TrainState, create_train_state
+from cvjax.training.restore import initial_or_restored, read_together
+from cvjax.training.state import TrainState
 
-# Purposes of random draws: each folds its own number into the seed's key.
-INIT_DRAWS, TRAIN_DRAWS = 0, 1
+# What the seed's key is folded with for all draws of the training; see also restore.py.
+TRAIN_DRAWS = 1
 
 
 def train_and_evaluate(
@@ -109,7 +107,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
         loss=run.loss,
         augmentation=run.data.augmentation,
     )
-    state, record = _initial_or_restored(run, recipe, dataset, folder)
+    state, record = initial_or_restored(run, recipe, dataset, folder)
     if source is not None:
         state = transfer.start_from(state, source, run.init_from)
     trained = transfer.check_freeze(state.params, run.optim.freeze)
@@ -176,8 +174,8 @@ def _color_axes(run: RunConfig, dataset: Dataset) -> jax.Array | None:
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if not (folder / "config.json").exists():
         return
-    was = workdirs.read_manifest(folder)["config"]
-    differences = workdirs.config_differences(was, config.to_dict())
+    was = complete_config(workdirs.read_manifest(folder)["config"])
+    differences = workdirs.config_differences(was.to_dict(), config.to_dict())
     refused = [text for text in differences if text.split()[0] not in RESUMABLE_KEYS]
     if refused:
         raise UserError(
@@ -209,51 +207,6 @@ def _statistics(
     if source is None:
         return transfer.own_statistics(folder)
     return transfer.statistics_like(source.statistics, dataset.image_shape)
-
-
-def _initial_or_restored(
-    run: RunConfig, recipe: Recipe, dataset: Dataset, folder: pathlib.Path
-) -> tuple[TrainState, loop.Record]:
-    rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
-    static = {"recipe": recipe, "image_shape": dataset.image_shape}
-    free = ("walk", *solver.FIELDS)
-    same_net = {key: run.model[key] for key in run.model if key not in free}
-    expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
-    abstract_state = create_train_state.eval_shape(rng, **static)
-    restored = _read_together(
-        lambda: checkpoint.restore_latest(folder, abstract_state, expect), abstract_state
-    )
-    if restored is None:
-        return create_train_state(rng, **static), loop.Record(**expect)
-    state, info = restored
-    if int(state.step) > run.total_steps:
-        raise UserError(
-            f"{folder} is at step {int(state.step)}, past total_steps {run.total_steps}; "
-            "choose a larger total_steps or another --workdir."
-        )
-    logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
-    return state, loop.Record(**expect, last=info["last"], best=info["best"])
-
-
-def _read_together(
-    read: Callable[[], tuple[TrainState, dict] | None], abstract_state: TrainState
-) -> tuple[TrainState, dict] | None:
-    """What `read` gives the first process, for all of them."""
-    restored = None
-
-    def read_info() -> dict | None:
-        nonlocal restored
-        restored = read()
-        return None if restored is None else restored[1]
-
-    info = devices.from_first(read_info)
-    if info is None:
-        return None
-    if restored is None:
-        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state)
-    else:
-        state = restored[0]
-    return devices.broadcast(state), info
 
 
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
@@ -308,10 +261,8 @@ def _finish(
     if best["step"] == run.total_steps:
         best |= {key: summary[key] for key in summary if key.startswith("test/")}
     else:
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state
-        )
-        best_state, _ = _read_together(
+        like = jax.eval_shape(lambda: state)
+        best_state, _ = read_together(
             lambda: checkpoint.restore_step(folder, best["step"], like), like
         )
         best |= evaluate(devices.replicate(best_state, mesh), dataset.test, "test")
