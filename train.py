@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cvjax import program
-from cvjax.training import devices, train_and_evaluate
+from cvjax.training import devices, trace, train_and_evaluate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: new, or to be resumed.")
@@ -23,12 +23,18 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("process_count", 0, "The number of processes.")
 PROCESS = flags.DEFINE_integer("process_index", -1, "Which one this is, from 0.")
+PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "START:COUNT of steps to trace into DIR/profile, for ui.perfetto.dev or TensorBoard.",
+)
 
 
 def main(arguments):
     program.refuse_arguments(arguments)
+    traced = trace.parse_steps(PROFILE.value)
     devices.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    train_and_evaluate(CONFIG.value, WORKDIR.value)
+    train_and_evaluate(CONFIG.value, WORKDIR.value, traced)
 
 
 if __name__ == "__main__":

@@ -350,6 +350,9 @@ def test_other_data_and_other_settings_are_refused(tmp_path):
     plain = {"model": {**model, "residual": False}}
     with pytest.raises(errors.UserError, match=r"model.residual was True, now False"):
         checkpoint.restore_step(tmp_path, 1, abstract(state), plain)
+    # A field that this version has and that one had not.
+    newer = {"model": {**model, "norm_group": 0}}
+    assert checkpoint.restore_step(tmp_path, 1, abstract(state), newer)[1]["step"] == 1
     with pytest.raises(errors.UserError, match=r"tag was absent, now 'x'"):
         checkpoint.restore_latest(tmp_path, abstract(state), {"tag": "x"})
 

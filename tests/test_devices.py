@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODELS = {
     "mlp": {"name": "mlp", "widths": (16,)},
     "residual": {"name": "resnet_cifar", "depth": 8, "width": 4},
+    "grouped": {"name": "resnet_cifar", "depth": 8, "width": 4, "norm_group": 32},
     "ode-adaptive": {"name": "odenet", "width": 2, "stem": "res", "steps": 0},
 }
 
@@ -98,6 +99,7 @@ def rows(folder, last):
     [
         "mlp",
         pytest.param("residual", marks=pytest.mark.slow),
+        pytest.param("grouped", marks=pytest.mark.slow),
         pytest.param("ode-adaptive", marks=pytest.mark.slow),
     ],
 )
@@ -106,7 +108,8 @@ def test_eight_devices_compute_what_one_does_and_checkpoints_fit_both(model, tmp
     summary = train_and_evaluate(create_config(model), one)
     said = on_eight_devices(
         "train_and_evaluate(create_config(sys.argv[1]), sys.argv[2])\n"
-        "train_and_evaluate(create_config(sys.argv[1], total_steps=24), sys.argv[3])",
+        "more = {'total_steps': 24, 'steps_per_dispatch': 3}\n"
+        "train_and_evaluate(create_config(sys.argv[1], **more), sys.argv[3])",
         *(model, eight, one),
     )
     assert said == ""
@@ -164,15 +167,15 @@ def as_settings(config, file):
 
 
 @pytest.mark.parametrize(
-    ("model", "file"),
+    ("model", "file", "at_once"),
     [
-        ("mlp", "configs/digits_mlp.py"),
-        pytest.param("residual", "configs/digits_resnet.py", marks=pytest.mark.slow),
+        ("mlp", "configs/digits_mlp.py", 3),
+        pytest.param("residual", "configs/digits_resnet.py", 1, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_stop_together_and_one_goes_on(model, file, tmp_path):
+def test_two_processes_stop_together_and_one_goes_on(model, file, at_once, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
-    config = create_config(model, total_steps=100_000)
+    config = create_config(model, total_steps=100_000, steps_per_dispatch=at_once)
     processes = start_processes(two, *as_settings(config, file))
     deadline = time.monotonic() + 200
     while not any((two / "checkpoints").glob("[0-9]*")):

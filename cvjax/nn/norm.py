@@ -74,8 +74,9 @@ class BatchNorm(nn.Module):
 def _statistics(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Mean and variance over some axes, in float32 at least."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.square(x)  # first, as in linen: the gradient then is the same, bit by bit
     mean = x.mean(axes)
-    return mean, jnp.maximum(0.0, jnp.square(x).mean(axes) - jnp.square(mean))
+    return mean, jnp.maximum(0.0, squares.mean(axes) - jnp.square(mean))
 
 
 def check_group(name: str, group: int, batch_size: int) -> None:

@@ -80,6 +80,8 @@ def train(
     stop: interrupt.Stop,
     write: Callable[[int, dict], None],
     show: Callable[..., None],
+    trace: Callable[[int, TrainState], None],
+    traced: range,
 ) -> tuple[TrainState, Record]:
     """Trains until `run.total_steps`, evaluates on validation and saves on the way.
 
@@ -87,7 +89,8 @@ def train(
     each calls this; the first one writes.
 
     The devices are waited for at log points, evaluations and checkpoints only (and, with
-    several processes, at the end of each call).
+    several processes, at the end of each call). `trace` is called between the calls that
+    make the steps `traced` and the others.
 
     Raises:
       DivergedError: at the next such point after a loss or gradient that is not finite.
@@ -168,7 +171,8 @@ def train(
         if step == run.total_steps:
             return state, record
 
-        count = min(dispatch.longest, _next_point(run, step) - step)
+        trace(step, state)
+        count = min(dispatch.longest, _next_point(run, traced, step) - step)
         arguments = dispatch.feed(step, count)
         if compiled is None:
             with clock.beside(state):
@@ -197,10 +201,12 @@ def train(
         show(step, text)
 
 
-def _next_point(run: RunConfig, step: int) -> int:
-    """The next number of updates after `step` at which more than a step is due."""
+def _next_point(run: RunConfig, traced: range, step: int) -> int:
+    """The next number of updates after `step` at which more than an update is due."""
     intervals = (run.log_every, run.eval_every, run.checkpoint_every)
-    return min(run.total_steps, *(step - step % every + every for every in intervals))
+    points = [step - step % every + every for every in intervals]
+    points += [run.total_steps, traced.start, traced.stop]
+    return min(point for point in points if point > step)
 
 
 def _training_row(state: TrainState, num_classes: int, batch_size: int) -> dict[str, float]:

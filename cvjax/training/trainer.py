@@ -4,6 +4,7 @@ workdir/config.json       the config, versions, device, commit
 workdir/inputs.npz        normalisation and class names, for the use of the network
 workdir/metrics.jsonl     training and validation metrics (and TensorBoard's files)
 workdir/checkpoints/      the latest states, and the best on validation
+workdir/profile/          a profiler's trace, if asked for
 workdir/curves.png        loss and error against steps
 workdir/summary.json      the final numbers; its presence says that the run is finished
 """
@@ -43,13 +44,16 @@ from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.recipe import Recipe
 from cvjax.training.restore import initial_or_restored, read_together
 from cvjax.training.state import TrainState
+from cvjax.training.trace import open_trace
 
 # What the seed's key is folded with for all draws of the training; see also restore.py.
 TRAIN_DRAWS = 1
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    traced: range = range(0),
 ) -> dict[str, float]:
     """Trains a network, or goes on where an earlier call with this workdir stopped.
 
@@ -57,6 +61,7 @@ def train_and_evaluate(
       config: see `training.config`; the same one when a run is resumed, but for
         `RESUMABLE_KEYS`.
       workdir: the run's folder, created if it does not exist.
+      traced: steps of which a profiler's trace is written, see `training.trace`.
 
     Returns:
       The content of summary.json: "step", "parameters", and the loss (nats) and errors
@@ -87,10 +92,15 @@ def train_and_evaluate(
                 "%s is finished: step %d, see summary.json.", folder, run.total_steps
             )
             return summary
-        return _run(run, config, folder)
+        return _run(run, config, folder, traced)
 
 
-def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path):
+def _run(
+    run: RunConfig,
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    traced: range,
+) -> dict[str, float]:
     started = time.perf_counter()
     resumes = devices.from_first(lambda: checkpoint.latest_step(folder) is not None)
     source, dataset, statistics = devices.on_all(lambda: _load(run, folder, resumes))
@@ -118,7 +128,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
         )
     start = int(state.step)
     with contextlib.ExitStack() as stack:
-        write = show = _nothing
+        write = show = trace = _nothing
         if devices.is_first():
             # Before config.json, by which readers know the run.
             write_inputs(folder, statistics, dataset.class_names)
@@ -126,6 +136,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
             _log_plan(run, state, trained)
             write = stack.enter_context(logs.open_writer(folder, start or None))
             show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
+            trace = stack.enter_context(open_trace(folder / "profile", traced))
         mesh = devices.create_mesh()
         rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
         constants = steps.Constants(rng, statistics, _color_axes(run, dataset))
@@ -142,6 +153,8 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
             stop=stack.enter_context(interrupt.watch()),
             write=write,
             show=show,
+            trace=trace,
+            traced=traced,
         )
     return _finish(state, record, run, recipe, constants.statistics, dataset, mesh, folder)
 
