@@ -181,12 +181,12 @@ def test_a_reader_moves_nothing(tmp_path, caplog):
 
 def test_numbers_that_orbax_restores_wrongly_are_seen(tmp_path, monkeypatch):
     save_steps(tmp_path, [1])
-    restore = checkpoint.ocp.PyTreeCheckpointer.restore
+    restore = checkpoint.ocp.Checkpointer.restore
 
     def restore_wrongly(*args, **kwargs):
         return jax.tree.map(np.zeros_like, restore(*args, **kwargs))
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", restore_wrongly)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore_wrongly)
     with pytest.raises(errors.UserError, match="arrays differ from those that were"):
         checkpoint.restore_step(tmp_path, 1, abstract(create_state()))
 

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from cvjax.errors import UserError
-from cvjax.training import checkpoint, default_config, devices, logs, train_and_evaluate
+from cvjax.training import (
+    checkpoint,
+    default_config,
+    devices,
+    logs,
+    train_and_evaluate,
+    trainer,
+)
 from cvjax.training.network import load_network
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,6 +40,7 @@ def create_config(model="mlp", **settings):
     config.log_every = 5
     config.eval_every = 10
     config.checkpoint_every = 10
+    config.train_eval_examples = 0
     config.data.batch_size = 64
     config.data.eval_batch_size = 100  # not a multiple of eight
     config.data.crop_padding = 1
@@ -41,6 +49,12 @@ def create_config(model="mlp", **settings):
     config.optim.learning_rate = 0.02
     config.update_from_flattened_dict(settings)
     return config
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """They take longer than these runs."""
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
 
 def environment(count=1):
@@ -54,7 +68,11 @@ def environment(count=1):
 
 def on_eight_devices(code, *arguments):
     """Runs the code of a function body in a process with eight devices."""
-    code = f"from test_devices import *\nassert jax.device_count() == 8\n{code}"
+    code = (
+        "from test_devices import *\n"
+        "trainer.draw_curves = lambda *_: None\n"
+        f"assert jax.device_count() == 8\n{code}"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
@@ -151,6 +169,14 @@ def end_of(processes):
     ]
 
 
+def wait_for_checkpoint(folder, processes):
+    deadline = time.monotonic() + 200
+    while not any((folder / "checkpoints").glob("[0-9]*")):
+        assert all(p.poll() is None for p in processes), end_of(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def as_settings(config, file):
     """The command line of a config."""
     flat = {}
@@ -177,11 +203,7 @@ def test_two_processes_stop_together_and_one_goes_on(model, file, at_once, tmp_p
     two, one = tmp_path / "two", tmp_path / "one"
     config = create_config(model, total_steps=100_000, steps_per_dispatch=at_once)
     processes = start_processes(two, *as_settings(config, file))
-    deadline = time.monotonic() + 200
-    while not any((two / "checkpoints").glob("[0-9]*")):
-        assert all(p.poll() is None for p in processes), end_of(processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_checkpoint(two, processes)
     processes[1].send_signal(signal.SIGTERM)
     (first, told), (second, own) = end_of(processes)
     assert (first, second) == (75, 75), (told, own)
@@ -197,6 +219,17 @@ def test_two_processes_stop_together_and_one_goes_on(model, file, at_once, tmp_p
     check_same_run(two, one, step + 4)
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_the_others_with_it(tmp_path):
+    config = create_config(total_steps=1_000_000)
+    processes = start_processes(tmp_path, *as_settings(config, "configs/digits_mlp.py"))
+    wait_for_checkpoint(tmp_path, processes)
+    processes[1].kill()
+    (first, _), (second, _) = end_of(processes)
+    assert first not in (0, 75) and second == -signal.SIGKILL
+
+
+@pytest.mark.slow
 def test_a_mistake_is_told_by_all_processes(tmp_path):
     (tmp_path / "summary.json").write_text('{"step": 21}')
     settings = as_settings(create_config(), "configs/digits_mlp.py")
