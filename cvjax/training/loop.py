@@ -181,6 +181,8 @@ def train(
                 compiled = lowered.compile()
                 times["time/compile_seconds"] = time.perf_counter() - start
                 logging.info("Compiled in %.1f s.", times["time/compile_seconds"])
+        if dispatch.longest > 1:  # or a signal would have to wait for many long calls
+            jax.block_until_ready(state.step)
         state = compiled(state, *arguments)
         step += count
         text = ""
