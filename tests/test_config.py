@@ -417,3 +417,14 @@ def test_the_number_of_classes_is_the_data_sets():
     config.model.num_classes = 4
     with pytest.raises(UserError, match="num_classes is not a setting"):
         parse_config(config)
+
+
+def test_groups_of_batch_norm_must_divide_the_batch():
+    config = config_with({"model.norm_group": 64, "data.batch_size": 100}, "resnet_cifar")
+    told = (
+        "model.norm_group is 64, which does not divide the batch of 100; choose a divisor"
+    )
+    with pytest.raises(UserError, match=told):
+        check_data(parse_config(config), 1000, (8, 8, 1))
+    config.data.batch_size = 128
+    check_data(parse_config(config), 1000, (8, 8, 1))

@@ -22,6 +22,7 @@ from cvjax.models.checks import check_choice
 from cvjax.models.odenet import ODENet
 from cvjax.nn import depth
 from cvjax.nn.conv import Conv
+from cvjax.nn.norm import BatchNorm
 from cvjax.nn.ode import ODEBlock
 
 REPEATED = (ODEBlock, depth.TiedStage)
@@ -95,7 +96,7 @@ def choose_layers(layers: Mapping[str, Map], count: int) -> list[str]:
     names = [name for name in layers if _is_outer(name)]
     kinds = [layers[name].kind for name in names]
     pairs = zip(kinds, [*kinds[1:], None], strict=True)
-    followed = [pair == (Conv, nn.BatchNorm) for pair in pairs]
+    followed = [pair == (Conv, BatchNorm) for pair in pairs]
     names = [
         name for name, is_followed in zip(names, followed, strict=True) if not is_followed
     ]

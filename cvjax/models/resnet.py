@@ -37,6 +37,7 @@ from cvjax.models.checks import check_choice, check_positive
 from cvjax.models.resnet_layers import ModuleDef, PostActivation, Shortcut, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import BatchNorm
 
 # Blocks of each stage, by depth.
 STAGES = {
@@ -104,6 +105,8 @@ class ResNet(nn.Module):
       version: "1.5" or "1", where a bottleneck has its stride.
       width: features of the stem; the paper's is 64.
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
         parameters, normalisation, its averages and logits are float32.
@@ -118,6 +121,7 @@ class ResNet(nn.Module):
     version: str = "1.5"
     width: int = 64
     norm_momentum: float = 0.9
+    norm_group: int = 0
     walk: str = "auto"
     dtype: str = "float32"
 
@@ -139,9 +143,10 @@ class ResNet(nn.Module):
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype = DTYPES[self.dtype]
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
+            group=self.norm_group,
             epsilon=1e-5,
             dtype=dtype,
         )

@@ -15,9 +15,9 @@ lead from one differential equation to the next, and h is not in them.
 
 Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are
 drawn with fan-in variance, and no scale starts at zero. Where we differ: BatchNorm's
-statistics are taken over the whole batch (the paper: over each of two GPUs), and in the
-pre-activation form every block is the same (the paper moves the first activation of the
-net in front of its first shortcut).
+statistics are taken over the whole batch (the paper: over each of two GPUs, which is
+`norm_group` 64 with batches of 128), and in the pre-activation form every block is the same
+(the paper moves the first activation of the net in front of its first shortcut).
 
 Nets without BatchNorm, or with sigmoids, are in neither paper. They show what gradients do
 without these (experiments/vanishing_gradients.py); convolutions then have biases instead.
@@ -35,6 +35,7 @@ from cvjax.models.checks import check_choice, check_positive
 from cvjax.models.resnet_layers import Activation, Block, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import BatchNorm
 
 SHORTCUTS = ("A", "B", "C", "none")
 PADS = ("end", "both")
@@ -60,6 +61,8 @@ class CifarResNet(nn.Module):
       norm: "batch" for BatchNorm, as in the papers, or "none": convolutions then have
         biases.
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
       activation: "relu", as in the papers, or "sigmoid".
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
@@ -79,6 +82,7 @@ class CifarResNet(nn.Module):
     step_size: float = 1.0
     norm: str = "batch"
     norm_momentum: float = 0.9
+    norm_group: int = 0
     activation: str = "relu"
     walk: str = "auto"
     dtype: str = "float32"
@@ -125,9 +129,10 @@ class CifarResNet(nn.Module):
         norm = _no_norm
         if self.norm == "batch":
             norm = partial(
-                nn.BatchNorm,
+                BatchNorm,
                 use_running_average=not train,
                 momentum=self.norm_momentum,
+                group=self.norm_group,
                 epsilon=1e-5,
                 dtype=dtype,
             )

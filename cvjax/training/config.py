@@ -18,6 +18,7 @@ from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
 from cvjax.models.checks import as_type, check_choice
 from cvjax.nn import solver
+from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
     DECAYED,
@@ -92,6 +93,8 @@ class RunConfig:
       checkpoint_every: between two checkpoints; there is always one at the end, at the
         best validation error, and when the run is stopped by a signal.
       keep_checkpoints: how many of the latest checkpoints stay; the best stays besides.
+      steps_per_dispatch: how many updates one call of the device makes at most, 0 for what
+        the platform likes best (see `training.dispatch`); it changes speed, not results.
       train_eval_examples: how many training images each evaluation also measures, as they
         are (not augmented) and in evaluation mode; -1 for all, 0 for none. At the end all
         are measured, unless it is 0.
@@ -113,6 +116,7 @@ class RunConfig:
     eval_every: int = 250
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    steps_per_dispatch: int = 0
     train_eval_examples: int = -1
     test_curve: bool = False
     init_from: str = ""
@@ -130,6 +134,7 @@ RESUMABLE_KEYS = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "steps_per_dispatch",
     "train_eval_examples",
     "test_curve",
     "data.data_dir",
@@ -211,6 +216,7 @@ def _check_ranges(run: RunConfig) -> None:
         "eval_every": (run.eval_every, 1),
         "checkpoint_every": (run.checkpoint_every, 1),
         "keep_checkpoints": (run.keep_checkpoints, 1),
+        "steps_per_dispatch": (run.steps_per_dispatch, 0),
         "train_eval_examples": (run.train_eval_examples, -1),
         "init_refine": (run.init_refine, 1),
         "data.shrink": (run.data.shrink, 1),
@@ -259,8 +265,8 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
     """Refuses what does not fit the data.
 
     Raises:
-      UserError: for a batch larger than the training split, or a crop out of all
-        proportion to the images.
+      UserError: for a batch larger than the training split or not made of whole groups of
+        BatchNorm, or a crop out of all proportion to the images.
     """
     if run.data.batch_size > train_examples:
         raise UserError(
@@ -278,6 +284,7 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
             f"data.crop_padding {data.crop_padding} and data.scale_max {data.scale_max} "
             "are two ways to crop; set one of them to 0."
         )
+    check_group("model.norm_group", run.model.get("norm_group", 0), data.batch_size)
     side = min(image_shape[:2])
     if (data.scale_min or data.scale_max) and not side <= data.scale_min <= data.scale_max:
         raise UserError(
