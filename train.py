@@ -2,21 +2,39 @@
 
 Any key of the config can be set on the command line (--config.model.depth=56). The same
 line again goes on where the run stopped. For the exit codes see cvjax/program.py.
+
+All devices of the machine are used. Several processes, on one machine or many, join by
+themselves under SLURM (srun) and Open MPI (mpirun); elsewhere each is given
+--coordinator_address, --process_count and --process_index.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from cvjax import program
-from cvjax.training import train_and_evaluate
+from cvjax.training import devices, trace, train_and_evaluate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: new, or to be resumed.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    "",
+    "With several processes, HOST:PORT of the first; 'auto' asks the cluster (Cloud TPU).",
+)
+PROCESSES = flags.DEFINE_integer("process_count", 0, "The number of processes.")
+PROCESS = flags.DEFINE_integer("process_index", -1, "Which one this is, from 0.")
+PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "START:COUNT of steps to trace into DIR/profile, for ui.perfetto.dev or TensorBoard.",
+)
 
 
 def main(arguments):
     program.refuse_arguments(arguments)
-    train_and_evaluate(CONFIG.value, WORKDIR.value)
+    traced = trace.parse_steps(PROFILE.value)
+    devices.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    train_and_evaluate(CONFIG.value, WORKDIR.value, traced)
 
 
 if __name__ == "__main__":

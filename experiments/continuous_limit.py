@@ -43,8 +43,8 @@ from cvjax.data import augment
 from cvjax.training import train_and_evaluate, transfer
 from cvjax.training import workdir as workdirs
 from cvjax.training.network import load_network
+from cvjax.training.restore import INIT_DRAWS
 from cvjax.training.state import create_train_state
-from cvjax.training.trainer import INIT_DRAWS
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-6)

@@ -181,12 +181,12 @@ def test_a_reader_moves_nothing(tmp_path, caplog):
 
 def test_numbers_that_orbax_restores_wrongly_are_seen(tmp_path, monkeypatch):
     save_steps(tmp_path, [1])
-    restore = checkpoint.ocp.PyTreeCheckpointer.restore
+    restore = checkpoint.ocp.Checkpointer.restore
 
     def restore_wrongly(*args, **kwargs):
         return jax.tree.map(np.zeros_like, restore(*args, **kwargs))
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointer, "restore", restore_wrongly)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore_wrongly)
     with pytest.raises(errors.UserError, match="arrays differ from those that were"):
         checkpoint.restore_step(tmp_path, 1, abstract(create_state()))
 
@@ -350,6 +350,9 @@ def test_other_data_and_other_settings_are_refused(tmp_path):
     plain = {"model": {**model, "residual": False}}
     with pytest.raises(errors.UserError, match=r"model.residual was True, now False"):
         checkpoint.restore_step(tmp_path, 1, abstract(state), plain)
+    # A field that this version has and that one had not.
+    newer = {"model": {**model, "norm_group": 0}}
+    assert checkpoint.restore_step(tmp_path, 1, abstract(state), newer)[1]["step"] == 1
     with pytest.raises(errors.UserError, match=r"tag was absent, now 'x'"):
         checkpoint.restore_latest(tmp_path, abstract(state), {"tag": "x"})
 

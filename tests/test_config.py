@@ -89,7 +89,6 @@ OTHERS = {
     "optim.schedule": "cosine",
     "optim.boundaries": (0.25, 100),
     "loss.name": "sigmoid",
-    "model.activation": "softplus",
     "model.body": "tied",
     "model.blocks": (3, 3, 3),
     "model.dtype": "bfloat16",
@@ -110,6 +109,7 @@ NEEDED = {
     "init_refine": {"init_from": "runs/coarse"},
     "model.pieces": {"model.theta": "piecewise_constant"},
 }
+OTHER_ACTIVATIONS = {"resnet_cifar": "sigmoid"}
 OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 OTHER_STEMS = {"resnet": "small", "odenet": "res", "odenet_discrete": "res"}
@@ -119,6 +119,8 @@ def another(model, key, value):
     """A value that is as good as the default."""
     if key == "model.depth":
         return OTHER_DEPTHS[model]
+    if key == "model.activation":
+        return OTHER_ACTIVATIONS.get(model, "softplus")
     if key == "model.variant":
         return OTHER_VARIANTS[model]
     if key == "model.stem":
@@ -324,6 +326,10 @@ def test_too_little(key):
     [
         ({"optim.learning_rate": 0.0}, "optim.learning_rate must be above 0, got 0.0."),
         (
+            {"optim.schedule": "exponential", "optim.decay_factor": 0.0},
+            "optim.decay_factor must be above 0, got 0.0.",
+        ),
+        (
             {"optim.learning_rate": float("inf")},
             "optim.learning_rate must be above 0, got inf.",
         ),
@@ -413,3 +419,14 @@ def test_the_number_of_classes_is_the_data_sets():
     config.model.num_classes = 4
     with pytest.raises(UserError, match="num_classes is not a setting"):
         parse_config(config)
+
+
+def test_groups_of_batch_norm_must_divide_the_batch():
+    config = config_with({"model.norm_group": 64, "data.batch_size": 100}, "resnet_cifar")
+    told = (
+        "model.norm_group is 64, which does not divide the batch of 100; choose a divisor"
+    )
+    with pytest.raises(UserError, match=told):
+        check_data(parse_config(config), 1000, (8, 8, 1))
+    config.data.batch_size = 128
+    check_data(parse_config(config), 1000, (8, 8, 1))

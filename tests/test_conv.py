@@ -135,6 +135,27 @@ def test_xlas_own_gradient_is_used_outside_of_loops_and_on_accelerators(monkeypa
     assert not has_own_gradient(in_loop=True)
 
 
+def test_input_is_held_in_memory_on_cpu():
+    """XLA would fuse the kernel gradient's transposition with the ReLU before it."""
+    rng, other = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(rng, (2, 5, 5, 3))
+    kernel = jax.random.normal(other, (3, 3, 3, 4))
+    pads = ((1, 1), (1, 1))
+
+    def loss(convolve, kernel, x):
+        return (convolve(jax.nn.relu(x - 0.5), kernel, (1, 1), pads) ** 2).sum()
+
+    ours = jax.jit(jax.grad(partial(loss, conv)))
+    assert "conditional(" in ours.lower(kernel, x).compile().as_text()
+    expected = jax.jit(jax.grad(partial(loss, reference)))(kernel, x)
+    np.testing.assert_array_equal(ours(kernel, x), expected)
+    # Forward mode works too, and what is not finite is not hidden.
+    _, tangent = jax.jvp(partial(loss, conv, x=x), (kernel,), (kernel,))
+    np.testing.assert_allclose(tangent, (expected * kernel).sum(), rtol=1e-5)
+    bad = x.at[0, 0, 0, 0].set(jnp.inf)
+    assert not np.isfinite(conv(bad, kernel, (1, 1), pads)).all()
+
+
 def test_in_loop_is_fast_in_a_rolled_scan():
     if jax.default_backend() != "cpu":
         pytest.skip("about XLA's CPU compiler")

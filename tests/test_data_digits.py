@@ -102,24 +102,3 @@ def test_stratified_parts():
 def test_stratified_refuses_parts_that_do_not_add_up():
     with pytest.raises(ValueError, match=r"\(1, 2\) do not add up to 4 examples"):
         stratified(np.zeros(4, int), (1, 2))
-
-
-def test_shrink_is_the_mean_over_squares():
-    whole, small = data.load("digits"), data.load("digits", shrink=2)
-    assert small.image_shape == (4, 4, 1)
-    for split in ("train", "val", "test"):
-        images = getattr(whole, split).images.astype(np.float64)
-        means = (
-            images[:, ::2, ::2]
-            + images[:, 1::2, ::2]
-            + images[:, ::2, 1::2]
-            + images[:, 1::2, 1::2]
-        ) / 4
-        found = getattr(small, split)
-        assert found.images.dtype == np.uint8
-        np.testing.assert_array_equal(found.images, np.floor(means + 0.5))
-        np.testing.assert_array_equal(found.labels, getattr(whole, split).labels)
-    assert small.fingerprint != whole.fingerprint
-    assert data.load("digits", shrink=1).fingerprint == whole.fingerprint
-    with pytest.raises(UserError, match=r"data.shrink is 3, .* are 8x8; choose a divisor"):
-        data.load("digits", shrink=3)

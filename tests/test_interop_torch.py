@@ -418,6 +418,8 @@ def test_tensors_of_another_shape():
 
 def test_unknown_forms():
     assert "pre-activation" in refusal_of("resnet_cifar", pre_activation=True)
+    assert "norm=batch and activation=relu" in refusal_of("resnet_cifar", norm="none")
+    assert "activation 'sigmoid'" in refusal_of("resnet_cifar", activation="sigmoid")
     assert "no PyTorch names for MLP" in refusal_of("mlp")
     assert "variant=one_tower" in refusal_of("alexnet", variant="two_groups")
 

@@ -170,6 +170,61 @@ def test_euler_net_is_the_tied_net(images):
     )
 
 
+# Half precision
+
+
+def operands(jaxpr, primitive):
+    """The operands of a primitive, wherever it is."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == primitive:
+            found += [operand.aval for operand in eqn.invars]
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += operands(inner, primitive)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("odenet", {"stem": "res", "stages": 2}),
+        ("odenet", {"stem": "conv", "norm": "none", "theta": "piecewise_linear"}),
+        ("odenet_discrete", {"stem": "none"}),
+        ("odenet_discrete", {"stem": "none", "norm": "none", "body": "tied"}),
+    ],
+)
+def test_half_precision_is_of_convolutions_only(name, fields):
+    half = small(name, dtype="bfloat16", width=2, **fields)
+    x = jax.ShapeDtypeStruct((2, *MNIST), jnp.float32)
+    variables = jax.eval_shape(partial(half.init, train=False), jax.random.key(0), x)
+    types = {leaf.dtype for leaf in jax.tree.leaves(variables["params"])}
+    assert types == {np.dtype(np.float32)}
+
+    def train(params, x):
+        return half.apply({"params": params}, x, train=True, mutable=["solver"])[0]
+
+    traced, logits = jax.make_jaxpr(train, return_shape=True)(variables["params"], x)
+    assert logits.dtype == jnp.float32
+    convolved = operands(traced.jaxpr, "conv_general_dilated")
+    assert convolved and all(operand.dtype == jnp.bfloat16 for operand in convolved)
+    # ReLU takes what lies between layers, and steps are multiplied by slopes.
+    for primitive in ("max", "mul", "rsqrt", "dot_general"):
+        others = operands(traced.jaxpr, primitive)
+        assert not any(operand.dtype == jnp.bfloat16 for operand in others), primitive
+
+
+def test_half_precision_is_close(images):
+    full, half = small(steps=2), small(steps=2, dtype="bfloat16")
+    variables = init(full, images)
+    wanted, got = (
+        jax.jit(partial(net.apply, train=False))(variables, images) for net in (full, half)
+    )
+    error = np.abs(wanted - got).max()
+    assert 0 < error < 0.03 * np.abs(wanted).max()
+
+
 # The solvers' numbers in training and evaluation
 
 
@@ -274,6 +329,7 @@ def test_failures_are_described_with_advice(failure, fields, what):
         ("odenet", {"stages": 0}, "stages must be 1 or more, got 0"),
         ("odenet", {"pieces": 2}, "pieces must be 1 or more, and 1 for theta 'constant'"),
         ("odenet", {"activation": "selu"}, "activation must be one of relu, softplus"),
+        ("odenet", {"dtype": "bfloat16", "steps": 0, "solver": "dopri5"}, "adaptive steps"),
         ("odenet_discrete", {"length": -1}, "length must be 0 or more, got -1"),
         ("odenet_discrete", {"body": "ode"}, "body must be one of blocks, tied, got 'ode'"),
     ],

@@ -84,6 +84,20 @@ def test_cosine_with_warm_up():
     )
 
 
+def test_exponential():
+    optim = OptimConfig(schedule="exponential", learning_rate=0.1, decay_factor=0.01)
+    np.testing.assert_allclose(
+        rates(optim, 100, (0, 50, 100)), (0.1, 0.01, 0.001), rtol=1e-5
+    )
+    # A factor above 1 is that of a range test: the rate grows, after the warm-up if any.
+    growing = dataclasses.replace(
+        optim, decay_factor=100.0, warmup_steps=20, warmup_learning_rate=0.05
+    )
+    np.testing.assert_allclose(
+        rates(growing, 100, (0, 19, 20, 60, 100)), (0.05, 0.05, 0.1, 1.0, 10.0), rtol=1e-5
+    )
+
+
 def test_boundaries_are_parts_or_steps():
     assert boundary_steps(OptimConfig(boundaries=(0.5, 0.75)), 64_000) == (32_000, 48_000)
     assert boundary_steps(OptimConfig(boundaries=(1, 0.5)), 10) == (1, 5)

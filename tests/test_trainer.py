@@ -1,8 +1,10 @@
 """Whole runs: resumed bit for bit, refused with a sentence, stopped without loss."""
 
+import gzip
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
@@ -10,7 +12,15 @@ from absl import logging
 from cvjax import data
 from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import DivergedError, InterruptedRun, UserError
-from cvjax.training import checkpoint, default_config, logs, loop, train_and_evaluate
+from cvjax.training import (
+    checkpoint,
+    default_config,
+    dispatch,
+    logs,
+    loop,
+    train_and_evaluate,
+)
+from cvjax.training.trace import parse_steps
 
 TOTAL_STEPS = 12
 BATCH_SIZE = 399  # of 1,197 training digits: three batches an epoch
@@ -60,14 +70,14 @@ def create_config(model="mlp", **settings):
 
 def stop_at(monkeypatch, step, action):
     """Calls `action` when the batch after `step` updates is asked for."""
-    train_batch = loop.train_batch
+    train_batch = dispatch.train_batch
 
-    def patched(split, batch_size, seed, at):
+    def patched(split, batch_size, seed, at, share):
         if at == step:
             action()
-        return train_batch(split, batch_size, seed, at)
+        return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(loop, "train_batch", patched)
+    monkeypatch.setattr(dispatch, "train_batch", patched)
 
 
 def rows_without_time(workdir):
@@ -138,6 +148,71 @@ def test_run_that_dies_resumes_bit_for_bit_from_its_last_checkpoint(
     assert (checkpoint.latest_step(tmp_path) or 0) < STOPS[stop] + 1
     train_and_evaluate(create_config(model), tmp_path)
     check_equal(tmp_path, uninterrupted(model))
+
+
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_several_updates_a_call_change_no_bit_and_a_signal_waits_for_them(
+    at_once, uninterrupted, tmp_path, monkeypatch
+):
+    batch_indices = dispatch.batch_indices
+
+    def signalled(size, batch_size, seed, step):
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return batch_indices(size, batch_size, seed, step)
+
+    config = create_config(steps_per_dispatch=at_once)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "batch_indices", signalled)
+        with pytest.raises(InterruptedRun, match="SIGTERM and saved at step 8 of 12"):
+            train_and_evaluate(config, tmp_path)  # steps 6 and 7 are one call
+    train_and_evaluate(create_config(), tmp_path)
+    check_equal(tmp_path, uninterrupted("mlp"))
+
+
+def test_calls_of_all_lengths_share_one_program(tmp_path, monkeypatch):
+    traced, augment = [], loop.steps.augment.augment
+
+    def count(*args):
+        traced.append(args)
+        return augment(*args)
+
+    monkeypatch.setattr(loop.steps.augment, "augment", count)
+    # Fields of its own, so that no other test's program is taken.
+    config = create_config(total_steps=11, steps_per_dispatch=3, log_every=4)
+    train_and_evaluate(config, tmp_path)  # calls of 3, 1, 1, 3, 2 and 1 updates
+    assert len(traced) == 1
+
+
+def test_a_trace_of_the_steps_asked_for_is_written(uninterrupted, tmp_path, monkeypatch):
+    batches, moments = [], []
+
+    def note(module, name, action):
+        original = getattr(module, name)
+
+        def noted(*args, **kwargs):
+            action()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(dispatch, "train_batch", lambda: batches.append(1))
+    note(jax.profiler, "start_trace", lambda: moments.append(len(batches)))
+    note(jax.profiler, "stop_trace", lambda: moments.append(len(batches)))
+    train_and_evaluate(create_config(), tmp_path, traced=range(2, 3))
+    assert moments == [2, 3]
+    (file,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    assert b"traceEvents" in gzip.decompress(file.read_bytes())
+    assert list(file.parent.glob("*.xplane.pb"))
+    check_equal(tmp_path, uninterrupted("mlp"))
+
+
+def test_steps_to_trace_are_read_from_text():
+    assert list(parse_steps("100:3")) == [100, 101, 102]
+    assert not parse_steps("")
+    for text in ("100", "100:0", "-1:3", "a:b"):
+        with pytest.raises(UserError, match=f"takes START:COUNT.* got {text!r}"):
+            parse_steps(text)
 
 
 def test_run_stopped_within_an_evaluation_repeats_it_once(
@@ -312,6 +387,19 @@ def test_non_finite_state_is_never_saved(tmp_path):
 def test_other_settings_are_refused_by_name(settings, sentence, uninterrupted):
     with pytest.raises(UserError, match=sentence):
         train_and_evaluate(create_config(**settings), uninterrupted("mlp"))
+
+
+def test_a_run_that_is_older_than_a_setting_resumes(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(InterruptedRun):
+            train_and_evaluate(create_config(), tmp_path)
+    manifest = json.loads((tmp_path / "config.json").read_text())
+    del manifest["config"]["init_refine"], manifest["config"]["model"]["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="init_refine was 1, now 2"):
+        train_and_evaluate(create_config(init_refine=2, init_from="x"), tmp_path)
+    assert train_and_evaluate(create_config(), tmp_path)["step"] == TOTAL_STEPS
 
 
 def test_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):

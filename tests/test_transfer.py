@@ -19,6 +19,7 @@ from cvjax.models import create_model
 from cvjax.training import (
     checkpoint,
     default_config,
+    dispatch,
     loop,
     train_and_evaluate,
     trainer,
@@ -96,14 +97,14 @@ def arrays(workdir, step="last"):
 
 
 def stop_at(monkeypatch, step):
-    train_batch = loop.train_batch
+    train_batch = dispatch.train_batch
 
-    def patched(split, batch_size, seed, at):
+    def patched(split, batch_size, seed, at, share):
         if at == step:
             raise KeyboardInterrupt
-        return train_batch(split, batch_size, seed, at)
+        return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(loop, "train_batch", patched)
+    monkeypatch.setattr(dispatch, "train_batch", patched)
 
 
 def final_digest(workdir):

@@ -3,6 +3,9 @@
 digits                       bundled with scikit-learn, needs no network
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 any other TFDS name          if it is prepared already (`data.tfds`)
+
+A set that does not fit in memory, or whose images differ in size, is streamed:
+`load_stream(name, options) -> Dataset`.
 """
 
 import difflib
@@ -13,10 +16,12 @@ import re
 from absl import logging
 
 from cvjax.data import cache, tfds
-from cvjax.data.dataset import Dataset, Split, shrunk
+from cvjax.data.dataset import Dataset, Split
 from cvjax.data.digits import load_digits
 from cvjax.data.prepare import PREPARABLE, prepare
+from cvjax.data.reduce import reduced
 from cvjax.data.splits import check_val_examples, stratified
+from cvjax.data.streaming import StreamOptions, open_stream
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
@@ -29,6 +34,7 @@ def load(
     data_dir: str = "",
     cache_dir: str = "",
     val_examples: int = -1,
+    train_examples: int = -1,
     shrink: int = 1,
 ) -> Dataset:
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
@@ -40,14 +46,16 @@ def load(
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others.
+      train_examples: how many of the other training images are kept, stratified by class;
+        -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
 
     Raises:
       UserError: if there is no such data set, it cannot be prepared, or its images do not
-        fit this in-memory path, or `shrink`.
+        fit this in-memory path, `train_examples` or `shrink`.
     """
     if name == "digits":
-        return shrunk(load_digits(val_examples), shrink)
+        return reduced(load_digits(val_examples), train_examples, shrink)
     decoded = _load_tfds(name, data_dir, cache_dir)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
@@ -72,14 +80,41 @@ def load(
         class_names=decoded.class_names,
         fingerprint=digest.hexdigest(),
     )
-    return shrunk(dataset, shrink)
+    return reduced(dataset, train_examples, shrink)
+
+
+def load_stream(
+    name: str, options: StreamOptions, *, data_dir: str = "", val_examples: int = -1
+) -> Dataset:
+    """Opens a data set whose images are read, decoded and cropped while training.
+
+    Args:
+      name: a TFDS set's NAME[/CONFIG][:VERSION].
+      options: see `streaming.StreamOptions`.
+      data_dir: as in `load`.
+      val_examples: number of training images split off for validation, not stratified; -1
+        for 10,000, or a tenth if that is less.
+
+    Raises:
+      UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
+        with these options.
+    """
+    if name == "digits":
+        raise UserError(
+            "digits has no files to stream; set data.streaming=false, or name a TFDS set."
+        )
+    folder = tfds.resolve_data_dir(data_dir)
+    _check_name(name, folder)
+    source = tfds.find_source(name, folder)
+    if source is None:
+        source = _prepare(name, folder)
+    return open_stream(source, val_examples, options)
 
 
 def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
     folder = tfds.resolve_data_dir(data_dir)
     cache_folder = cache.resolve_cache_dir(cache_dir)
-    if not re.fullmatch(r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name):
-        raise _unknown(name, folder)
+    _check_name(name, folder)
     source = tfds.find_source(name, folder)
     if source is None:
         cached = cache.find_entry(name, cache_folder)
@@ -90,12 +125,16 @@ def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
                 *(name, folder, cache_folder),
             )
             return cached
-        _prepare(name, folder)
-        source = tfds.find_source(name, folder)
+        source = _prepare(name, folder)
     return cache.read_or_decode(source, tfds.decode, cache_folder)
 
 
-def _prepare(name: str, folder: pathlib.Path) -> None:
+def _check_name(name: str, folder: pathlib.Path) -> None:
+    if not re.fullmatch(r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name):
+        raise _unknown(name, folder)
+
+
+def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
     """Prepares the set, or raises UserError with the ways to get it."""
     base, _, version = name.partition(":")
     elsewhere = "name the folder where it is with --config.data.data_dir or TFDS_DATA_DIR"
@@ -118,6 +157,7 @@ def _prepare(name: str, folder: pathlib.Path) -> None:
             f"{name} is not prepared in {folder}: {error} Or {elsewhere}, or take "
             "--config.data.name=digits, which needs no files."
         ) from error
+    return tfds.find_source(name, folder)
 
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:

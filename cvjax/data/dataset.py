@@ -1,16 +1,17 @@
-"""What a data set is, once it is loaded: three splits of uint8 images in memory."""
+"""What a data set is, once it is loaded: three splits of uint8 images."""
 
 import dataclasses
-import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cvjax.errors import UserError
+if TYPE_CHECKING:
+    from cvjax.data.streaming import StreamedSplit
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and their labels.
+    """Images and their labels, in memory.
 
     Attributes:
       images: uint8 [n, height, width, channels]; may be a read-only memory map.
@@ -20,10 +21,15 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set, split for good.
+    """A data set, split for good; the splits are in memory, or all of them streamed.
 
     Attributes:
       name: for example "cifar10".
@@ -35,9 +41,9 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
+    train: "Split | StreamedSplit"
+    val: "Split | StreamedSplit"
+    test: "Split | StreamedSplit"
     class_names: tuple[str, ...]
     fingerprint: str
 
@@ -49,38 +55,4 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return self.train.images.shape[1:]
-
-
-def shrunk(dataset: Dataset, factor: int) -> Dataset:
-    """The data set with images a `factor` smaller: means over squares of pixels, rounded.
-
-    Raises:
-      UserError: if the sides of the images are not multiples of `factor`.
-    """
-    if factor == 1:
-        return dataset
-    height, width, _ = dataset.image_shape
-    if height % factor or width % factor:
-        raise UserError(
-            f"data.shrink is {factor}, but the images of {dataset.name} are "
-            f"{height}x{width}; choose a divisor of both sides."
-        )
-
-    def small(split: Split) -> Split:
-        n, height, width, channels = split.images.shape
-        shape = (n, height // factor, factor, width // factor, factor, channels)
-        sums = split.images.reshape(shape).sum(axis=(2, 4), dtype=np.uint32)
-        # Halves are rounded up, in whole numbers: equal on all machines.
-        area = factor * factor
-        images = ((2 * sums + area) // (2 * area)).astype(np.uint8)
-        return Split(images, split.labels)
-
-    digest = hashlib.sha256(f"{dataset.fingerprint} shrink {factor}".encode())
-    return dataclasses.replace(
-        dataset,
-        train=small(dataset.train),
-        val=small(dataset.val),
-        test=small(dataset.test),
-        fingerprint=digest.hexdigest(),
-    )
+        return self.train.image_shape

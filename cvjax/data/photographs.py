@@ -99,14 +99,16 @@ def compute_color_axes(images: np.ndarray, examples: int = 5_000) -> jax.Array:
 
     Args:
       images: uint8 [n, height, width, channels].
-      examples: how many of them, evenly spaced, are looked at.
+      examples: how many of them, evenly spaced, are looked at; of large images some five
+        million pixels in all.
 
     Returns:
       float32 [channels, channels]: an axis a row, as long as the standard deviation of the
       pixels along it, in [0, 1]. (The paper writes eigenvalue for that length; but then the
       effect would depend on the unit of the pixels.)
     """
-    pixels = images[:: max(1, len(images) // examples)].reshape(-1, images.shape[-1]) / 255
+    pixels = images[:: max(1, len(images) // examples)].reshape(-1, images.shape[-1])
+    pixels = pixels[:: max(1, len(pixels) // 5_000_000)] / 255
     covariance = np.atleast_2d(np.cov(pixels, rowvar=False, bias=True))
     variances, axes = np.linalg.eigh(covariance)
     lengths = np.sqrt(variances.clip(min=0))

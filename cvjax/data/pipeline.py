@@ -14,6 +14,7 @@ import numpy as np
 from cvjax.data.dataset import Split
 
 Batch = dict[str, np.ndarray]
+ALL = slice(None)
 
 
 @functools.lru_cache(maxsize=4)
@@ -37,30 +38,33 @@ def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarra
     return np.concatenate(indices)
 
 
-def train_batch(split: Split, batch_size: int, seed: int, step: int) -> Batch:
-    """Batch number `step` (from 0) of a run.
+def train_batch(
+    split: Split, batch_size: int, seed: int, step: int, share: slice = ALL
+) -> Batch:
+    """Batch number `step` (from 0) of a run, or the rows of it that are `share`.
 
     Returns:
       "image" uint8 [batch_size, height, width, channels] and "label" [batch_size].
     """
-    indices = batch_indices(len(split.labels), batch_size, seed, step)
+    indices = batch_indices(len(split.labels), batch_size, seed, step)[share]
     return {"image": split.images[indices], "label": split.labels[indices]}
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in order, in batches of one shape.
+def eval_batches(split: Split, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
+    """Every example once, in order, in batches of one shape, or `share` of their rows.
 
     Yields:
       As `train_batch`, and "mask" bool [batch_size]: False for the rows (zeros) that fill
       up the last batch.
     """
     for start in range(0, len(split.labels), batch_size):
-        images = split.images[start : start + batch_size]
-        labels = split.labels[start : start + batch_size]
+        rows = range(start, start + batch_size)[share]
+        images = split.images[rows.start : rows.stop]
+        labels = split.labels[rows.start : rows.stop]
         count = len(labels)
-        fill = [(0, batch_size - count)]
+        fill = [(0, len(rows) - count)]
         yield {
             "image": np.pad(images, fill + [(0, 0)] * (images.ndim - 1)),
             "label": np.pad(labels, fill + [(0, 0)] * (labels.ndim - 1)),
-            "mask": np.arange(batch_size) < count,
+            "mask": np.arange(len(rows)) < count,
         }

@@ -5,11 +5,13 @@ features.json and ArrayRecord shards, as `tfds build --file_format=array_record`
 `data.prepare` writes it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -123,19 +125,26 @@ def decode(source: Source) -> Decoded:
       UserError: if it is not a set of equally sized images with one label each, or its
         files are damaged or not readable as ArrayRecord.
     """
+    with damage_told(source.folder):
+        return _decode(source)
+
+
+@contextlib.contextmanager
+def damage_told(folder: pathlib.Path) -> Iterator[None]:
+    """Makes a UserError of what reading damaged files in `folder` raises."""
     # Imported here: TFDS takes a second, and a cached set does not need it.
     from google.protobuf import json_format
 
     try:
-        return _decode(source)
+        yield
     except UserError:
         raise
     # Between them, TFDS, protobuf, ArrayRecord and Pillow raise these for files that are
     # missing, cut off or overwritten.
     except (RuntimeError, ValueError, OSError, json_format.ParseError) as error:
         raise UserError(
-            f"the prepared data in {source.folder} is damaged ({error}); delete that "
-            "folder and prepare the set again, or copy it again from where it came."
+            f"the prepared data in {folder} is damaged ({error}); delete that folder and "
+            "prepare the set again, or copy it again from where it came."
         ) from error
 
 
@@ -143,7 +152,7 @@ def _decode(source: Source) -> Decoded:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(source.folder)
-    image_key, label_key = _keys(source, builder.info)
+    image_key, label_key = supervised_keys(source, builder.info)
     splits = {
         name: split.num_examples
         for name, split in builder.info.splits.items()
@@ -153,7 +162,7 @@ def _decode(source: Source) -> Decoded:
     with progress.open(sum(splits.values()), 0, f"decoding {source.name}") as show:
         done, shape = 0, None
         for split, count in splits.items():
-            records = _open(builder, split, source)
+            records = open_split(builder, split, source)
             labels[split] = np.empty(count, np.int32)
             for start in range(0, count, CHUNK):
                 chunk = records.__getitems__(list(range(start, min(start + CHUNK, count))))
@@ -180,8 +189,12 @@ def _decode(source: Source) -> Decoded:
     return Decoded(images, labels, names, digest.hexdigest())
 
 
-def _keys(source: Source, info) -> tuple[str, str]:
-    """The names of the image and of the label in each example."""
+def supervised_keys(source: Source, info) -> tuple[str, str]:
+    """The names of the image and of the label in each example.
+
+    Raises:
+      UserError: if it is not a set of uint8 images with one label each.
+    """
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
@@ -200,9 +213,14 @@ def _keys(source: Source, info) -> tuple[str, str]:
     return keys
 
 
-def _open(builder, split: str, source: Source):
+def open_split(builder, split: str, source: Source, decoders=None):
+    """TFDS's data source of one split.
+
+    Raises:
+      UserError: if the set is not prepared as ArrayRecord.
+    """
     try:
-        return builder.as_data_source(split=split)
+        return builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(
             f"{source.folder} is prepared as {builder.info.file_format.value}; prepare it "

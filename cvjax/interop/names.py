@@ -154,6 +154,12 @@ def _name_resnet_cifar(model: CifarResNet):
             "there are no common PyTorch names for the pre-activation form; weights can be "
             "imported into resnet_cifar with pre_activation=False."
         )
+    if (model.norm, model.activation) != ("batch", "relu"):
+        raise UserError(
+            f"there are no PyTorch names for norm {model.norm!r} with activation "
+            f"{model.activation!r}; weights can be imported into resnet_cifar with "
+            "norm=batch and activation=relu."
+        )
     outside = {"stem_conv": "conv1", "stem_bn": "bn1", "head": "linear"}
     return _name_residual(outside, "shortcut")
 

@@ -48,6 +48,7 @@ from cvjax.models.alexnet import (
 )
 from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, Conv, he_normal
+from cvjax.nn.norm import BatchNorm
 
 ModuleDef = Callable[..., nn.Module]
 
@@ -164,6 +165,8 @@ class GoogLeNet(nn.Module):
       dropout: rate before the last layer in training; it draws from the stream "dropout".
       auxiliary_dropout: the same before the last layer of each auxiliary head.
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
       dtype: of the computation, "float32" or "bfloat16"; parameters, normalisations, their
         averages and logits are float32.
 
@@ -178,6 +181,7 @@ class GoogLeNet(nn.Module):
     dropout: float = 0.4
     auxiliary_dropout: float = 0.7
     norm_momentum: float = 0.9
+    norm_group: int = 0
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -192,9 +196,10 @@ class GoogLeNet(nn.Module):
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype = DTYPES[self.dtype]
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
+            group=self.norm_group,
             epsilon=1e-3,
             dtype=dtype,
         )

@@ -41,6 +41,7 @@ from cvjax.models.odenet_layers import (
     Stem,
 )
 from cvjax.nn import depth as depth_axis
+from cvjax.nn.conv import DTYPES
 from cvjax.nn.ode import THETAS, ODEBlock, check_pieces
 from cvjax.nn.solver import FIELDS, GRADIENTS, METHODS, PER_SAMPLE, Solver
 
@@ -59,6 +60,7 @@ class Frame:
     stages: int
     norm: str
     activation: str
+    dtype: str
 
     def __post_init__(self):
         check_positive(num_classes=self.num_classes, width=self.width, stages=self.stages)
@@ -66,6 +68,7 @@ class Frame:
             raise UserError(f"augment must be 0 or more, got {self.augment}.")
         check_choice("stem", self.stem, STEMS)
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         if self.norm == "batch":
             raise UserError(
                 "norm 'batch' does not go with an ODE: a solver evaluates f a varying "
@@ -77,12 +80,13 @@ class Frame:
     def apply(self, images: jax.Array, block: Callable[[str], nn.Module]) -> jax.Array:
         """Within a linen module: images -> logits, with `block(name)` for each stage."""
         common = (self.norm, self.activation)
-        x = Stem(self.stem, self.width, self.augment, *common, name="stem")(images)
+        layers = (*common, self.dtype)
+        x = Stem(self.stem, self.width, self.augment, *layers, name="stem")(images)
         for stage in range(1, self.stages + 1):
             suffix = str(stage) if self.stages > 1 else ""
             if stage > 1:
                 features = 2 * x.shape[-1]
-                x = Downsampling(features, *common, name=f"transition{suffix}")(x)
+                x = Downsampling(features, *layers, name=f"transition{suffix}")(x)
             x = block(suffix)(x)
         return Head(self.num_classes, *common, name="head")(x)
 
@@ -105,6 +109,8 @@ class ODENet(nn.Module):
       solver, steps, rtol, atol, max_steps, gradient, per_sample: see `nn.solver.Solver`;
         the defaults are eight equal steps of Heun's method.
       walk: how equal steps are walked, one of `nn.depth.WALKS`.
+      dtype: in which convolutions are computed, "float32" or "bfloat16"; parameters, what
+        lies between layers (the state of the ODE), norms and logits are float32.
 
     Raises:
       UserError: at construction, for values that make no net.
@@ -128,6 +134,7 @@ class ODENet(nn.Module):
     gradient: str = "checkpoint"
     per_sample: str = "eval"
     walk: str = "auto"
+    dtype: str = "float32"
 
     def __post_init__(self):
         _frame(self)
@@ -137,12 +144,17 @@ class ODENet(nn.Module):
         check_choice("theta", self.theta, THETAS)
         check_choice("walk", self.walk, depth_axis.WALKS)
         check_pieces(self.theta, self.pieces, _solver(self))
+        if self.dtype == "bfloat16" and not self.steps:
+            raise UserError(
+                "dtype 'bfloat16' does not go with adaptive steps (steps 0), which would "
+                "take its rounding for the method's error; use 'float32', or equal steps."
+            )
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
-        f = partial(Residual, self.norm, self.activation, self.zero_init)
+        f = partial(Residual, self.norm, self.activation, self.zero_init, self.dtype)
         settings = (self.theta, self.pieces, self.walk, train)
 
         def block(suffix):
@@ -177,6 +189,7 @@ class DiscreteNet(nn.Module):
     body: str = "blocks"
     length: int = 6
     walk: str = "auto"
+    dtype: str = "float32"
 
     def __post_init__(self):
         _frame(self)
@@ -190,7 +203,7 @@ class DiscreteNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         del train  # the net is the same in both
-        f = partial(Residual, self.norm, self.activation, self.zero_init)
+        f = partial(Residual, self.norm, self.activation, self.zero_init, self.dtype)
 
         def block(suffix):
             name = f"stage{suffix}"

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.nn.conv import Conv
+from cvjax.nn.conv import DTYPES, Conv
 
 NORMS = ("group", "none")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -21,6 +21,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def groups_of(features: int) -> int:
     """The number of groups of GroupNorm: 32 of 64 features, 8 of 16, 1 of an odd number."""
     return 1 if features % 2 else math.gcd(32, features // 2)
+
+
+def conv(x: jax.Array, *shape: int, dtype: str, **settings) -> jax.Array:
+    """Within a linen module, `Conv(*shape, ...)` of x, computed in `dtype`.
+
+    The result is float32 all the same (or float64, like x): what lies between layers
+    is the state of an ODE, and a solver's small steps would be lost in bfloat16.
+    """
+    y = Conv(*shape, dtype=DTYPES[dtype], **settings)(x)
+    return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
 
 class Norm(nn.Module):
@@ -50,6 +60,7 @@ class Residual(nn.Module):
     norm: str
     activation: str
     zero_init: bool = False
+    dtype: str = "float32"
     in_loop: bool = False
 
     @nn.compact
@@ -58,16 +69,16 @@ class Residual(nn.Module):
         zeros = nn.initializers.zeros_init()
         norm_ends = continuous and self.norm != "none"
 
-        def conv(x, name, **init):
+        def layer(x, name, **init):
             features = x.shape[-1]
             if continuous:
                 x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
             settings = {"padding": 1, "use_bias": continuous, "in_loop": self.in_loop}
-            return Conv(features, 3, name=name, **settings, **init)(x)
+            return conv(x, features, 3, name=name, dtype=self.dtype, **settings, **init)
 
         last_kernel = {"kernel_init": zeros} if self.zero_init and not norm_ends else {}
-        y = conv(act(Norm(self.norm, name="norm1")(x)), "conv1")
-        y = conv(act(Norm(self.norm, name="norm2")(y)), "conv2", **last_kernel)
+        y = layer(act(Norm(self.norm, name="norm1")(x)), "conv1")
+        y = layer(act(Norm(self.norm, name="norm2")(y)), "conv2", **last_kernel)
         if norm_ends:
             init = {"scale_init": zeros} if self.zero_init else {}
             y = Norm(self.norm, name="norm3", **init)(y)
@@ -80,15 +91,16 @@ class Downsampling(nn.Module):
     features: int
     norm: str
     activation: str
+    dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
+        act, settings = ACTIVATIONS[self.activation], {"dtype": self.dtype}
         x = act(Norm(self.norm, name="norm1")(x))
-        around = Conv(self.features, 1, 2, name="shortcut")(x)
-        y = Conv(self.features, 3, 2, padding=1, name="conv1")(x)
+        around = conv(x, self.features, 1, 2, name="shortcut", **settings)
+        y = conv(x, self.features, 3, 2, padding=1, name="conv1", **settings)
         y = act(Norm(self.norm, name="norm2")(y))
-        return around + Conv(self.features, 3, padding=1, name="conv2")(y)
+        return around + conv(y, self.features, 3, padding=1, name="conv2", **settings)
 
 
 class Stem(nn.Module):
@@ -99,21 +111,22 @@ class Stem(nn.Module):
     augment: int
     norm: str
     activation: str
+    dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         act, features = ACTIVATIONS[self.activation], self.features
+        common = {"use_bias": True, "dtype": self.dtype}
         padding = 1 if self.kind == "none" else 0
-        x = Conv(features, 3, padding=padding, use_bias=True, name="conv1")(x)
+        x = conv(x, features, 3, padding=padding, name="conv1", **common)
         if self.kind == "conv":
             for i in (1, 2):
                 x = act(Norm(self.norm, name=f"norm{i}")(x))
-                settings = {"padding": 1, "use_bias": True, "name": f"conv{i + 1}"}
-                x = Conv(features, 4, 2, **settings)(x)
+                x = conv(x, features, 4, 2, padding=1, name=f"conv{i + 1}", **common)
         elif self.kind == "res":
             for i in (1, 2):
-                block = Downsampling(features, self.norm, self.activation, name=f"res{i}")
-                x = block(x)
+                settings = (self.norm, self.activation, self.dtype)
+                x = Downsampling(features, *settings, name=f"res{i}")(x)
         return jnp.pad(x, ((0, 0),) * 3 + ((0, self.augment),))
 
 

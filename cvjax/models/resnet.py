@@ -35,9 +35,10 @@ from flax import linen as nn
 
 from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
-from cvjax.models.resnet_cifar import ModuleDef, PostActivation, Shortcut, head_init
+from cvjax.models.resnet_layers import ModuleDef, PostActivation, Shortcut, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import BatchNorm
 
 # Blocks of each stage, by depth.
 STAGES = {
@@ -101,12 +102,14 @@ class ResNet(nn.Module):
     Attributes:
       num_classes: size of the logits.
       depth: number of layers with weights: 18, 34, 50, 101 or 152.
-      shortcut: "A", "B" or "C" of the paper (see `resnet_cifar.Shortcut`), or "none" for
+      shortcut: "A", "B" or "C" of the paper (see `resnet_layers.Shortcut`), or "none" for
         the plain net. The deep nets of the paper have "B".
       version: "1.5" or "1", where a bottleneck has its stride.
       stem: "imagenet" (7x7 and pooling, each halving the image) or "small" (3x3).
       width: features of the stem; the paper's is 64.
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
       remat: whether the gradient computes the blocks of the stages again instead of keeping
         what lies within them, see `nn.depth.Stage`.
@@ -124,6 +127,7 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     width: int = 64
     norm_momentum: float = 0.9
+    norm_group: int = 0
     walk: str = "auto"
     remat: bool = False
     dtype: str = "float32"
@@ -147,9 +151,10 @@ class ResNet(nn.Module):
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype = DTYPES[self.dtype]
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
+            group=self.norm_group,
             epsilon=1e-5,
             dtype=dtype,
         )

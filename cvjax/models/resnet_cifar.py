@@ -15,9 +15,12 @@ lead from one differential equation to the next, and h is not in them.
 
 Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are
 drawn with fan-in variance, and no scale starts at zero. Where we differ: BatchNorm's
-statistics are taken over the whole batch (the paper: over each of two GPUs), and in the
-pre-activation form every block is the same (the paper moves the first activation of the
-net in front of its first shortcut).
+statistics are taken over the whole batch (the paper: over each of two GPUs, which is
+`norm_group` 64 with batches of 128), and in the pre-activation form every block is the same
+(the paper moves the first activation of the net in front of its first shortcut).
+
+Nets without BatchNorm, or with sigmoids, are in neither paper. They show what gradients do
+without these (experiments/vanishing_gradients.py); convolutions then have biases instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,113 +29,18 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax import numpy as jnp
 
 from cvjax.errors import UserError
 from cvjax.models.checks import check_choice, check_positive
+from cvjax.models.resnet_layers import Activation, Block, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import BatchNorm
 
-ModuleDef = Callable[..., nn.Module]
 SHORTCUTS = ("A", "B", "C", "none")
 PADS = ("end", "both")
-
-
-class PostActivation(nn.Module):
-    """The residual function of 2015: conv, bn, relu, conv, bn."""
-
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, 3, padding=1, name="conv2")(y)
-        return self.norm(name="bn2")(y)
-
-
-class PreActivation(nn.Module):
-    """The residual function of 2016: bn, relu, conv, bn, relu, conv."""
-
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.relu(self.norm(name="bn1")(x))
-        y = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
-        return self.conv(self.features, 3, padding=1, name="conv2")(y)
-
-
-class Shortcut(nn.Module):
-    """The path around f (He et al. 2015, section 4.1, options A, B and C).
-
-    A: the identity; where shapes change, every second pixel and zeros for the new
-       channels, all of them at the end or half of them on both sides. No parameters.
-    B: the identity; where shapes change, a 1x1 convolution and BatchNorm.
-    C: always a 1x1 convolution and BatchNorm.
-    """
-
-    option: str
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-    pad_channels: str = "end"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        changes = self.stride != 1 or x.shape[-1] != self.features
-        if self.option == "C" or (self.option == "B" and changes):
-            y = self.conv(self.features, 1, self.stride, name="conv")(x)
-            return self.norm(name="bn")(y)
-        if not changes:
-            return x
-        x = x[:, :: self.stride, :: self.stride]
-        zeros = self.features - x.shape[-1]
-        before = zeros // 2 if self.pad_channels == "both" else 0
-        return jnp.pad(x, ((0, 0),) * 3 + ((before, zeros - before),))
-
-
-class Block(nn.Module):
-    """Two layers: activation(shortcut(x) + h * f(x)), or activation(f(x)) if plain.
-
-    The activation is relu in the form of 2015 and none in the form of 2016.
-    """
-
-    features: int
-    stride: int
-    shortcut: str
-    pre_activation: bool
-    step_size: float
-    norm: ModuleDef
-    pad_channels: str = "end"
-    in_loop: bool = False
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(Conv, in_loop=self.in_loop, dtype=self.dtype)
-        shape = (self.features, self.stride)
-        f = PreActivation if self.pre_activation else PostActivation
-        y = f(*shape, conv, self.norm, name="f")(x)
-        if self.shortcut != "none":
-            around = Shortcut(
-                self.shortcut,
-                *shape,
-                conv,
-                self.norm,
-                self.pad_channels,
-                name="shortcut",
-            )
-            y = around(x) + self.step_size * y
-        return y if self.pre_activation else nn.relu(y)
+NORMS = ("batch", "none")
+ACTIVATIONS: dict[str, Activation] = {"relu": nn.relu, "sigmoid": nn.sigmoid}
 
 
 class CifarResNet(nn.Module):
@@ -150,7 +58,12 @@ class CifarResNet(nn.Module):
       pre_activation: the form of He et al. 2016 instead of 2015.
       width: features of the first stage; the paper's is 16.
       step_size: h in x + h * f(x), in blocks that keep the shape; 1 in the papers.
+      norm: "batch" for BatchNorm, as in the papers, or "none": convolutions then have
+        biases.
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
+      activation: "relu", as in the papers, or "sigmoid".
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
       remat: whether the gradient computes the blocks of the stages again instead of keeping
         what lies within them, see `nn.depth.Stage`.
@@ -169,7 +82,10 @@ class CifarResNet(nn.Module):
     pre_activation: bool = False
     width: int = 16
     step_size: float = 1.0
+    norm: str = "batch"
     norm_momentum: float = 0.9
+    norm_group: int = 0
+    activation: str = "relu"
     walk: str = "auto"
     remat: bool = False
     dtype: str = "float32"
@@ -179,6 +95,8 @@ class CifarResNet(nn.Module):
         check_positive(num_classes=self.num_classes, width=self.width)
         check_choice("shortcut", self.shortcut, SHORTCUTS)
         check_choice("pad_channels", self.pad_channels, PADS)
+        check_choice("norm", self.norm, NORMS)
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("walk", self.walk, depth_axis.WALKS)
         if self.blocks:
             _check_blocks(self.blocks, self.depth)
@@ -209,14 +127,18 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
-        dtype = DTYPES[self.dtype]
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=1e-5,
-            dtype=dtype,
-        )
+        dtype, act = DTYPES[self.dtype], ACTIVATIONS[self.activation]
+        use_bias = self.norm == "none"
+        norm = _no_norm
+        if self.norm == "batch":
+            norm = partial(
+                BatchNorm,
+                use_running_average=not train,
+                momentum=self.norm_momentum,
+                group=self.norm_group,
+                epsilon=1e-5,
+                dtype=dtype,
+            )
         block = partial(
             Block,
             shortcut=self.shortcut,
@@ -224,11 +146,14 @@ class CifarResNet(nn.Module):
             pre_activation=self.pre_activation,
             step_size=self.step_size,
             norm=norm,
+            use_bias=use_bias,
+            act=act,
             dtype=dtype,
         )
-        x = Conv(self.width, 3, padding=1, dtype=dtype, name="stem_conv")(images)
+        stem = {"padding": 1, "use_bias": use_bias, "dtype": dtype, "name": "stem_conv"}
+        x = Conv(self.width, 3, **stem)(images)
         if not self.pre_activation:
-            x = nn.relu(norm(name="stem_bn")(x))
+            x = act(norm(name="stem_bn")(x))
         for stage, length in enumerate(self.stage_blocks, start=1):
             features = self.width * 2 ** (stage - 1)
             if stage > 1:
@@ -241,13 +166,15 @@ class CifarResNet(nn.Module):
             )
             x = blocks(x)
         if self.pre_activation:
-            x = nn.relu(norm(name="head_bn")(x))
+            x = act(norm(name="head_bn")(x))
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)
 
 
-# The paper says nothing of the last layer; PyTorch's and Caffe's ports draw it small.
-head_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+def _no_norm(name: str) -> Callable[[jax.Array], jax.Array]:
+    """In the place of BatchNorm: nothing."""
+    del name
+    return lambda x: x
 
 
 def refined_fields(fields: Mapping[str, Any], factor: int = 2) -> dict[str, Any]:

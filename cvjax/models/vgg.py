@@ -31,6 +31,7 @@ from cvjax.errors import UserError
 from cvjax.models.alexnet import DenseHead, check_dropout
 from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import BatchNorm
 
 # Convolutions of each stage, by depth.
 STAGES = {
@@ -56,6 +57,8 @@ class VGG(nn.Module):
       dropout: rate in training, after both hidden layers or in front of the small head's
         only layer; it draws from the stream "dropout".
       norm_momentum: of BatchNorm's running averages.
+      norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
+        whole batch; see `nn.norm.BatchNorm`.
       dtype: of the computation, "float32" or "bfloat16"; parameters, normalisation, its
         averages and logits are float32.
 
@@ -72,6 +75,7 @@ class VGG(nn.Module):
     hidden: int = 4096
     dropout: float = 0.5
     norm_momentum: float = 0.9
+    norm_group: int = 0
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -96,9 +100,10 @@ class VGG(nn.Module):
             )
         dtype = DTYPES[self.dtype]
         norm = partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=self.norm_momentum,
+            group=self.norm_group,
             epsilon=1e-5,
             dtype=dtype,
         )

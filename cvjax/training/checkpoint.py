@@ -71,7 +71,7 @@ def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> 
     state = jax.device_get(state)
     temporary = root / f"{_TEMPORARY}{step}"
     with _quiet_orbax():
-        ocp.PyTreeCheckpointer().save(temporary / "state", args=ocp.args.PyTreeSave(state))
+        _checkpointer().save(temporary / "state", args=ocp.args.PyTreeSave(state))
     contents = {
         "step": step,
         "structure": structure(state),
@@ -217,7 +217,7 @@ def _load(
         abstract_state,
     )
     with _quiet_orbax():
-        state = ocp.PyTreeCheckpointer().restore(
+        state = _checkpointer().restore(
             folder / "state",
             args=ocp.args.PyTreeRestore(abstract_state, restore_args=as_numpy),
         )
@@ -237,6 +237,13 @@ def _refuse_other_run(
     folder: pathlib.Path, info: dict, abstract_state: PyTree, expect: dict
 ) -> None:
     """Raises UserError if the checkpoint is not one of the state that is wanted."""
+    # A setting that a group does not have yet is newer than the checkpoint.
+    expect = {
+        key: {name: value[name] for name in value if name in info[key]}
+        if isinstance(value, dict) and key in info
+        else value
+        for key, value in expect.items()
+    }
     settings = workdirs.config_differences(
         {key: info[key] for key in expect if key in info}, expect
     )
@@ -338,6 +345,16 @@ def _some(differences: list[str]) -> str:
 
 def _count(steps: list[int]) -> str:
     return f"steps {', '.join(map(str, steps))}" if steps else "none"
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """One that works for this process alone, and does not wait for others."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
 from cvjax.models.checks import as_type, check_choice
 from cvjax.nn import solver
+from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
     DECAYED,
@@ -37,6 +38,8 @@ class DataConfig:
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
+      train_examples: how many of the other training images are used, stratified by class;
+        -1 for all.
       shrink: average over shrink x shrink pixels, for smaller and faster images; 1 for the
         images as they are.
       batch_size: of training.
@@ -51,6 +54,7 @@ class DataConfig:
     data_dir: str = ""
     cache_dir: str = ""
     val_examples: int = -1
+    train_examples: int = -1
     shrink: int = 1
     batch_size: int = 128
     eval_batch_size: int = 500
@@ -66,7 +70,8 @@ class DataConfig:
     @property
     def source(self) -> dict[str, Any]:
         """The arguments of `data.load`."""
-        names = ("name", "data_dir", "cache_dir", "val_examples", "shrink")
+        names = ("name", "data_dir", "cache_dir", "val_examples", "train_examples")
+        names += ("shrink",)
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -88,6 +93,8 @@ class RunConfig:
       checkpoint_every: between two checkpoints; there is always one at the end, at the
         best validation error, and when the run is stopped by a signal.
       keep_checkpoints: how many of the latest checkpoints stay; the best stays besides.
+      steps_per_dispatch: how many updates one call of the device makes at most, 0 for what
+        the platform likes best (see `training.dispatch`); it changes speed, not results.
       train_eval_examples: how many training images each evaluation also measures, as they
         are (not augmented) and in evaluation mode; -1 for all, 0 for none. At the end all
         are measured, unless it is 0.
@@ -109,6 +116,7 @@ class RunConfig:
     eval_every: int = 250
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    steps_per_dispatch: int = 0
     train_eval_examples: int = -1
     test_curve: bool = False
     init_from: str = ""
@@ -126,6 +134,7 @@ RESUMABLE_KEYS = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "steps_per_dispatch",
     "train_eval_examples",
     "test_curve",
     "data.data_dir",
@@ -208,6 +217,7 @@ def _check_ranges(run: RunConfig) -> None:
         "eval_every": (run.eval_every, 1),
         "checkpoint_every": (run.checkpoint_every, 1),
         "keep_checkpoints": (run.keep_checkpoints, 1),
+        "steps_per_dispatch": (run.steps_per_dispatch, 0),
         "train_eval_examples": (run.train_eval_examples, -1),
         "init_refine": (run.init_refine, 1),
         "data.shrink": (run.data.shrink, 1),
@@ -230,10 +240,12 @@ def _check_ranges(run: RunConfig) -> None:
     for key, (value, least) in at_least.items():
         if not least <= value < float("inf"):
             raise UserError(f"{key} must be {least} or more, got {value}.")
-    if not 0 < run.optim.learning_rate < float("inf"):
-        raise UserError(
-            f"optim.learning_rate must be above 0, got {run.optim.learning_rate}."
-        )
+    above_zero = {"optim.learning_rate": run.optim.learning_rate}
+    if run.optim.schedule == "exponential":
+        above_zero["optim.decay_factor"] = run.optim.decay_factor
+    for key, value in above_zero.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"{key} must be above 0, got {value}.")
     below_one = {
         "data.brightness": run.data.brightness,
         "data.contrast": run.data.contrast,
@@ -254,8 +266,8 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
     """Refuses what does not fit the data.
 
     Raises:
-      UserError: for a batch larger than the training split, or a crop out of all
-        proportion to the images.
+      UserError: for a batch larger than the training split or not made of whole groups of
+        BatchNorm, or a crop out of all proportion to the images.
     """
     if run.data.batch_size > train_examples:
         raise UserError(
@@ -273,6 +285,7 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
             f"data.crop_padding {data.crop_padding} and data.scale_max {data.scale_max} "
             "are two ways to crop; set one of them to 0."
         )
+    check_group("model.norm_group", run.model.get("norm_group", 0), data.batch_size)
     side = min(image_shape[:2])
     if (data.scale_min or data.scale_max) and not side <= data.scale_min <= data.scale_max:
         raise UserError(

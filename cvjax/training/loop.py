@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.pipeline import train_batch
 from cvjax.errors import DivergedError, InterruptedRun
-from cvjax.training import checkpoint, interrupt, logs, metrics, steps
+from cvjax.training import checkpoint, devices, interrupt, logs, metrics, steps
 from cvjax.training.config import RunConfig
+from cvjax.training.dispatch import create_dispatch
 from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import NEVER, TrainState, create_monitor
@@ -74,14 +75,22 @@ def train(
     recipe: Recipe,
     constants: steps.Constants,
     dataset: Dataset,
+    mesh: Mesh,
     folder: pathlib.Path,
     stop: interrupt.Stop,
     write: Callable[[int, dict], None],
     show: Callable[..., None],
+    trace: Callable[[int, TrainState], None],
+    traced: range,
 ) -> tuple[TrainState, Record]:
     """Trains until `run.total_steps`, evaluates on validation and saves on the way.
 
-    The device is waited for at log points, evaluations and checkpoints only.
+    `state` and `constants` have copies on all devices of the `mesh`. With several processes
+    each calls this; the first one writes.
+
+    The devices are waited for at log points, evaluations and checkpoints only (and, with
+    several processes, at the end of each call). `trace` is called between the calls that
+    make the steps `traced` and the others.
 
     Raises:
       DivergedError: at the next such point after a loss or gradient that is not finite.
@@ -97,12 +106,26 @@ def train(
             recipe=recipe,
             batch_size=run.data.eval_batch_size,
             prefix=prefix,
-            stop=lambda: stop.requested,
+            mesh=mesh,
+            stop=stopping,
         )
+
+    def stopping() -> bool:
+        """Whether to stop; processes that ask together get the same answer."""
+        wanted = devices.any_process(stop.requested)
+        if wanted and not stop.requested:
+            stop.requested, stop.signal_name = True, "a signal to another process"
+        return wanted
 
     def due(every: int) -> bool:
         return step > 0 and (step % every == 0 or step == run.total_steps)
 
+    def save() -> None:
+        if devices.is_first():
+            info = dataclasses.asdict(record)
+            checkpoint.save(folder, step, state, info, run.keep_checkpoints)
+
+    dispatch = create_dispatch(dataset.train, run, constants, mesh)
     schedule = create_schedule(run.optim, run.total_steps)
     measured = {"val": dataset.val}
     if run.train_eval_examples:
@@ -127,8 +150,7 @@ def train(
                             break
                 except DivergedError as error:
                     if saved != step:
-                        info = dataclasses.asdict(record)
-                        checkpoint.save(folder, step, state, info, run.keep_checkpoints)
+                        save()
                     message = f"Stopped at step {step}, which is saved. {error} {RESUME}"
                     raise DivergedError(message) from error
             if rows is not None:
@@ -141,13 +163,13 @@ def train(
                 )
                 if improved:
                     record.best = record.last
-        if saved != step and (due(run.checkpoint_every) or improved or stop.requested):
+        stops = stopping()
+        if saved != step and (due(run.checkpoint_every) or improved or stops):
             with clock.beside(state):
                 _check_sound(state, run, recipe, folder)
-                info = dataclasses.asdict(record)
-                checkpoint.save(folder, step, state, info, run.keep_checkpoints)
+                save()
             saved = step
-        if stop.requested:
+        if stops:
             raise InterruptedRun(
                 f"Stopped by {stop.signal_name} and saved at step {step} of "
                 f"{run.total_steps}; the same command goes on from there."
@@ -155,25 +177,28 @@ def train(
         if step == run.total_steps:
             return state, record
 
-        batch = train_batch(dataset.train, run.data.batch_size, run.seed, step)
+        trace(step, state)
+        count = min(dispatch.longest, _next_point(run, traced, step) - step)
+        arguments = dispatch.feed(step, count)
         if compiled is None:
             with clock.beside(state):
                 start = time.perf_counter()
-                lowered = steps.train_step.lower(state, batch, constants, recipe=recipe)
+                lowered = dispatch.function.lower(state, *arguments, recipe=recipe)
                 compiled = lowered.compile()
                 times["time/compile_seconds"] = time.perf_counter() - start
                 logging.info("Compiled in %.1f s.", times["time/compile_seconds"])
-        state = compiled(state, batch, constants)
-        step += 1
+        if dispatch.longest > 1:  # or a signal would have to wait for many long calls
+            jax.block_until_ready(state.step)
+        state = compiled(state, *arguments)
+        step += count
         text = ""
         if due(run.log_every):
             _check_sound(state, run, recipe, folder)
             row = _training_row(state, recipe.model.num_classes, run.data.batch_size)
             # Seven digits are all that float32 has: 0.1 and not 0.10000000149.
             row["train/learning_rate"] = float(f"{schedule(step - 1):.7g}")
-            state = state.replace(
-                monitor=create_monitor(tuple(metrics.solves_of(state.monitor.sums)))
-            )
+            blocks = tuple(metrics.solves_of(state.monitor.sums))
+            state = state.replace(monitor=devices.replicate(create_monitor(blocks), mesh))
             seconds = clock.lap() / (step - lap_step)
             lap_step = step
             times["time/step_ms"] = 1000 * seconds
@@ -182,6 +207,14 @@ def train(
             text = _text(row | times)
             times = {}
         show(step, text)
+
+
+def _next_point(run: RunConfig, traced: range, step: int) -> int:
+    """The next number of updates after `step` at which more than an update is due."""
+    intervals = (run.log_every, run.eval_every, run.checkpoint_every)
+    points = [step - step % every + every for every in intervals]
+    points += [run.total_steps, traced.start, traced.stop]
+    return min(point for point in points if point > step)
 
 
 def _training_row(state: TrainState, num_classes: int, batch_size: int) -> dict[str, float]:
@@ -230,6 +263,8 @@ def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:
     A run that is stopped in an evaluation repeats it when it resumes; if it is killed soon
     after, it does so once more.
     """
+    if not devices.is_first():
+        return set()
     rows = logs.read_metrics(folder / "metrics.jsonl")
     return {row["step"] for row in rows if "val/error" in row}
 

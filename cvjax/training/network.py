@@ -99,7 +99,7 @@ def load_network(
             f"--checkpoint takes last, best or the number of a step, got {checkpoint!r}."
         )
     folder = pathlib.Path(workdir).absolute()
-    run = parse_config(_complete(workdirs.read_manifest(folder)["config"]))
+    run = parse_config(complete_config(workdirs.read_manifest(folder)["config"]))
     for field in {"name", "num_classes"} & set(fields or {}):
         raise UserError(
             f"{field} is no field that can be changed, only "
@@ -166,8 +166,10 @@ def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _complete(config: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Settings that are newer than the run get their defaults, which change nothing."""
+def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a run from its config.json.
+
+    Settings that are newer than the run get their defaults, which change nothing."""
     complete = default_config(config["model"]["name"]).to_dict()
     for key, value in config.items():
         complete[key] = complete[key] | value if isinstance(value, dict) else value

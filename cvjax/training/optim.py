@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from cvjax.errors import UserError
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "step", "cosine")
+SCHEDULES = ("constant", "step", "cosine", "exponential")
 DECAYED = ("kernels", "all")
 
 
@@ -31,9 +31,10 @@ class OptimConfig:
       decayed: "kernels" (not biases nor BatchNorm's scales), or "all" parameters. The
         paper does not say.
       schedule: "constant"; "step": multiplied by `decay_factor` at each of `boundaries`;
-        "cosine": to zero at `total_steps`.
+        "cosine": to zero at `total_steps`; "exponential": by the same factor in each step,
+        in all by `decay_factor` until `total_steps`.
       boundaries: in completed updates (32_000) or in parts of `total_steps` (0.5).
-      decay_factor: of "step".
+      decay_factor: of "step" and "exponential"; above 1 the rate grows.
       warmup_steps: number of updates before the schedule begins, 0 for none.
       warmup_learning_rate: held during the warm-up (He et al. 2015 for 110 layers: 0.01
         for about 400 updates); with "cosine" the rate rises from it in a line.
@@ -98,6 +99,13 @@ def create_schedule(
         # The decay starts where the warm-up ends and reaches zero at total_steps.
         fall = optax.cosine_decay_schedule(optim.learning_rate, total_steps - warmup)
         return lambda step: jnp.where(step < warmup, rise(step), fall(step - warmup))
+    if optim.schedule == "exponential":
+        change = optax.exponential_decay(
+            optim.learning_rate, total_steps - warmup, optim.decay_factor
+        )
+        return lambda step: jnp.where(
+            step < warmup, optim.warmup_learning_rate, change(step - warmup)
+        )
     scales = dict.fromkeys(boundary_steps(optim, total_steps), optim.decay_factor)
     steps = optax.piecewise_constant_schedule(optim.learning_rate, scales)
     return lambda step: jnp.where(step < warmup, optim.warmup_learning_rate, steps(step))

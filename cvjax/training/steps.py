@@ -6,6 +6,7 @@ their seed alone share one compiled program.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -13,14 +14,15 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
 from cvjax.data import augment
-from cvjax.data.augment import Statistics
+from cvjax.data.augment import Augmentation, Statistics
 from cvjax.data.dataset import Split
 from cvjax.data.pipeline import Batch, eval_batches
 from cvjax.errors import DivergedError
 from cvjax.nn import solver as solvers
-from cvjax.training import metrics
+from cvjax.training import devices, metrics
 from cvjax.training.losses import LossConfig, loss_per_example
 from cvjax.training.optim import create_optimizer
 from cvjax.training.recipe import Recipe
@@ -46,6 +48,27 @@ class Constants:
     color_axes: jax.Array | None = None
 
 
+def training_images(
+    rng: jax.Array, images: jax.Array, constants: Constants, augmentation: Augmentation
+) -> jax.Array:
+    """uint8 images -> what the network is trained on: with random changes, normalised.
+
+    Args:
+      rng: of one step, see `Constants.rng`.
+      images: uint8 [batch, height, width, channels].
+      constants: its statistics and axes of colour are used.
+      augmentation: what is drawn.
+    """
+    images = augment.augment_colors(
+        jax.random.fold_in(rng, COLOR_DRAWS),
+        augment.to_unit(images),
+        augmentation,
+        constants.color_axes,
+    )
+    images = augment.standardize(images, constants.statistics)
+    return augment.augment(rng, images, augmentation)
+
+
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def train_step(
     state: TrainState, batch: Batch, constants: Constants, *, recipe: Recipe
@@ -58,14 +81,7 @@ def train_step(
     "kinetic" [batch] (the kinetic energy of an ODE block) and `recipe.loss.kinetic_weight`.
     """
     rng = jax.random.fold_in(constants.rng, state.step)
-    images = augment.augment_colors(
-        jax.random.fold_in(rng, COLOR_DRAWS),
-        augment.to_unit(batch["image"]),
-        recipe.augmentation,
-        constants.color_axes,
-    )
-    images = augment.standardize(images, constants.statistics)
-    images = augment.augment(rng, images, recipe.augmentation)
+    images = training_images(rng, batch["image"], constants, recipe.augmentation)
 
     collections = ["batch_stats", "auxiliary", "solver"]
     if recipe.loss.kinetic_weight:
@@ -121,6 +137,34 @@ def train_step(
     )
 
 
+@partial(jax.jit, static_argnames="recipe", donate_argnames="state")
+def train_steps(
+    state: TrainState,
+    examples: Batch,
+    rows: jax.Array,
+    count: jax.Array,
+    constants: Constants,
+    *,
+    recipe: Recipe,
+) -> TrainState:
+    """Several updates in one call, each what `train_step` makes on its batch.
+
+    Args:
+      state: is given up.
+      examples: the whole training split, "image" and "label".
+      rows: int32 [steps, batch], the examples of each batch.
+      count: how many of the steps to make. It is no static number, so that calls of all
+        lengths share one program.
+      constants, recipe: see `train_step`.
+    """
+
+    def step(k, state):
+        batch = jax.tree.map(lambda leaf: leaf[rows[k]], examples)
+        return train_step(state, batch, constants, recipe=recipe)
+
+    return jax.lax.fori_loop(0, count, step, state)
+
+
 @partial(jax.jit, static_argnames=("model", "loss"))
 def eval_step(
     params,
@@ -151,6 +195,7 @@ def evaluate(
     recipe: Recipe,
     batch_size: int,
     prefix: str,
+    mesh: Mesh | None = None,
     stop=lambda: False,
 ) -> dict[str, float] | None:
     """Means over every example of a split, each counted once.
@@ -163,6 +208,8 @@ def evaluate(
       recipe: the model and the loss in it are used.
       batch_size: of the evaluation; it does not change the result.
       prefix: of the keys, for example "val".
+      mesh: the devices that hold copies of the arrays and share each batch, which is
+        rounded up to a multiple of their number; None for where the arrays are.
       stop: asked after each batch; the evaluation is given up when it says True.
 
     Returns:
@@ -172,7 +219,7 @@ def evaluate(
       DivergedError: if the solver of an ODE block failed.
     """
     sums = []
-    for batch in eval_batches(split, batch_size):
+    for batch in _eval_batches(split, batch_size, mesh):
         sums.append(
             eval_step(
                 params, batch_stats, batch, statistics, model=recipe.model, loss=recipe.loss
@@ -185,6 +232,15 @@ def evaluate(
         told = describe_failure(recipe.model, *failure)
         raise DivergedError(f"The evaluation ({prefix or 'of the network'}) failed. {told}")
     return metrics.means(sums, recipe.model.num_classes, prefix, len(split.labels))
+
+
+def _eval_batches(split: Split, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:
+    if mesh is None:
+        yield from eval_batches(split, batch_size)
+        return
+    batch_size += -batch_size % mesh.size
+    for batch in eval_batches(split, batch_size, devices.share(batch_size, mesh)):
+        yield devices.divide(batch, mesh)
 
 
 def describe_failure(model: nn.Module, block: str, solves: metrics.Solves) -> str:

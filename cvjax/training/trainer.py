@@ -4,10 +4,12 @@ workdir/config.json       the config, versions, device, commit
 workdir/inputs.npz        normalisation and class names, for the use of the network
 workdir/metrics.jsonl     training and validation metrics (and TensorBoard's files)
 workdir/checkpoints/      the latest states, and the best on validation
+workdir/profile/          a profiler's trace, if asked for
 workdir/curves.png        loss and error against steps
 workdir/summary.json      the final numbers; its presence says that the run is finished
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 from absl import logging
+from jax.sharding import Mesh
 
 from cvjax import data, progress
 from cvjax.analysis.curves import draw_curves
@@ -24,21 +27,33 @@ from cvjax.data.dataset import Dataset, Split
 from cvjax.data.photographs import compute_color_axes
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from cvjax.nn import solver
-from cvjax.training import checkpoint, interrupt, logs, loop, metrics, steps, transfer
+from cvjax.training import (
+    checkpoint,
+    devices,
+    interrupt,
+    logs,
+    loop,
+    metrics,
+    steps,
+    transfer,
+)
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
-from cvjax.training.network import Network, write_inputs
+from cvjax.training.network import Network, complete_config, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import TrainState, create_train_state
+from cvjax.training.restore import initial_or_restored, read_together
+from cvjax.training.state import TrainState
+from cvjax.training.trace import open_trace
 
-# Purposes of random draws: each folds its own number into the seed's key.
-INIT_DRAWS, TRAIN_DRAWS = 0, 1
+# What the seed's key is folded with for all draws of the training; see also restore.py.
+TRAIN_DRAWS = 1
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    traced: range = range(0),
 ) -> dict[str, float]:
     """Trains a network, or goes on where an earlier call with this workdir stopped.
 
@@ -46,6 +61,7 @@ def train_and_evaluate(
       config: see `training.config`; the same one when a run is resumed, but for
         `RESUMABLE_KEYS`.
       workdir: the run's folder, created if it does not exist.
+      traced: steps of which a profiler's trace is written, see `training.trace`.
 
     Returns:
       The content of summary.json: "step", "parameters", and the loss (nats) and errors
@@ -60,27 +76,34 @@ def train_and_evaluate(
     run = parse_config(config)
     # A misspelt field should not wait for a download: the net is made again below.
     create_model(num_classes=1, **run.model)
-    folder = workdirs.check_writable(workdir)
-    with workdirs.lock(folder):
-        _refuse_changed_config(folder, config)
-        summary = _finished(folder, run)
+    devices.check_batch_size(run.data.batch_size)
+    folder = pathlib.Path(workdir).absolute()
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> dict[str, float] | None:
+            workdirs.check_writable(folder)
+            stack.enter_context(workdirs.lock(folder))
+            _refuse_changed_config(folder, config)
+            return _finished(folder, run)
+
+        summary = devices.from_first(enter)
         if summary:
             logging.info(
                 "%s is finished: step %d, see summary.json.", folder, run.total_steps
             )
             return summary
-        return _run(run, config, folder)
+        return _run(run, config, folder, traced)
 
 
-def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path):
+def _run(
+    run: RunConfig,
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    traced: range,
+) -> dict[str, float]:
     started = time.perf_counter()
-    resumes = checkpoint.latest_step(folder) is not None
-    source = None
-    if run.init_from and not resumes:
-        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
-    dataset = data.load(**run.data.source)
-    check_data(run, len(dataset.train.labels), dataset.image_shape)
-    statistics = _statistics(run, dataset, source, folder)
+    resumes = devices.from_first(lambda: checkpoint.latest_step(folder) is not None)
+    source, dataset, statistics = devices.on_all(lambda: _load(run, folder, resumes))
     logging.info(
         "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
         *(dataset.name, len(dataset.train.labels), len(dataset.val.labels)),
@@ -94,7 +117,7 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
         loss=run.loss,
         augmentation=run.data.augmentation,
     )
-    state, record = _initial_or_restored(run, recipe, dataset, folder)
+    state, record = initial_or_restored(run, recipe, dataset, folder)
     if source is not None:
         state = transfer.start_from(state, source, run.init_from)
     trained = transfer.check_freeze(state.params, run.optim.freeze)
@@ -103,31 +126,51 @@ def _run(run: RunConfig, config: ml_collections.ConfigDict, folder: pathlib.Path
             f"loss.kinetic_weight is {run.loss.kinetic_weight:g}, but "
             f"{run.model['name']} has no ODE block; set it to 0."
         )
-    # Before config.json, by which readers know the run.
-    write_inputs(folder, statistics, dataset.class_names)
-    workdirs.write_manifest(folder, config.to_dict())
-    _log_plan(run, state, trained)
-
-    rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
     start = int(state.step)
-    with (
-        interrupt.watch() as stop,
-        logs.open_writer(folder, start or None) as write,
-        progress.open(run.total_steps, start, folder.name) as show,
-    ):
+    with contextlib.ExitStack() as stack:
+        write = show = trace = _nothing
+        if devices.is_first():
+            # Before config.json, by which readers know the run.
+            write_inputs(folder, statistics, dataset.class_names)
+            workdirs.write_manifest(folder, config.to_dict())
+            _log_plan(run, state, trained)
+            write = stack.enter_context(logs.open_writer(folder, start or None))
+            show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
+            trace = stack.enter_context(open_trace(folder / "profile", traced))
+        mesh = devices.create_mesh()
+        rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
+        constants = steps.Constants(rng, statistics, _color_axes(run, dataset))
+        constants = devices.replicate(constants, mesh)
         state, record = loop.train(
-            state,
+            devices.replicate(state, mesh),
             record,
             run=run,
             recipe=recipe,
-            constants=steps.Constants(rng, statistics, _color_axes(run, dataset)),
+            constants=constants,
             dataset=dataset,
+            mesh=mesh,
             folder=folder,
-            stop=stop,
+            stop=stack.enter_context(interrupt.watch()),
             write=write,
             show=show,
+            trace=trace,
+            traced=traced,
         )
-    return _finish(state, record, run, recipe, statistics, dataset, folder)
+    return _finish(state, record, run, recipe, constants.statistics, dataset, mesh, folder)
+
+
+def _nothing(*_) -> None:
+    """Writes and shows what processes but the first do."""
+
+
+def _load(run: RunConfig, folder: pathlib.Path, resumes: bool):
+    """The network to start from (None without), the data set, and its statistics."""
+    source = None
+    if run.init_from and not resumes:
+        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
+    dataset = data.load(**run.data.source)
+    check_data(run, len(dataset.train.labels), dataset.image_shape)
+    return source, dataset, _statistics(run, dataset, source, folder)
 
 
 def _color_axes(run: RunConfig, dataset: Dataset) -> jax.Array | None:
@@ -139,8 +182,8 @@ def _color_axes(run: RunConfig, dataset: Dataset) -> jax.Array | None:
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if not (folder / "config.json").exists():
         return
-    was = workdirs.read_manifest(folder)["config"]
-    differences = workdirs.config_differences(was, config.to_dict())
+    was = complete_config(workdirs.read_manifest(folder)["config"])
+    differences = workdirs.config_differences(was.to_dict(), config.to_dict())
     refused = [text for text in differences if text.split()[0] not in RESUMABLE_KEYS]
     if refused:
         raise UserError(
@@ -174,29 +217,6 @@ def _statistics(
     return transfer.statistics_like(source.statistics, dataset.image_shape)
 
 
-def _initial_or_restored(
-    run: RunConfig, recipe: Recipe, dataset: Dataset, folder: pathlib.Path
-) -> tuple[TrainState, loop.Record]:
-    rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
-    static = {"recipe": recipe, "image_shape": dataset.image_shape}
-    free = ("walk", "remat", *solver.FIELDS)
-    same_net = {key: run.model[key] for key in run.model if key not in free}
-    expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
-    restored = checkpoint.restore_latest(
-        folder, create_train_state.eval_shape(rng, **static), expect
-    )
-    if restored is None:
-        return create_train_state(rng, **static), loop.Record(**expect)
-    state, info = restored
-    if int(state.step) > run.total_steps:
-        raise UserError(
-            f"{folder} is at step {int(state.step)}, past total_steps {run.total_steps}; "
-            "choose a larger total_steps or another --workdir."
-        )
-    logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
-    return state, loop.Record(**expect, last=info["last"], best=info["best"])
-
-
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
     parameters = count_parameters(state.params)
     schedule = create_schedule(run.optim, run.total_steps)
@@ -224,6 +244,7 @@ def _finish(
     recipe: Recipe,
     statistics: Statistics,
     dataset: Dataset,
+    mesh: Mesh,
     folder: pathlib.Path,
 ) -> dict[str, float]:
     """The only place where the test images are looked at, but for `test_curve`."""
@@ -237,6 +258,7 @@ def _finish(
             recipe=recipe,
             batch_size=run.data.eval_batch_size,
             prefix=prefix,
+            mesh=mesh,
         )
 
     summary = {**record.last, "parameters": count_parameters(state.params)}
@@ -247,13 +269,20 @@ def _finish(
     if best["step"] == run.total_steps:
         best |= {key: summary[key] for key in summary if key.startswith("test/")}
     else:
-        best_state, _ = checkpoint.restore_step(folder, best["step"], state)
-        best |= evaluate(best_state, dataset.test, "test")
+        like = jax.eval_shape(lambda: state)
+        best_state, _ = read_together(
+            lambda: checkpoint.restore_step(folder, best["step"], like), like
+        )
+        best |= evaluate(devices.replicate(best_state, mesh), dataset.test, "test")
     summary |= {f"best/{key}": value for key, value in best.items()}
-    rows = logs.read_metrics(folder / "metrics.jsonl")
-    title = f"{run.model['name']} on {dataset.name}"
-    draw_curves(rows, folder / "curves.png", title)
-    workdirs.write_json(folder / "summary.json", summary)
+
+    def write() -> None:
+        rows = logs.read_metrics(folder / "metrics.jsonl")
+        title = f"{run.model['name']} on {dataset.name}"
+        draw_curves(rows, folder / "curves.png", title)
+        workdirs.write_json(folder / "summary.json", summary)
+
+    devices.from_first(write)
     logging.info(
         "Finished %s: test error %.2f %% (at the best validation error, step %d: %.2f %%).",
         *(folder, 100 * summary["test/error"]),

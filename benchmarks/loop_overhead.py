@@ -1,0 +1,122 @@
+"""What the training loop costs beside the step that it repeats.
+
+    python -m benchmarks.loop_overhead
+
+The loop makes batches, sends them, looks for signals and fetches metrics at log points. It
+is timed as runs log it (`time/step_ms`: without compilation, evaluation and checkpoints),
+and in turns with it the same compiled step on one batch that lies on the device, over and
+over. Printed are medians over the rounds, their quartiles, and the ratio of the medians.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import flags, logging
+
+from cvjax import data, program
+from cvjax.data.augment import compute_statistics
+from cvjax.models import create_model
+from cvjax.training import default_config, devices, interrupt, loop, steps
+from cvjax.training.config import parse_config
+from cvjax.training.dispatch import create_dispatch
+from cvjax.training.recipe import Recipe
+from cvjax.training.state import create_train_state
+
+STEPS = flags.DEFINE_integer("steps", 40, "Updates in a timing.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
+
+NETS = {
+    "mlp": {"name": "mlp"},
+    "resnet_cifar, depth 8": {"name": "resnet_cifar", "depth": 8},
+    "resnet_cifar, depth 20": {"name": "resnet_cifar", "depth": 20},
+}
+
+
+def ignore(*_) -> None:
+    pass
+
+
+def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[float]]:
+    """Milliseconds a step of the loop, and of the bare step, once a round."""
+    config = default_config(fields["name"])
+    config.model.update(fields)
+    config.log_every = STEPS.value
+    config.data.update({"crop_padding": 1, "flip": True})
+    run = parse_config(config)
+    recipe = Recipe(
+        model=create_model(num_classes=dataset.num_classes, **run.model),
+        optim=run.optim,
+        total_steps=run.total_steps,
+        loss=run.loss,
+        augmentation=run.data.augmentation,
+    )
+    mesh = devices.create_mesh()
+    statistics = compute_statistics(dataset.train.images, run.data.normalization)
+    constants = steps.Constants(jax.random.key(0), statistics)
+    constants = devices.replicate(constants, mesh)
+    state = create_train_state(
+        jax.random.key(1), recipe=recipe, image_shape=dataset.image_shape
+    )
+    state = devices.replicate(state, mesh)
+
+    batch, _ = create_dispatch(
+        dataset.train, dataclasses.replace(run, steps_per_dispatch=1), constants, mesh
+    ).feed(0, 1)
+    compiled = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
+    in_loop, bare, rows = [], [], []
+    record = loop.Record(data_fingerprint="", model={})
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "metrics.jsonl").touch()
+        for round in range(1, ROUNDS.value + 1):
+            length = {"total_steps": round * 2 * STEPS.value - STEPS.value}
+            state, record = loop.train(
+                state,
+                record,
+                run=dataclasses.replace(run, **length, train_eval_examples=0),
+                recipe=recipe,
+                constants=constants,
+                dataset=dataset,
+                mesh=mesh,
+                folder=pathlib.Path(folder),
+                stop=interrupt.Stop(),
+                write=lambda _, row: rows.append(row),
+                show=ignore,
+                trace=ignore,
+                traced=range(0),
+            )
+            in_loop += [row["time/step_ms"] for row in rows if "time/step_ms" in row]
+            rows.clear()
+            jax.block_until_ready(state.step)
+            start = time.perf_counter()
+            for _ in range(STEPS.value):
+                state = compiled(state, batch, constants)
+            jax.block_until_ready(state.step)
+            bare.append(1000 * (time.perf_counter() - start) / STEPS.value)
+    return in_loop, bare
+
+
+def main(arguments):
+    program.refuse_arguments(arguments)
+    logging.set_verbosity(logging.WARNING)
+    dataset = data.load("digits")
+    table = rich.table.Table(title="A training step on 8x8 digits, batch 128, ms")
+    for heading in ("net", "loop", "quartiles", "bare step", "quartiles", "ratio"):
+        table.add_column(heading, justify="left" if heading == "net" else "right")
+    for name, fields in NETS.items():
+        cells = []
+        for times in (timed := time_both(fields, dataset)):
+            low, median, high = np.percentile(times, (25, 50, 75))
+            cells += [f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
+        ratio = np.median(timed[0]) / np.median(timed[1])
+        table.add_row(name, *cells, f"{ratio:.3f}")
+    rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+    program.run(main)
