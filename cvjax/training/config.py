@@ -141,6 +141,7 @@ RESUMABLE_KEYS = (
     "data.cache_dir",
     "data.eval_batch_size",
     "model.walk",
+    "model.remat",
     *(f"model.{field}" for field in solver.FIELDS),
 )
 
