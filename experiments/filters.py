@@ -39,7 +39,7 @@ from configs import cifar10_resnet, digits_resnet
 from cvjax import program
 from cvjax.analysis import filter_figure, filters, maps
 from cvjax.analysis.backprojection import RULES
-from cvjax.analysis.multilevel import spread
+from cvjax.analysis.statistics import spread
 from cvjax.data import augment
 from cvjax.data.dataset import Split
 from cvjax.errors import DivergedError, UserError
