@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from cvjax.data.augment import Augmentation, compute_statistics
 from cvjax.data.pipeline import Batch
 from cvjax.models import create_model
 from cvjax.models.checks import check_choice
-from cvjax.training import steps
+from cvjax.training import devices, steps
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
 from cvjax.training.recipe import Recipe
@@ -98,16 +99,27 @@ def lower_step(model: nn.Module, batch: Batch):
     return lowered, lambda: (create_train_state(key, **static), constants)
 
 
-def create_step(model: nn.Module, batch: Batch) -> tuple[Callable[[Batch], None], float]:
-    """A training step that waits for its update, and the seconds of compilation."""
-    start = time.perf_counter()
+def create_step(
+    model: nn.Module, batch: Batch, mesh: Mesh | None = None
+) -> tuple[Callable[[Batch], None], float]:
+    """A training step that waits for its update, and the seconds of compilation.
+
+    With a mesh its devices share each batch.
+    """
     lowered, create = lower_step(model, batch)
+    state, constants = create()
+    if mesh is not None:
+        state, constants = devices.replicate((state, constants), mesh)
+        lowered = steps.train_step.lower(
+            state, devices.divide(batch, mesh), constants, recipe=create_recipe(model)
+        )
+    start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    state, constants = create()
 
     def step(batch):
         nonlocal state
+        batch = batch if mesh is None else devices.divide(batch, mesh)
         state = jax.block_until_ready(compiled(state, batch, constants))
 
     return step, seconds

@@ -8,8 +8,11 @@ A step is augmentation (pad by 4, crop, flip), forward and backward pass and SGD
 momentum 0.9 and weight decay 1e-4, from a batch of uint8 on the host to updated parameters
 on the device: `cvjax.training.steps.train_step` itself, which also keeps the sums that
 training logs. PyTorch does the same eagerly and through `torch.compile`, channels last. All
-take turns; compilation stands apart. On a GPU products of float32 are TF32 on both sides;
-set XLA_PYTHON_CLIENT_PREALLOCATE=false there, so that JAX leaves memory to PyTorch.
+take turns; compilation stands apart. On CPU there is one side more, in which each core is a
+device of its own and has a share of the batch, as in `train.py` with
+XLA_FLAGS=--xla_force_host_platform_device_count=N. On a GPU products of float32 are TF32
+on both sides; set XLA_PYTHON_CLIENT_PREALLOCATE=false there, so that JAX leaves memory to
+PyTorch.
 
 The peak is what the better of the two libraries reaches in a large product of square
 matrices of the same type, in the same turns. The operations of a step are 2 for each
@@ -20,6 +23,7 @@ Without --net: on CPU two small nets, which take minutes; on an accelerator all 
 8 pixels.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -30,10 +34,12 @@ from jax import numpy as jnp
 from benchmarks import nets, report, timing
 from cvjax import program
 from cvjax.analysis.accounting import account
+from cvjax.training import devices
 from cvjax.training import workdir as workdirs
 
 CPU_NETS = ("ResNet-14, 8 px", "ResNet-20")
 OURS, EAGER, COMPILED = "cvjax", "PyTorch", "torch.compile"
+SHARED = "cvjax, each core a device"
 MATMULS = {OURS: "product, JAX", EAGER: "product, PyTorch"}
 HEADINGS = (
     "net",
@@ -63,6 +69,7 @@ def define_flags() -> None:
 def main(arguments):
     program.refuse_arguments(arguments)
     values, torch = flags.FLAGS, report.import_torch()
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     on_cpu = jax.default_backend() == "cpu"
     names = values.net or (CPU_NETS if on_cpu else tuple(nets.NETS)[1:])
@@ -105,6 +112,9 @@ def measure(
     logging.info("Compiling %s, %s, batch %d.", net.model, dtype, batch_size)
     ours, seconds = nets.create_step(model, batch)
     sides, compile_seconds, failed = {OURS: ours}, {OURS: seconds}, {}
+    if jax.default_backend() == "cpu" and batch_size % jax.device_count() == 0:
+        mesh = devices.create_mesh()
+        sides[SHARED], compile_seconds[SHARED] = nets.create_step(model, batch, mesh)
     device = torch_nets.pick_device(jax.default_backend())
     mean = batch["image"].mean(axis=0, dtype=np.float32) / 255
     for side, compiled in ((EAGER, False), (COMPILED, True)):
