@@ -365,8 +365,8 @@ def test_too_little(key):
         ),
         (
             {"optim.schedule": "steps"},
-            "optim.schedule must be one of constant, step, cosine, got 'steps'; did you "
-            "mean 'step'?",
+            "optim.schedule must be one of constant, step, cosine, exponential, got "
+            "'steps'; did you mean 'step'?",
         ),
         (
             {"optim.decayed": "kernel"},
