@@ -11,9 +11,6 @@ themselves under SLURM (srun) and Open MPI (mpirun); elsewhere each is given
 from absl import flags
 from ml_collections import config_flags
 
-from cvjax import program
-from cvjax.training import devices, trace, train_and_evaluate
-
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: new, or to be resumed.")
 COORDINATOR = flags.DEFINE_string(
@@ -31,6 +28,10 @@ PROFILE = flags.DEFINE_string(
 
 
 def main(arguments):
+    # Imported here: the workers of a stream import this file too, and need no JAX.
+    from cvjax import program
+    from cvjax.training import devices, trace, train_and_evaluate
+
     program.refuse_arguments(arguments)
     traced = trace.parse_steps(PROFILE.value)
     devices.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -38,5 +39,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    from cvjax import program
+
     flags.mark_flags_as_required(["config", "workdir"])
     program.run(main)

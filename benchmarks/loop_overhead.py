@@ -24,7 +24,7 @@ from cvjax.data.augment import compute_statistics
 from cvjax.models import create_model
 from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
-from cvjax.training.dispatch import create_dispatch
+from cvjax.training.dispatch import open_dispatch
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
 
@@ -65,9 +65,9 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
     )
     state = devices.replicate(state, mesh)
 
-    batch, _ = create_dispatch(
-        dataset.train, dataclasses.replace(run, steps_per_dispatch=1), constants, mesh
-    ).feed(0, 1)
+    one = dataclasses.replace(run, steps_per_dispatch=1)
+    with open_dispatch(dataset.train, one, constants, mesh, start=0) as dispatch:
+        batch, _ = dispatch.feed(0, 1)
     compiled = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
     in_loop, bare, rows = [], [], []
     record = loop.Record(data_fingerprint="", model={})
@@ -75,21 +75,24 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
         (pathlib.Path(folder) / "metrics.jsonl").touch()
         for round in range(1, ROUNDS.value + 1):
             length = {"total_steps": round * 2 * STEPS.value - STEPS.value}
-            state, record = loop.train(
-                state,
-                record,
-                run=dataclasses.replace(run, **length, train_eval_examples=0),
-                recipe=recipe,
-                constants=constants,
-                dataset=dataset,
-                mesh=mesh,
-                folder=pathlib.Path(folder),
-                stop=interrupt.Stop(),
-                write=lambda _, row: rows.append(row),
-                show=ignore,
-                trace=ignore,
-                traced=range(0),
-            )
+            start = int(state.step)
+            with open_dispatch(dataset.train, run, constants, mesh, start) as dispatch:
+                state, record = loop.train(
+                    state,
+                    record,
+                    run=dataclasses.replace(run, **length, train_eval_examples=0),
+                    recipe=recipe,
+                    dispatch=dispatch,
+                    statistics=constants.statistics,
+                    dataset=dataset,
+                    mesh=mesh,
+                    folder=pathlib.Path(folder),
+                    stop=interrupt.Stop(),
+                    write=lambda _, row: rows.append(row),
+                    show=ignore,
+                    trace=ignore,
+                    traced=range(0),
+                )
             in_loop += [row["time/step_ms"] for row in rows if "time/step_ms" in row]
             rows.clear()
             jax.block_until_ready(state.step)

@@ -1,8 +1,8 @@
-"""ResNet-50 on ImageNet, for when the data can be streamed.
+"""ResNet-50 on ImageNet.
 
-The data set is TFDS's imagenet2012. Today's loader keeps a whole set in memory, with images
-of one size, and cannot hold this one: the config states the experiment and does not run
-yet.
+The data set is TFDS's imagenet2012, which has to be prepared (it asks for files that
+image-net.org gives to researchers); its images are read and decoded while training, by
+data.num_workers processes.
 
 Paper:    He et al. 2015 (arXiv:1512.03385), section 3.4, Tables 1 and 3. Length and
           boundaries are those of fb.resnet.torch, 30, 60 and 90 epochs; the paper divides
@@ -27,6 +27,8 @@ def get_config():
     config.train_eval_examples = 0
 
     config.data.name = "imagenet2012"
+    config.data.streaming = True
+    config.data.num_workers = 8
     config.data.batch_size = 256
     config.data.normalization = "channel"
     config.data.flip = True

@@ -55,7 +55,7 @@ def measure(
     """
     members = load_members(places)
     dataset = load_data(members[0].network, "", "")
-    batch_size = min(batch_size, len(dataset.val.labels), len(dataset.test.labels))
+    batch_size = min(batch_size, len(dataset.val), len(dataset.test))
     val, test = (
         np.stack(
             [compute_all_logits(member, split.images, batch_size) for member in members]

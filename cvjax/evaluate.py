@@ -16,6 +16,7 @@ width, and averages over the examples how far their bin's accuracy is from its m
 confidence (Guo et al. 2017).
 """
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -35,7 +36,7 @@ from cvjax import data, program
 from cvjax.analysis import classification
 from cvjax.data import augment
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.pipeline import eval_batches
+from cvjax.data.streaming import StreamedSplit
 from cvjax.data.views import CROPS, Views, create_views
 from cvjax.errors import UserError
 from cvjax.training import steps
@@ -67,7 +68,8 @@ def evaluate(
       workdir: the run's folder.
       split: one of `SPLITS`.
       checkpoint: "last", "best" or the number of a step.
-      crops, scales: see `data.views`; the padding of ten crops is what the network was
+      crops, scales: see `data.views`; of streamed images the views are made of the centre
+        crop, and ten crops are refused; the padding of ten crops is what the network was
         trained with, or if that is none, an eighth of the images' short side.
       batch_size: in images; None for the run's own. It does not change the results.
       data_dir, cache_dir: where the data set is; "" for where it was at training.
@@ -85,23 +87,19 @@ def evaluate(
     folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
-    if examples.labels.ndim > 1:
+    if isinstance(examples, Split) and examples.labels.ndim > 1:
         raise UserError(
             f"{dataset.name} has several classes an image; only sets with one can be "
             "evaluated here."
         )
-    scores = predict_split(network, examples, views, batch_size)
+    scores, labels = predict_split(network, examples, views, batch_size)
     if views == _ONE_VIEW:
         errors = _as_in_training(network, examples, batch_size)
     else:
-        errors = measure(scores, examples.labels, network.run.loss.name)
+        errors = measure(scores, labels, network.run.loss.name)
     predicted = scores.argmax(axis=-1)
-    matrix = classification.confusion_matrix(
-        examples.labels, predicted, len(dataset.class_names)
-    )
-    calibration = classification.calibrate(
-        scores.max(axis=-1), predicted == examples.labels
-    )
+    matrix = classification.confusion_matrix(labels, predicted, len(dataset.class_names))
+    calibration = classification.calibrate(scores.max(axis=-1), predicted == labels)
 
     name = _name(split, network.step, views)
     for field, value in (fields or {}).items():
@@ -125,7 +123,7 @@ def evaluate(
         "step": network.step,
         "data": dataset.name,
         "split": split,
-        "examples": len(examples.labels),
+        "examples": len(labels),
         "fields": dict(fields or {}),
         "views": {
             "count": views.count,
@@ -155,6 +153,11 @@ def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views
     height, width, channels = network.image_shape
     side = min(height, width)
     if crops == 10:
+        if network.run.data.streaming:
+            raise UserError(
+                "--crops=10 cannot be had of streamed images: of each the centre crop "
+                "alone is read; leave it out, or resize that with --scales."
+            )
         if scales and min(scales) <= side:
             raise UserError(
                 f"--scales with --crops=10 must be above {side}, the images' short side, "
@@ -203,19 +206,29 @@ def load_data(network: Network, data_dir: str, cache_dir: str) -> Dataset:
 
 
 def predict_split(
-    network: Network, split: Split, views: Views, batch_size: int | None = None
-) -> np.ndarray:
-    """Class probabilities, averaged over the views, float64 [examples, classes]."""
-    averages = []
-    for batch in eval_batches(split, _batch_size(network, split, batch_size)):
-        images = augment.normalize(batch["image"], network.statistics)
-        scores = 0.0
-        for view in create_views(images, views):
-            logits = apply_model(network.variables, view, model=network.recipe.model)
-            logits = np.asarray(logits)[batch["mask"]]
-            scores += probabilities(logits, network.run.loss.name)
-        averages.append(scores / views.count)
-    return np.concatenate(averages)
+    network: Network,
+    split: Split | StreamedSplit,
+    views: Views,
+    batch_size: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities, averaged over the views, and labels.
+
+    Returns:
+      float64 [examples, classes] and int32 [examples].
+    """
+    averages, labels = [], []
+    batches = split.eval_batches(_batch_size(network, split, batch_size))
+    with contextlib.closing(batches):
+        for batch in batches:
+            images = augment.normalize(batch["image"], network.statistics)
+            scores = 0.0
+            for view in create_views(images, views):
+                logits = apply_model(network.variables, view, model=network.recipe.model)
+                logits = np.asarray(logits)[batch["mask"]]
+                scores += probabilities(logits, network.run.loss.name)
+            averages.append(scores / views.count)
+            labels.append(batch["label"][batch["mask"]])
+    return np.concatenate(averages), np.concatenate(labels)
 
 
 def measure(scores: np.ndarray, labels: np.ndarray, loss_name: str) -> dict[str, float]:
@@ -259,7 +272,7 @@ def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 def _as_in_training(
-    network: Network, split: Split, batch_size: int | None
+    network: Network, split: Split | StreamedSplit, batch_size: int | None
 ) -> dict[str, float]:
     """Loss and errors by the trainer's own function: equal to summary.json, bit for bit."""
     values = steps.evaluate(
@@ -274,10 +287,12 @@ def _as_in_training(
     return {key.removeprefix("/"): value for key, value in values.items()}
 
 
-def _batch_size(network: Network, split: Split, batch_size: int | None) -> int:
+def _batch_size(
+    network: Network, split: Split | StreamedSplit, batch_size: int | None
+) -> int:
     if batch_size is None:
         return network.run.data.eval_batch_size
-    return min(batch_size, len(split.labels))
+    return min(batch_size, len(split))
 
 
 def _check_size(network: Network, view: jax.ShapeDtypeStruct) -> None:

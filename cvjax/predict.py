@@ -4,8 +4,9 @@
     python -m cvjax.predict --workdir=runs/cifar10_resnet --json photos/*.jpg > out.jsonl
 
 Takes JPEG, PNG, WebP, GIF, BMP, TIFF and PPM files of any size and colour mode. Of each the
-largest centred part with the aspect ratio of the network's images is resized to their size;
-for the details see cvjax/data/pictures.py. The data set is not needed.
+largest centred part with the aspect ratio of the network's images is resized to their size
+(for a network trained on a stream without a border, as in its evaluation); for the details
+see cvjax/data/pictures.py. The data set is not needed.
 
 A file that cannot be read gets one line on stderr and the others go on; the exit code is
 then 2, and 0 if all were read.
@@ -66,7 +67,7 @@ def main(arguments):
     failed = False
     for path in arguments:
         try:
-            image = load_picture(path, network.image_shape)
+            image = load_picture(path, network.image_shape, network.run.data.streaming)
         except UserError as error:
             print(f"predict.py: {' '.join(str(error).split())}", file=sys.stderr)
             failed = True

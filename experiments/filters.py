@@ -184,12 +184,12 @@ def load_examples(network: Network, count: int, data_dir: str, cache_dir: str) -
             f"{network.run.data.name} has several classes an image; only sets with one can "
             "be looked at here."
         )
-    if len(split.labels) < COUNT:
+    if len(split) < COUNT:
         raise UserError(
-            f"the run has {len(split.labels)} validation images, but {COUNT} are shown of "
+            f"the run has {len(split)} validation images, but {COUNT} are shown of "
             "each channel; name a run with more (data.val_examples)."
         )
-    return Split(split.images[:count], split.labels[:count])
+    return split.first(count)
 
 
 def check_finite(network: Network) -> None:

@@ -49,7 +49,7 @@ def test_config_trains(name, tmp_path, monkeypatch):
     config.model.update(SMALL.get(config.model.name, {}))
     if config.data.scale_max:
         side = SHAPES[config.data.name][0]
-        config.data.update(scale_min=side, scale_max=side + 2)
+        config.data.update(image_size=side, scale_min=side, scale_max=side + 2)
     summary = train_and_evaluate(config, tmp_path)
     assert summary["step"] == 10
     assert np.isfinite(summary["test/loss"])

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.photograph_set import photograph, write_set
 from cvjax.errors import UserError
 from cvjax.training import (
     checkpoint,
@@ -217,6 +218,23 @@ def test_two_processes_stop_together_and_one_goes_on(model, file, at_once, tmp_p
     train_and_evaluate(config, two)
     train_and_evaluate(config, one)
     check_same_run(two, one, step + 4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_workers_share_a_stream(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    examples = [photograph(i) for i in range(90)]
+    write_set(tmp_path / "data", {"train": examples[:80], "test": examples[80:]})
+    config = create_config()
+    config.data.update(name="photographs", data_dir=str(tmp_path / "data"), streaming=True)
+    config.data.update(image_size=16, scale_min=18, scale_max=28, crop_padding=0)
+    config.data.update(batch_size=8, num_workers=1)
+    settings = as_settings(config, "configs/digits_mlp.py")
+    for code, told in end_of(start_processes(two, *settings)):
+        assert code == 0, told
+    config.data.num_workers = 0
+    train_and_evaluate(config, one)
+    check_same_run(two, one, 20)
 
 
 @pytest.mark.slow

@@ -219,7 +219,8 @@ def test_probabilities_are_averaged_over_the_views(runs):
             logits = net.recipe.model.apply(net.variables, jnp.asarray(crop), train=False)
             expected += np.asarray(jax.nn.softmax(logits)) / 10
     split = data.dataset.Split(images, np.zeros(3, np.int32))
-    scores = evaluate.predict_split(net, split, Views(10, (), padding=2))
+    scores, labels = evaluate.predict_split(net, split, Views(10, (), padding=2))
+    assert labels.tolist() == [0, 0, 0]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 

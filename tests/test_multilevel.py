@@ -7,11 +7,11 @@ import pytest
 
 from cvjax import data
 from cvjax.analysis.multilevel import measure_time, tabulate
-from cvjax.data import augment
+from cvjax.data import augment, pipeline
 from cvjax.errors import InterruptedRun
 from cvjax.models import create_model
 from cvjax.nn.depth import refine
-from cvjax.training import default_config, dispatch, logs, loop, trainer
+from cvjax.training import default_config, logs, loop, trainer
 from cvjax.training.network import load_network
 from experiments import multilevel
 
@@ -141,7 +141,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
         return multilevel.train_method("multi-level", tiny(), 0, folder)
 
     straight = train(tmp_path / "straight")
-    train_batch, calls = dispatch.train_batch, []
+    train_batch, calls = pipeline.train_batch, []
 
     def patched(*args):
         calls.append(args)
@@ -150,7 +150,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
         return train_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "train_batch", patched)
+        patch.setattr(pipeline, "train_batch", patched)
         with pytest.raises((KeyboardInterrupt, InterruptedRun)):
             train(tmp_path / "stopped")
     second = tmp_path / "stopped" / "runs" / "multilevel-seed0" / "level2"

@@ -39,7 +39,7 @@ def run(*arguments):
 def test_prediction_of_a_file_equals_evaluation(workdir, tmp_path, monkeypatch):
     network = load_network(workdir)
     test = data.load("digits").test
-    scores = evaluate.predict_split(network, test, Views())
+    scores, _ = evaluate.predict_split(network, test, Views())
     monkeypatch.setattr(data, "load", None)  # not needed from here on
     for k in range(5):
         Image.fromarray(test.images[k, ..., 0]).save(tmp_path / "digit.png")

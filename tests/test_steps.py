@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
+from cvjax.data import pipeline
 from cvjax.data.augment import Augmentation, Statistics, compute_statistics
 from cvjax.data.dataset import Split
 from cvjax.errors import DivergedError
@@ -357,9 +358,11 @@ def test_the_batch_size_does_not_matter():
 
 
 def test_an_evaluation_that_loses_an_example_is_refused(monkeypatch):
-    complete = steps.eval_batches
+    complete = pipeline.eval_batches
     monkeypatch.setattr(
-        steps, "eval_batches", lambda split, size: list(complete(split, size))[:-1]
+        pipeline,
+        "eval_batches",
+        lambda *arguments: iter(list(complete(*arguments))[:-1]),
     )
     with pytest.raises(AssertionError, match="counted 24"):
         evaluated(random_split(30), 8)

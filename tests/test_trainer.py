@@ -10,6 +10,7 @@ import pytest
 from absl import logging
 
 from cvjax import data
+from cvjax.data import pipeline
 from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import DivergedError, InterruptedRun, UserError
 from cvjax.training import (
@@ -70,14 +71,14 @@ def create_config(model="mlp", **settings):
 
 def stop_at(monkeypatch, step, action):
     """Calls `action` when the batch after `step` updates is asked for."""
-    train_batch = dispatch.train_batch
+    train_batch = pipeline.train_batch
 
     def patched(split, batch_size, seed, at, share):
         if at == step:
             action()
         return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(dispatch, "train_batch", patched)
+    monkeypatch.setattr(pipeline, "train_batch", patched)
 
 
 def rows_without_time(workdir):
@@ -196,7 +197,7 @@ def test_a_trace_of_the_steps_asked_for_is_written(uninterrupted, tmp_path, monk
 
         monkeypatch.setattr(module, name, noted)
 
-    note(dispatch, "train_batch", lambda: batches.append(1))
+    note(pipeline, "train_batch", lambda: batches.append(1))
     note(jax.profiler, "start_trace", lambda: moments.append(len(batches)))
     note(jax.profiler, "stop_trace", lambda: moments.append(len(batches)))
     train_and_evaluate(create_config(), tmp_path, traced=range(2, 3))

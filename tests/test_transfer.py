@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from cvjax import data
+from cvjax.data import pipeline
 from cvjax.data.augment import Statistics, compute_statistics
 from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import InterruptedRun, UserError
@@ -19,7 +20,6 @@ from cvjax.models import create_model
 from cvjax.training import (
     checkpoint,
     default_config,
-    dispatch,
     loop,
     train_and_evaluate,
     trainer,
@@ -97,14 +97,14 @@ def arrays(workdir, step="last"):
 
 
 def stop_at(monkeypatch, step):
-    train_batch = dispatch.train_batch
+    train_batch = pipeline.train_batch
 
     def patched(split, batch_size, seed, at, share):
         if at == step:
             raise KeyboardInterrupt
         return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(dispatch, "train_batch", patched)
+    monkeypatch.setattr(pipeline, "train_batch", patched)
 
 
 def final_digest(workdir):

@@ -18,8 +18,7 @@ ROW_COLORS += ("#1f5a99", "#5b4a9e", "#a0408a", "#3d3d3d")
 
 def first_examples(network: Network, count: int) -> Split:
     """The first `count` test images of the data that a network was trained on."""
-    dataset = data.load(**network.run.data.source)
-    return Split(dataset.test.images[:count], dataset.test.labels[:count])
+    return data.load(**network.run.data.source).test.first(count)
 
 
 def trajectories(network: Network, images: np.ndarray) -> np.ndarray:

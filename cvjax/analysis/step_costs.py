@@ -1,5 +1,6 @@
 """Time and memory of training steps of several configs, measured side by side."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,6 @@ import numpy as np
 from cvjax import data
 from cvjax.data.augment import compute_statistics
 from cvjax.data.dataset import Dataset
-from cvjax.data.pipeline import train_batch
 from cvjax.models import create_model
 from cvjax.training import steps
 from cvjax.training import workdir as workdirs
@@ -86,7 +86,9 @@ def _prepare(run: RunConfig, dataset: Dataset):
     key = jax.random.key(run.seed)
     state = create_train_state(key, recipe=recipe, image_shape=dataset.image_shape)
     constants = steps.Constants(key, statistics)
-    batch = train_batch(dataset.train, run.data.batch_size, run.seed, 0)
+    batches = dataset.train.train_batches(run.data.batch_size, run.seed)
+    with contextlib.closing(batches):
+        batch = next(batches)
     start = time.perf_counter()
     step = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
     return step, state, batch, constants, time.perf_counter() - start

@@ -4,8 +4,8 @@ digits                       bundled with scikit-learn, needs no network
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 any other TFDS name          if it is prepared already (`data.tfds`)
 
-A set that does not fit in memory, or whose images differ in size, is streamed:
-`load_stream(name, options) -> Dataset`.
+A set that does not fit in memory, or whose images differ in size, is streamed, with
+`load(name, stream=StreamOptions(...))`.
 """
 
 import difflib
@@ -36,6 +36,7 @@ def load(
     val_examples: int = -1,
     train_examples: int = -1,
     shrink: int = 1,
+    stream: StreamOptions | None = None,
 ) -> Dataset:
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
@@ -49,11 +50,24 @@ def load(
       train_examples: how many of the other training images are kept, stratified by class;
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
+      stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
+        images in memory.
 
     Raises:
       UserError: if there is no such data set, it cannot be prepared, or its images do not
-        fit this in-memory path, `train_examples` or `shrink`.
+        fit this in-memory path, `train_examples` or `shrink`, or cannot be streamed.
     """
+    if stream:
+        for key, value, neutral in (
+            ("train_examples", train_examples, -1),
+            ("shrink", shrink, 1),
+        ):
+            if value != neutral:
+                raise UserError(
+                    f"data.{key} {value} is for images in memory; set it to {neutral}, or "
+                    "data.streaming to false."
+                )
+        return load_stream(name, stream, data_dir=data_dir, val_examples=val_examples)
     if name == "digits":
         return reduced(load_digits(val_examples), train_examples, shrink)
     decoded = _load_tfds(name, data_dir, cache_dir)

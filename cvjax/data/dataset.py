@@ -1,9 +1,14 @@
 """What a data set is, once it is loaded: three splits of uint8 images."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from cvjax.data import pipeline
+from cvjax.data.pipeline import ALL, Batch
 
 if TYPE_CHECKING:
     from cvjax.data.streaming import StreamedSplit
@@ -25,6 +30,24 @@ class Split:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> "Split":
+        """The first `count` of its examples."""
+        return Split(self.images[:count], self.labels[:count])
+
+    def train_batches(
+        self, batch_size: int, seed: int, start: int = 0, share: slice = ALL
+    ) -> Iterator[Batch]:
+        """Yields the batches `start`, `start + 1`, ... of a run, see `pipeline`."""
+        for step in itertools.count(start):
+            yield pipeline.train_batch(self, batch_size, seed, step, share)
+
+    def eval_batches(self, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
+        """Yields every example once, in order, see `pipeline`."""
+        return pipeline.eval_batches(self, batch_size, share)
 
 
 @dataclasses.dataclass(frozen=True)

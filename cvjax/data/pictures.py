@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cvjax.data.crops import center_crop
 from cvjax.errors import UserError
 
 # PPM stands for PBM and PGM too. EPS is left out: Pillow would run a PostScript program.
@@ -18,7 +19,9 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def load_picture(
-    path: str | os.PathLike[str], image_shape: tuple[int, int, int]
+    path: str | os.PathLike[str],
+    image_shape: tuple[int, int, int],
+    streamed: bool = False,
 ) -> np.ndarray:
     """Reads one image file.
 
@@ -32,6 +35,8 @@ def load_picture(
     Args:
       path: of a file in one of `FORMATS`.
       image_shape: (height, width, channels) of the network's images.
+      streamed: whether these came from a stream; then the picture is cropped as they were
+        in evaluation, see `crops.center_crop`.
 
     Returns:
       uint8 of that shape.
@@ -68,7 +73,10 @@ def load_picture(
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} is broken: {reason}.") from error
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    if streamed:
+        image = center_crop(image, height)
+    else:
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(image_shape)
 
 

@@ -8,10 +8,12 @@ a batch may end one epoch and begin the next.
 
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cvjax.data.dataset import Split
+if TYPE_CHECKING:
+    from cvjax.data.dataset import Split
 
 Batch = dict[str, np.ndarray]
 ALL = slice(None)
@@ -39,25 +41,25 @@ def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarra
 
 
 def train_batch(
-    split: Split, batch_size: int, seed: int, step: int, share: slice = ALL
+    split: "Split", batch_size: int, seed: int, step: int, share: slice = ALL
 ) -> Batch:
     """Batch number `step` (from 0) of a run, or the rows of it that are `share`.
 
     Returns:
       "image" uint8 [batch_size, height, width, channels] and "label" [batch_size].
     """
-    indices = batch_indices(len(split.labels), batch_size, seed, step)[share]
+    indices = batch_indices(len(split), batch_size, seed, step)[share]
     return {"image": split.images[indices], "label": split.labels[indices]}
 
 
-def eval_batches(split: Split, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
+def eval_batches(split: "Split", batch_size: int, share: slice = ALL) -> Iterator[Batch]:
     """Every example once, in order, in batches of one shape, or `share` of their rows.
 
     Yields:
       As `train_batch`, and "mask" bool [batch_size]: False for the rows (zeros) that fill
       up the last batch.
     """
-    for start in range(0, len(split.labels), batch_size):
+    for start in range(0, len(split), batch_size):
         rows = range(start, start + batch_size)[share]
         images = split.images[rows.start : rows.stop]
         labels = split.labels[rows.start : rows.stop]

@@ -27,7 +27,7 @@ def reduced(dataset: Dataset, train_examples: int = -1, shrink: int = 1) -> Data
 
 
 def _fewer(dataset: Dataset, count: int) -> Dataset:
-    available = len(dataset.train.labels)
+    available = len(dataset.train)
     if not 0 < count <= available:
         raise UserError(
             f"data.train_examples must be between 1 and {available} for {dataset.name} (or "

@@ -15,6 +15,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -23,13 +24,12 @@ from cvjax.data import records as record_files
 from cvjax.data import workers
 from cvjax.data.crops import center_crop, scale_crop
 from cvjax.data.dataset import Dataset
-from cvjax.data.pipeline import Batch, batch_indices
+from cvjax.data.pipeline import ALL, Batch, batch_indices
 from cvjax.data.records import Records
 from cvjax.data.splits import SPLIT_SEED, check_val_examples
 from cvjax.data.tfds import Source
 from cvjax.errors import UserError
 
-ALL = slice(None)
 # Purpose of the crops' random draws, beside the seed and the example's place.
 CROP_DRAWS = 20151210
 # Without a number given, so many training images, or a tenth if that is less, validate.
@@ -90,6 +90,16 @@ class StreamedSplit:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the images that come out."""
         return self.options.image_size, self.options.image_size, self.records.channels
+
+    @property
+    def images(self) -> NoReturn:
+        """Refused, for what needs all images in memory; and so is `labels`."""
+        raise UserError(
+            "this takes images that are all in memory, and those of the run are streamed; "
+            "name a run with data.streaming=false."
+        )
+
+    labels = images
 
     def first(self, count: int) -> "StreamedSplit":
         """The first `count` of its examples."""

@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from cvjax.data.augment import NORMALIZATIONS, Augmentation
+from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
 from cvjax.models.checks import as_type, check_choice
@@ -42,6 +43,10 @@ class DataConfig:
         -1 for all.
       shrink: average over shrink x shrink pixels, for smaller and faster images; 1 for the
         images as they are.
+      streaming: whether images are read, decoded and cropped while training, for a set that
+        does not fit in memory or whose images differ in size; then `scale_min` and
+        `scale_max` are pixels of the images as they are stored.
+      image_size, num_workers: of a stream, see `data.streaming.StreamOptions`.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
       normalization: see `data.augment.compute_statistics`; or "init_from", the statistics
@@ -56,6 +61,9 @@ class DataConfig:
     val_examples: int = -1
     train_examples: int = -1
     shrink: int = 1
+    streaming: bool = False
+    image_size: int = 224
+    num_workers: int = 0
     batch_size: int = 128
     eval_batch_size: int = 500
     normalization: str = "pixel_mean"
@@ -72,13 +80,24 @@ class DataConfig:
         """The arguments of `data.load`."""
         names = ("name", "data_dir", "cache_dir", "val_examples", "train_examples")
         names += ("shrink",)
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"stream": self.stream}
+
+    @property
+    def stream(self) -> StreamOptions | None:
+        """How the set is streamed; None for images in memory."""
+        if not self.streaming:
+            return None
+        names = [field.name for field in dataclasses.fields(StreamOptions)]
+        return StreamOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def augmentation(self) -> Augmentation:
-        """The settings of the training images' random changes."""
+        """The random changes of training images on the device; a stream's come scaled."""
         names = [field.name for field in dataclasses.fields(Augmentation)]
-        return Augmentation(**{name: getattr(self, name) for name in names})
+        asked = Augmentation(**{name: getattr(self, name) for name in names})
+        if not self.streaming:
+            return asked
+        return dataclasses.replace(asked, scale_min=0, scale_max=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +158,7 @@ RESUMABLE_KEYS = (
     "test_curve",
     "data.data_dir",
     "data.cache_dir",
+    "data.num_workers",
     "data.eval_batch_size",
     "model.walk",
     "model.remat",
@@ -205,6 +225,7 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
             f"optim.freeze {run.optim.freeze!r} is no regular expression ({error})."
         ) from error
     _check_ranges(run)
+    _check_stream(run.data)
     boundary_steps(run.optim, run.total_steps)
     return run
 
@@ -259,6 +280,15 @@ def _check_ranges(run: RunConfig) -> None:
         raise UserError(
             f"optim.warmup_steps ({run.optim.warmup_steps}) must be below total_steps "
             f"({run.total_steps})."
+        )
+
+
+def _check_stream(data: DataConfig) -> None:
+    if data.stream and data.crop_padding:  # the options of a stream check themselves
+        raise UserError(
+            f"data.crop_padding {data.crop_padding} is for images in memory; set it to 0 "
+            "and crop with data.scale_min and data.scale_max, or set data.streaming to "
+            "false."
         )
 
 

@@ -4,18 +4,21 @@ On accelerators the training images lie on the device and a call makes a whole s
 updates, up to the next point at which the host has something to do: for small nets on fast
 devices, launching each update from Python would take longer than the update. On CPU a call
 makes one update: there XLA's gradients of convolutions are slow within loops (nn/conv.py).
-`steps_per_dispatch` is the one place where that is decided.
+`steps_per_dispatch` is the one place where that is decided. A stream cannot lie on the
+device: it takes one call an update.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cvjax.data.dataset import Split
-from cvjax.data.pipeline import batch_indices, train_batch
+from cvjax.data.pipeline import batch_indices
+from cvjax.data.streaming import StreamedSplit
 from cvjax.training import devices, steps
 from cvjax.training.config import RunConfig
 
@@ -32,7 +35,8 @@ class Dispatch:
     Attributes:
       function: `steps.train_step` or `steps.train_steps`, jitted.
       feed: from the number of completed updates, and of those that the call is to make,
-        the function's arguments behind the state.
+        the function's arguments behind the state. To be called in order, once for each
+        call.
       longest: how many updates a call can make.
     """
 
@@ -49,35 +53,51 @@ def steps_per_dispatch(asked: int, image_bytes: int) -> int:
     return 1 if on_host else LONGEST
 
 
-def create_dispatch(
-    split: Split, run: RunConfig, constants: steps.Constants, mesh: Mesh
-) -> Dispatch:
-    """The updates of a run on a split.
+@contextlib.contextmanager
+def open_dispatch(
+    split: Split | StreamedSplit,
+    run: RunConfig,
+    constants: steps.Constants,
+    mesh: Mesh,
+    start: int,
+) -> Iterator[Dispatch]:
+    """The updates of a run on a split; at the end the workers of a stream are ended.
 
     Args:
       split: the training images.
       run: seed, batch size and `steps_per_dispatch` are used.
       constants: with copies on all devices of the mesh.
       mesh: see `devices.create_mesh`.
+      start: the number of completed updates.
     """
+    longest = 1
+    if isinstance(split, Split):
+        longest = steps_per_dispatch(run.steps_per_dispatch, split.images.nbytes)
+    if longest > 1:
+        yield _resident(split, run, constants, mesh, longest)
+        return
+    share = devices.share(run.data.batch_size, mesh)
+    batches = split.train_batches(run.data.batch_size, run.seed, start, share)
+    with contextlib.closing(batches):
+
+        def feed_batch(step: int, count: int) -> tuple:
+            return devices.divide(next(batches), mesh), constants
+
+        yield Dispatch(steps.train_step, feed_batch, longest)
+
+
+def _resident(
+    split: Split, run: RunConfig, constants: steps.Constants, mesh: Mesh, longest: int
+) -> Dispatch:
     batch_size = run.data.batch_size
     share = devices.share(batch_size, mesh)
-    longest = steps_per_dispatch(run.steps_per_dispatch, split.images.nbytes)
-
-    def feed_batch(step: int, count: int) -> tuple:
-        batch = train_batch(split, batch_size, run.seed, step, share)
-        return devices.divide(batch, mesh), constants
-
-    if longest == 1:
-        return Dispatch(steps.train_step, feed_batch, longest)
-
     arrays = {"image": split.images, "label": split.labels}
     resident = devices.replicate(arrays, mesh)
 
     def feed_rows(step: int, count: int) -> tuple:
         rows = np.zeros((longest, batch_size), np.int32)
         for k in range(count):
-            rows[k] = batch_indices(len(split.labels), batch_size, run.seed, step + k)
+            rows[k] = batch_indices(len(split), batch_size, run.seed, step + k)
         rows = devices.divide(rows[:, share], mesh, axis=1)
         count = devices.replicate(np.int32(count), mesh)
         return resident, rows, count, constants

@@ -12,11 +12,13 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from cvjax.data.augment import Statistics
 from cvjax.data.dataset import Dataset, Split
+from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import DivergedError, InterruptedRun
 from cvjax.training import checkpoint, devices, interrupt, logs, metrics, steps
 from cvjax.training.config import RunConfig
-from cvjax.training.dispatch import create_dispatch
+from cvjax.training.dispatch import Dispatch
 from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import NEVER, TrainState, create_monitor
@@ -73,7 +75,8 @@ def train(
     *,
     run: RunConfig,
     recipe: Recipe,
-    constants: steps.Constants,
+    dispatch: Dispatch,
+    statistics: Statistics,
     dataset: Dataset,
     mesh: Mesh,
     folder: pathlib.Path,
@@ -85,8 +88,8 @@ def train(
 ) -> tuple[TrainState, Record]:
     """Trains until `run.total_steps`, evaluates on validation and saves on the way.
 
-    `state` and `constants` have copies on all devices of the `mesh`. With several processes
-    each calls this; the first one writes.
+    `state` and `statistics` have copies on all devices of the `mesh`. With several
+    processes each calls this; the first one writes.
 
     The devices are waited for at log points, evaluations and checkpoints only (and, with
     several processes, at the end of each call). `trace` is called between the calls that
@@ -97,12 +100,12 @@ def train(
       InterruptedRun: when `stop` was requested and the state has been saved.
     """
 
-    def evaluate(split: Split, prefix: str) -> dict[str, float] | None:
+    def evaluate(split: Split | StreamedSplit, prefix: str) -> dict[str, float] | None:
         return steps.evaluate(
             state.params,
             state.batch_stats,
             split,
-            constants.statistics,
+            statistics,
             recipe=recipe,
             batch_size=run.data.eval_batch_size,
             prefix=prefix,
@@ -125,11 +128,11 @@ def train(
             info = dataclasses.asdict(record)
             checkpoint.save(folder, step, state, info, run.keep_checkpoints)
 
-    dispatch = create_dispatch(dataset.train, run, constants, mesh)
     schedule = create_schedule(run.optim, run.total_steps)
     measured = {"val": dataset.val}
     if run.train_eval_examples:
-        measured["train_eval"] = _first(dataset.train, run.train_eval_examples)
+        few, whole = run.train_eval_examples, dataset.train
+        measured["train_eval"] = whole if few < 0 else whole.first(few)
     if run.test_curve:
         measured["test"] = dataset.test
     step = saved = lap_step = int(state.step)
@@ -267,7 +270,3 @@ def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:
         return set()
     rows = logs.read_metrics(folder / "metrics.jsonl")
     return {row["step"] for row in rows if "val/error" in row}
-
-
-def _first(split: Split, count: int) -> Split:
-    return split if count < 0 else Split(split.images[:count], split.labels[:count])

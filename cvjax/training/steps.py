@@ -5,6 +5,7 @@ Both are pure, and the same for every model. What they need to know is split in 
 their seed alone share one compiled program.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +20,8 @@ from jax.sharding import Mesh
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation, Statistics
 from cvjax.data.dataset import Split
-from cvjax.data.pipeline import Batch, eval_batches
+from cvjax.data.pipeline import Batch
+from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import DivergedError
 from cvjax.nn import solver as solvers
 from cvjax.training import devices, metrics
@@ -189,7 +191,7 @@ def eval_step(
 def evaluate(
     params,
     batch_stats,
-    split: Split,
+    split: Split | StreamedSplit,
     statistics: Statistics,
     *,
     recipe: Recipe,
@@ -219,28 +221,31 @@ def evaluate(
       DivergedError: if the solver of an ODE block failed.
     """
     sums = []
-    for batch in _eval_batches(split, batch_size, mesh):
-        sums.append(
-            eval_step(
-                params, batch_stats, batch, statistics, model=recipe.model, loss=recipe.loss
-            )
-        )
-        if stop():
-            return None
+    fixed = {"model": recipe.model, "loss": recipe.loss}
+    # Closed, or the workers of a stream would outlive an evaluation that is given up.
+    with contextlib.closing(_eval_batches(split, batch_size, mesh)) as batches:
+        for batch in batches:
+            sums.append(eval_step(params, batch_stats, batch, statistics, **fixed))
+            if stop():
+                return None
     failure = metrics.first_failure(jax.device_get(sums))
     if failure:
         told = describe_failure(recipe.model, *failure)
         raise DivergedError(f"The evaluation ({prefix or 'of the network'}) failed. {told}")
-    return metrics.means(sums, recipe.model.num_classes, prefix, len(split.labels))
+    return metrics.means(sums, recipe.model.num_classes, prefix, len(split))
 
 
-def _eval_batches(split: Split, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:
+def _eval_batches(
+    split: Split | StreamedSplit, batch_size: int, mesh: Mesh | None
+) -> Iterator[Batch]:
     if mesh is None:
-        yield from eval_batches(split, batch_size)
+        yield from split.eval_batches(batch_size)
         return
     batch_size += -batch_size % mesh.size
-    for batch in eval_batches(split, batch_size, devices.share(batch_size, mesh)):
-        yield devices.divide(batch, mesh)
+    own = split.eval_batches(batch_size, devices.share(batch_size, mesh))
+    with contextlib.closing(own):
+        for batch in own:
+            yield devices.divide(batch, mesh)
 
 
 def describe_failure(model: nn.Module, block: str, solves: metrics.Solves) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
@@ -25,6 +26,7 @@ from cvjax.analysis.curves import draw_curves
 from cvjax.data.augment import Statistics, compute_statistics
 from cvjax.data.dataset import Dataset, Split
 from cvjax.data.photographs import compute_color_axes
+from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.training import (
@@ -39,6 +41,7 @@ from cvjax.training import (
 )
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
+from cvjax.training.dispatch import open_dispatch
 from cvjax.training.network import Network, complete_config, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.recipe import Recipe
@@ -48,6 +51,8 @@ from cvjax.training.trace import check_steps, open_trace
 
 # What the seed's key is folded with for all draws of the training; see also restore.py.
 TRAIN_DRAWS = 1
+# So many training images of a stream are taken for all of them, to normalise.
+SAMPLE = 1_000
 
 
 def train_and_evaluate(
@@ -106,11 +111,13 @@ def _run(
 ) -> dict[str, float]:
     started = time.perf_counter()
     resumes = devices.from_first(lambda: checkpoint.latest_step(folder) is not None)
-    source, dataset, statistics = devices.on_all(lambda: _load(run, folder, resumes))
+    source, dataset, statistics, color_axes = devices.on_all(
+        lambda: _load(run, folder, resumes)
+    )
     logging.info(
         "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
-        *(dataset.name, len(dataset.train.labels), len(dataset.val.labels)),
-        *(len(dataset.test.labels), "x".join(map(str, dataset.image_shape))),
+        *(dataset.name, len(dataset.train), len(dataset.val)),
+        *(len(dataset.test), "x".join(map(str, dataset.image_shape))),
         time.perf_counter() - started,
     )
     recipe = Recipe(
@@ -147,14 +154,16 @@ def _run(
         devices.from_first(open_outputs)
         mesh = devices.create_mesh()
         rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
-        constants = steps.Constants(rng, statistics, _color_axes(run, dataset))
+        constants = steps.Constants(rng, statistics, color_axes)
         constants = devices.replicate(constants, mesh)
+        dispatch = open_dispatch(dataset.train, run, constants, mesh, start)
         state, record = loop.train(
             devices.replicate(state, mesh),
             record,
             run=run,
             recipe=recipe,
-            constants=constants,
+            dispatch=stack.enter_context(dispatch),
+            statistics=constants.statistics,
             dataset=dataset,
             mesh=mesh,
             folder=folder,
@@ -172,19 +181,21 @@ def _nothing(*_) -> None:
 
 
 def _load(run: RunConfig, folder: pathlib.Path, resumes: bool):
-    """The network to start from (None without), the data set, and its statistics."""
+    """The network to start from (None without), the data set, and what it is like.
+
+    Returns:
+      (network, data set, statistics, axes of colour or None).
+    """
     source = None
     if run.init_from and not resumes:
         source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
     dataset = data.load(**run.data.source)
-    check_data(run, len(dataset.train.labels), dataset.image_shape)
-    return source, dataset, _statistics(run, dataset, source, folder)
-
-
-def _color_axes(run: RunConfig, dataset: Dataset) -> jax.Array | None:
-    if not run.data.lighting:
-        return None
-    return compute_color_axes(dataset.train.images)
+    check_data(run, len(dataset.train), dataset.image_shape)
+    streamed = isinstance(dataset.train, StreamedSplit)
+    images = dataset.train.sample_images(SAMPLE) if streamed else dataset.train.images
+    statistics = _statistics(run, images, source, folder)
+    color_axes = compute_color_axes(images) if run.data.lighting else None
+    return source, dataset, statistics, color_axes
 
 
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -216,13 +227,13 @@ def _finished(folder: pathlib.Path, run: RunConfig) -> dict[str, float] | None:
 
 
 def _statistics(
-    run: RunConfig, dataset: Dataset, source: Network | None, folder: pathlib.Path
+    run: RunConfig, images: np.ndarray, source: Network | None, folder: pathlib.Path
 ) -> Statistics:
     if run.data.normalization != transfer.NORMALIZATION:
-        return compute_statistics(dataset.train.images, run.data.normalization)
+        return compute_statistics(images, run.data.normalization)
     if source is None:
         return transfer.own_statistics(folder)
-    return transfer.statistics_like(source.statistics, dataset.image_shape)
+    return transfer.statistics_like(source.statistics, images.shape[1:])
 
 
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
@@ -257,7 +268,9 @@ def _finish(
 ) -> dict[str, float]:
     """The only place where the test images are looked at, but for `test_curve`."""
 
-    def evaluate(state: TrainState, split: Split, prefix: str) -> dict[str, float]:
+    def evaluate(
+        state: TrainState, split: Split | StreamedSplit, prefix: str
+    ) -> dict[str, float]:
         return steps.evaluate(
             state.params,
             state.batch_stats,
