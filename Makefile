@@ -15,7 +15,7 @@ demo: .venv/installed
 	.venv/bin/python -m experiments.depth_degradation --workdir=$(WORKDIR) $(DEMO)
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n auto --dist loadfile $(TESTS)
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -8,8 +8,8 @@ is told so by `in_loop=True`. The ways are timed in turns; printed are medians, 
 (quartiles) and ratios, compilation apart.
 """
 
-import functools
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ import rich.table
 from absl import flags
 from jax import numpy as jnp
 
+from benchmarks import timing
 from cvjax import program
 from cvjax.nn.conv import DIMENSIONS, conv
 
@@ -65,25 +66,20 @@ def main(arguments):
         kernels = 0.1 * jax.random.normal(kernel_rng, (LAYERS, 3, 3, channels, channels))
         compiled, compile_ms = {}, {}
         for way, (rolled, ours) in WAYS.items():
-            walk = functools.partial(chain, rolled=rolled, ours=ours)
+            walk = partial(chain, rolled=rolled, ours=ours)
             start = time.perf_counter()
             compiled[way] = jax.jit(jax.grad(walk, (0, 1))).lower(x, kernels).compile()
             compile_ms[way] = 1000 * (time.perf_counter() - start)
-            jax.block_until_ready(compiled[way](x, kernels))
-        times = {way: [] for way in WAYS}
-        for _ in range(ROUNDS.value):
-            for way, run in compiled.items():
-                start = time.perf_counter()
-                jax.block_until_ready(run(x, kernels))
-                times[way].append(1000 * (time.perf_counter() - start))
+        runs = {way: partial(run, x, kernels) for way, run in compiled.items()}
+        times = timing.interleave(runs, ROUNDS.value)
         for way in WAYS:
-            low, median, high = np.percentile(times[way], (25, 50, 75))
+            low, median, high = np.percentile(1000 * times[way], (25, 50, 75))
             table.add_row(
                 f"{side}x{side}x{channels}",
                 way,
                 f"{median:.1f}",
                 f"{low:.1f} to {high:.1f}",
-                f"{median / np.median(times['unrolled, XLA']):.1f}",
+                f"{np.median(times[way] / times['unrolled, XLA']):.1f}",
                 f"{compile_ms[way]:.0f}",
             )
     rich.console.Console().print(table)

@@ -10,7 +10,6 @@ stands apart. The block is walked as it is by default on this platform, and also
 For adaptive steps their number is what the tolerance asks for.
 """
 
-import itertools
 import time
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ import rich.table
 from absl import flags, logging
 from jax import numpy as jnp
 
+from benchmarks import timing
 from cvjax import program
 from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
@@ -98,14 +98,9 @@ def main(arguments):
                 "compile_seconds": seconds,
             }
         )
-    times: list[list[float]] = [[] for _ in runs]
-    for _, (run, own) in itertools.product(
-        range(ROUNDS.value), zip(runs, times, strict=True)
-    ):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        own.append(1000 * (time.perf_counter() - start))
-    for row, own in zip(rows, times, strict=True):
+    times = timing.interleave(dict(enumerate(runs)), ROUNDS.value, warm_up=0)
+    for row, seconds in zip(rows, times.values(), strict=True):
+        own = 1000 * seconds
         row["ms"] = float(np.median(own))
         row["ms_per_nfe"] = row["ms"] / row["nfe"]
         row["ms_quartiles"] = [float(q) for q in np.percentile(own, (25, 75))]

@@ -30,6 +30,7 @@ from absl import flags, logging
 from flax import linen as nn
 from jax import numpy as jnp
 
+from benchmarks import timing
 from cvjax import program
 from cvjax.errors import UserError
 from cvjax.models.odenet_layers import ACTIVATIONS, Residual, groups_of
@@ -252,12 +253,7 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
     sides["torchdiffeq"] = torch_run
     (by_params, by_x), (y, nfe) = sides["cvjax"]()
     theirs = read(torch_run())
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS.value):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(1000 * (time.perf_counter() - start))
+    times = timing.interleave(sides, ROUNDS.value, warm_up=0)
     weights = {name: leaf.get("group_norm", leaf) for name, leaf in by_params["f"].items()}
     differences = [
         relative(
@@ -269,7 +265,6 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
     differences += [
         relative(leaf["bias"][0], theirs[2][name]["bias"]) for name, leaf in weights.items()
     ]
-    reference = np.array(times["torchdiffeq"])
     return {
         "solver": label,
         "nfe": {"cvjax": int(nfe), "torchdiffeq": theirs[3]},
@@ -278,12 +273,14 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
             "gradient by x": relative(by_x, theirs[1]),
             "gradient by parameters": max(differences),
         },
-        "ms": {name: float(np.median(own)) for name, own in times.items()},
+        "ms": {name: 1000 * float(np.median(own)) for name, own in times.items()},
         "ms_quartiles": {
-            name: np.percentile(own, (25, 75)).tolist() for name, own in times.items()
+            name: np.percentile(1000 * own, (25, 75)).tolist()
+            for name, own in times.items()
         },
         "times_as_fast_as_torchdiffeq": {
-            name: float(np.median(reference / np.array(own))) for name, own in times.items()
+            name: float(np.median(times["torchdiffeq"] / own))
+            for name, own in times.items()
         },
         "compile_seconds": compile_seconds,
         "versions": dict(zip(("torch", "torchdiffeq"), versions, strict=True)),

@@ -19,3 +19,6 @@ class DivergedError(Exception):
 
 class InterruptedRun(Exception):
     """SIGTERM or Ctrl-C stopped the run after saving it. Programs exit with code 75."""
+
+
+EXIT_CODES = {UserError: 2, DivergedError: 3, InterruptedRun: 75}

@@ -262,7 +262,7 @@ def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
     changes = [
         f"{name}={value} instead of {was[name]}"
         for name, value in fields.items()
-        if was.get(name, value) != value and name not in ("walk", "gradient")
+        if was.get(name, value) != value and name not in ("walk", "remat", "gradient")
     ]
     if changes:
         logging.warning(

@@ -17,9 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from cvjax.errors import DivergedError, InterruptedRun, UserError
-
-EXIT_CODES = {UserError: 2, DivergedError: 3, InterruptedRun: 75}
+from cvjax.errors import EXIT_CODES, UserError
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -30,7 +28,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         try:
             main(arguments[1:])
         except tuple(EXIT_CODES) as error:
-            return _tell(str(error), EXIT_CODES[type(error)])
+            kinds = (kind for kind in EXIT_CODES if isinstance(error, kind))
+            return _tell(str(error), EXIT_CODES[next(kinds)])
         except KeyboardInterrupt:
             return _tell("stopped by Ctrl-C.", 130)
         return 0

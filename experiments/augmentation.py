@@ -38,12 +38,12 @@ from absl import flags, logging
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import data, program
 from cvjax.analysis.augmentation_figure import draw_augmentation
-from cvjax.analysis.multilevel import spread
+from cvjax.analysis.statistics import spread
 from cvjax.data import augment
 from cvjax.data.photographs import compute_color_axes
 from cvjax.training import steps, train_and_evaluate
 from cvjax.training import workdir as workdirs
-from cvjax.training.config import DataConfig
+from cvjax.training.config import DataConfig, parse_config
 
 ERRORS = {"train_eval/error": "training", "val/error": "validation", "test/error": "test"}
 PLAIN = {"crop_padding": 0, "flip": False, "scale_min": 0, "scale_max": 0}
@@ -149,8 +149,7 @@ def compare(
     folder: pathlib.Path,
 ) -> None:
     """Trains with all augmentations; writes, draws and prints."""
-    own = {key: config.data[key] for key in ("data_dir", "cache_dir", "val_examples")}
-    dataset = data.load(config.data.name, **own)
+    dataset = data.load(**parse_config(config).data.source)
     choices = augmentations(min(dataset.image_shape[:2]))
     # Seed by seed, so that what is finished early can be compared early.
     plan = [(seed, name) for seed in range(seeds) for name in choices]

@@ -13,6 +13,8 @@ several processes at once, on several machines if they share the folder: each ta
 that nobody has. --processes=N starts N on this machine. The table and the figure are of all
 runs that are finished, and are written after each.
 
+Machines that share no folder can take different --nets, --depths or --first_seed, and then
+
     python -m experiments.depth_degradation --gather=DIR1,DIR2 --workdir=runs/all
 
 trains nothing: it writes table and figure of the finished runs in several such folders.
@@ -35,13 +37,13 @@ from cvjax.models import create_model
 from cvjax.training import logs, workers
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import parse_config
+from cvjax.training.network import complete_config
 
 NETS = {"plain": "none", "residual": "A"}
 SHOWN_DEPTHS = (20, 32, 44, 56)
 CURVE_POINTS = 100
 # What differs between the runs of one table.
 FREE_KEYS = ("seed", "model.depth", "model.shortcut", "optim.warmup_steps")
-FREE_KEYS += ("data.data_dir", "data.cache_dir")
 
 
 def quick(depth: int) -> ml_collections.ConfigDict:
@@ -101,6 +103,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
     flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
+    flags.DEFINE_multi_enum("nets", list(NETS), list(NETS), "Which nets; may be repeated.")
+    flags.DEFINE_integer("first_seed", 0, "The first of the seeds.", lower_bound=0)
     flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
     flags.DEFINE_integer(
         "steps", None, "Steps a run instead of the preset's.", lower_bound=1
@@ -117,24 +121,29 @@ def main(arguments):
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir)
     if values.gather:
+        refuse_with_gather()
         report(folder, [pathlib.Path(path) for path in values.gather])
         show(folder)
         return
     create_config, depths = PRESETS[values.preset]
     if values.depths:
         depths = dict.fromkeys(NETS, parse_depths(values.depths))
-    runs = plan(create_config, depths, values.seeds, values.steps)
+    depths = {net: depths[net] for net in NETS if net in values.nets}
+    seeds = range(values.first_seed, values.first_seed + values.seeds)
+    runs = plan(create_config, depths, seeds, values.steps)
     for config in runs.values():
         create_model(num_classes=1, **parse_config(config).model)
-    planned = {folder / "runs" / name: config.to_dict() for name, config in runs.items()}
-    refuse_mixture({**configs_in(folder), **planned})
-    if values.processes > 1:
-        workers.run_in_processes(values.processes, "--processes=1")
-    elsewhere = workers.train_unclaimed(
-        {folder / "runs" / name: config for name, config in runs.items()},
-        after_each=lambda: report(folder, [folder]),
-    )
-    show(folder)
+    runs = {folder / "runs" / name: config for name, config in runs.items()}
+    refuse_mixture([*configs_in(folder), *((p, c.to_dict()) for p, c in runs.items())])
+    elsewhere = []
+    try:
+        if values.processes > 1:
+            workers.run_in_processes(values.processes, "--processes=1")
+        elsewhere = workers.train_unclaimed(runs, lambda: report(folder, [folder]))
+    finally:
+        if any((path / "summary.json").exists() for path in runs):
+            report(folder, [folder])
+            show(folder)
     if elsewhere:
         logging.info(
             "%d of %d runs are still in the hands of other processes: %s.",
@@ -142,7 +151,18 @@ def main(arguments):
         )
 
 
-def plan(create_config, depths, seeds: int, steps: int | None):
+def refuse_with_gather() -> None:
+    """Raises UserError for flags that mean nothing when nothing is trained."""
+    names = ("preset", "depths", "nets", "seeds", "first_seed", "steps", "processes")
+    given = [f"--{name}" for name in names if flags.FLAGS[name].present]
+    if given:
+        raise UserError(
+            f"--gather trains nothing, so {', '.join(given)} cannot stand beside it; leave "
+            "one of them out."
+        )
+
+
+def plan(create_config, depths, seeds, steps: int | None):
     """{name of the run: its config}, in the order in which to train them.
 
     What is cut short should be of use: the shallowest and the deepest net that are both
@@ -150,7 +170,8 @@ def plan(create_config, depths, seeds: int, steps: int | None):
     between, and last those deeper still. Longer runs come before shorter ones, so that
     several processes end together.
     """
-    ends = min(depths["plain"]), max(depths["plain"])
+    shared = set.intersection(*(set(own) for own in depths.values()))
+    ends = (min(shared), max(shared)) if shared else (0, 0)
 
     def place(run: tuple[str, int, int]):
         net, depth, seed = run
@@ -158,7 +179,7 @@ def plan(create_config, depths, seeds: int, steps: int | None):
 
     runs = {}
     for net, depth, seed in sorted(
-        ((n, d, s) for n in NETS for d in depths[n] for s in range(seeds)), key=place
+        ((n, d, s) for n in depths for d in depths[n] for s in seeds), key=place
     ):
         config = create_config(depth)
         config.model.shortcut = NETS[net]
@@ -178,6 +199,11 @@ def parse_depths(texts: list[str]) -> tuple[int, ...]:
 def report(folder: pathlib.Path, sources: list[pathlib.Path]) -> None:
     """Writes results.json and the figure of all finished runs in `sources`."""
     with workdirs.lock(folder, timeout=600):
+        if folder not in [source.absolute() for source in sources] and configs_in(folder):
+            raise UserError(
+                f"{folder} has runs of its own; name it in --gather too, or choose another "
+                "--workdir."
+            )
         runs = collect(sources)
         table = degradation_tables.tabulate(runs)
         results = {
@@ -215,7 +241,8 @@ def collect(sources: list[pathlib.Path]) -> list[dict[str, Any]]:
             key = run["net"], run["depth"], run["seed"]
             if key in found:
                 raise UserError(
-                    f"{found[key][0]} and {path.parent} are the same run; gather each once."
+                    f"{found[key][0]} and {path.parent} are the same net with the same "
+                    "seed; gather each once, or train with another --first_seed."
                 )
             found[key] = path.parent, run
     if not found:
@@ -224,19 +251,30 @@ def collect(sources: list[pathlib.Path]) -> list[dict[str, Any]]:
             f"there is no finished run in {names}; --gather takes folders that were the "
             "--workdir of this experiment."
         )
-    refuse_mixture({path: run["config"] for path, run in found.values()})
+    refuse_mixture([(path, run["config"]) for path, run in found.values()])
     return [found[key][1] for key in sorted(found)]
 
 
-def configs_in(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
-    """The configs of all runs that were started in a folder."""
-    paths = sorted(folder.glob("runs/*/config.json"))
-    return {path.parent: workdirs.read_manifest(path.parent)["config"] for path in paths}
+def configs_in(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+    """All runs that were started in a folder, and their configs."""
+    paths = sorted(path.parent for path in folder.glob("runs/*/config.json"))
+    return [(path, read_config(workdirs.read_manifest(path), path)) for path in paths]
 
 
-def refuse_mixture(configs: dict[pathlib.Path, dict[str, Any]]) -> None:
+def read_config(manifest: dict[str, Any], run_dir: pathlib.Path) -> dict[str, Any]:
+    """The config of a run, with defaults where it is older than a setting."""
+    config = complete_config(manifest["config"]).to_dict()
+    if config["model"].get("shortcut") not in NETS.values():
+        raise UserError(
+            f"{run_dir} is no run of this experiment, which has shortcut none or A; take "
+            "another --workdir."
+        )
+    return config
+
+
+def refuse_mixture(configs: list[tuple[pathlib.Path, dict[str, Any]]]) -> None:
     """Raises UserError if runs differ in more than net, depth and seed."""
-    (first, expected), *others = configs.items()
+    (first, expected), *others = configs
     for path, config in others:
         differences = [
             text
@@ -253,7 +291,7 @@ def refuse_mixture(configs: dict[pathlib.Path, dict[str, Any]]) -> None:
 def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: provenance, final numbers, curves."""
     manifest = workdirs.read_manifest(run_dir)
-    config = manifest["config"]
+    config = read_config(manifest, run_dir)
     rows = logs.read_metrics(run_dir / "metrics.jsonl")
     curve = [
         {key: row[key] for key in ("step", *degradation_tables.ERRORS) if key in row}
@@ -269,9 +307,8 @@ def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
         "summary": json.loads((run_dir / "summary.json").read_text()),
         "training_seconds": training_seconds(rows),
         "curve": [curve[index] for index in kept],
-        **{
-            key: manifest[key] for key in ("config", "versions", "device", "git", "command")
-        },
+        **{key: manifest[key] for key in ("versions", "device", "git", "command")},
+        "config": config,
     }
 
 

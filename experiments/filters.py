@@ -39,7 +39,7 @@ from configs import cifar10_resnet, digits_resnet
 from cvjax import program
 from cvjax.analysis import filter_figure, filters, maps
 from cvjax.analysis.backprojection import RULES
-from cvjax.analysis.multilevel import spread
+from cvjax.analysis.statistics import spread
 from cvjax.data import augment
 from cvjax.data.dataset import Split
 from cvjax.errors import DivergedError, UserError
@@ -47,8 +47,8 @@ from cvjax.evaluate import load_data
 from cvjax.training import train_and_evaluate
 from cvjax.training import workdir as workdirs
 from cvjax.training.network import Network, load_network
+from cvjax.training.restore import INIT_DRAWS
 from cvjax.training.state import create_train_state
-from cvjax.training.trainer import INIT_DRAWS
 
 COUNT = filter_figure.SIDE**2
 DEFAULT_LAYERS = 4

@@ -258,6 +258,7 @@ def train(config: Config, place: pathlib.Path) -> dict[str, Any]:
         workdirs.read_manifest(place)["config"], settings
     )
     if not known:
+        path.unlink(missing_ok=True)
         try:
             train_and_evaluate(config, place)
         except DivergedError as error:

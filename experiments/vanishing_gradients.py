@@ -142,9 +142,9 @@ def measure(place: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: the norms at its checkpoints, provenance."""
     manifest = workdirs.read_manifest(place)
     config = manifest["config"]
-    path = place / "gradients.json"
+    every, total = config["checkpoint_every"], config["total_steps"]
+    path = place / f"gradients-{total}.json"
     if not path.exists():
-        every, total = config["checkpoint_every"], config["total_steps"]
         steps = [*range(every, total, every), total]
         networks = {step: load_network(place, str(step)) for step in steps}
         start = initial_variables(networks[total], place)
@@ -163,13 +163,7 @@ def measure(place: pathlib.Path) -> dict[str, Any]:
 
 def first_training_examples(network: Network) -> Split:
     """The batch that gradients are measured on: uint8 images as they are."""
-    settings = network.run.data
-    dataset = data.load(
-        settings.name,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
-        val_examples=settings.val_examples,
-    )
+    dataset = data.load(**network.run.data.source)
     return Split(dataset.train.images[:BATCH], dataset.train.labels[:BATCH])
 
 

@@ -202,6 +202,20 @@ def test_a_stacked_stage_is_told_block_by_block():
     assert rows["global_pool"].output == (64,)
 
 
+@pytest.mark.parametrize("name", ["resnet", "resnet_cifar"])
+def test_recomputing_costs_the_same_to_the_row(name):
+    model = create_model(name, 10, remat=True)
+    variables = jax.eval_shape(
+        lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False),
+        jax.random.key(0),
+    )
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
+        variables, jnp.zeros((1, 32, 32, 3))
+    )
+    assert "recomputed" in str(jaxpr)  # the field reached the stages
+    assert account(model, 32) == account(create_model(name, 10), 32)
+
+
 def test_half_precision_takes_half_the_bytes():
     full, half = (
         account(create_model("vgg", 10, dtype=dtype), 64)

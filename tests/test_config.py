@@ -100,7 +100,6 @@ OTHERS = {
     "model.pool": "average",
     "model.shortcut": "C",
     "model.solver": "dopri5",
-    "model.stem": "res",
     "model.theta": "piecewise_linear",
     "model.version": "1",
     "model.walk": "rolled",
@@ -113,6 +112,7 @@ NEEDED = {
 OTHER_ACTIVATIONS = {"resnet_cifar": "sigmoid"}
 OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
+OTHER_STEMS = {"resnet": "small", "odenet": "res", "odenet_discrete": "res"}
 
 
 def another(model, key, value):
@@ -123,6 +123,8 @@ def another(model, key, value):
         return OTHER_ACTIVATIONS.get(model, "softplus")
     if key == "model.variant":
         return OTHER_VARIANTS[model]
+    if key == "model.stem":
+        return OTHER_STEMS[model]
     if key in OTHERS:
         return OTHERS[key]
     if isinstance(value, bool):
@@ -363,8 +365,8 @@ def test_too_little(key):
         ),
         (
             {"optim.schedule": "steps"},
-            "optim.schedule must be one of constant, step, cosine, got 'steps'; did you "
-            "mean 'step'?",
+            "optim.schedule must be one of constant, step, cosine, exponential, got "
+            "'steps'; did you mean 'step'?",
         ),
         (
             {"optim.decayed": "kernel"},

@@ -149,11 +149,14 @@ def test_input_is_held_in_memory_on_cpu():
     assert "conditional(" in ours.lower(kernel, x).compile().as_text()
     expected = jax.jit(jax.grad(partial(loss, reference)))(kernel, x)
     np.testing.assert_array_equal(ours(kernel, x), expected)
-    # Forward mode works too, and what is not finite is not hidden.
+    # Forward mode works too; other examples do not feel one that is not finite.
     _, tangent = jax.jvp(partial(loss, conv, x=x), (kernel,), (kernel,))
     np.testing.assert_allclose(tangent, (expected * kernel).sum(), rtol=1e-5)
-    bad = x.at[0, 0, 0, 0].set(jnp.inf)
-    assert not np.isfinite(conv(bad, kernel, (1, 1), pads)).all()
+    for bad in (jnp.inf, -jnp.inf, jnp.nan):
+        y = conv(x.at[0, 0, 0, 0].set(bad), kernel, (1, 1), pads)
+        assert not np.isfinite(y[0]).all()
+        np.testing.assert_array_equal(y[1], conv(x, kernel, (1, 1), pads)[1])
+    assert conv(x[:0], kernel, (1, 1), pads).shape == (0, 5, 5, 4)
 
 
 def test_in_loop_is_fast_in_a_rolled_scan():

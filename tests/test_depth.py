@@ -120,6 +120,73 @@ def test_auto_rolls_on_accelerators_only(monkeypatch):
         assert depth.is_rolled("unrolled") is False
 
 
+# Recomputing
+
+
+def recomputing(walk, length=LENGTH):
+    return Stage(Block, length, walk, remat=True)
+
+
+@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
+def test_recomputing_changes_no_value_and_no_gradient(walk):
+    variables = init()
+    stage = recomputing(walk)
+    jax.tree.map(np.testing.assert_array_equal, stage.init(jax.random.key(0), X), variables)
+    actual, wanted = (
+        output_statistics_and_gradients(function, variables, X)
+        for function in (
+            lambda variables, x: stage.apply(variables, x, mutable=["batch_stats"]),
+            walk_by_hand,
+        )
+    )
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, wanted)
+
+
+def test_recomputing_in_evaluation_leaves_the_averages_alone():
+    variables = init()
+    stages = [
+        Stage(partial(Block, train=False), LENGTH, "rolled", r) for r in (True, False)
+    ]
+    actual, wanted = (stage.apply(variables, X) for stage in stages)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
+def test_recomputing_keeps_one_state_a_block(walk):
+    """Temporaries grow by what goes into a block, not by the many arrays within it."""
+    x = jnp.zeros((1000, 4))
+    compile_options = {"xla_backend_optimization_level": 0}
+
+    def temporaries(length, remat):
+        stage = Stage(Wide, length, walk, remat)
+        variables = jax.eval_shape(stage.init, jax.random.key(0), x)
+
+        def loss(variables, x):
+            return stage.apply(variables, x).sum()
+
+        lowered = jax.jit(jax.grad(loss)).lower(variables, x)
+        memory = lowered.compile(compiler_options=compile_options).memory_analysis()
+        return memory.temp_size_in_bytes
+
+    def per_block(remat):
+        return (temporaries(12, remat) - temporaries(4, remat)) / 8
+
+    assert per_block(remat=True) < 1.5 * x.nbytes
+    assert per_block(remat=False) > 3 * x.nbytes
+
+
+class Wide(nn.Module):
+    """Keeps much for its gradient: ten times as many values within as come in."""
+
+    in_loop: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        y = jnp.tanh(nn.Dense(10 * x.shape[-1], name="up")(x))
+        return x + nn.Dense(x.shape[-1], name="down")(y)
+
+
 def test_unknown_walk():
     with pytest.raises(UserError) as caught:
         init(walk="rol")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import pytest
 from cvjax.analysis import degradation_tables as tables
 from cvjax.errors import UserError
 from cvjax.training import workdir
+from cvjax.training.config import parse_config
+from cvjax.training.optim import boundary_steps
 from experiments import depth_degradation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,6 +34,9 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
     first = run(tmp_path, *flags, *["--processes=2"] * shared)
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("Finished") == 4
+    if shared:
+        for number in (1, 2):
+            assert re.search(rf"^\[{number}\] .* Finished", first.stderr, re.MULTILINE)
     assert f"Figure:  {tmp_path / 'depth_degradation.png'}" in first.stdout
     assert (tmp_path / "depth_degradation.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
@@ -50,6 +56,9 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
 
     files = list(tmp_path.glob("runs/*/metrics.jsonl"))
     before = {file: file.stat().st_mtime_ns for file in files}
+    longer = run(tmp_path, "--preset=quick", "--depths=8", "--seeds=2", "--steps=5")
+    assert longer.returncode == 2
+    assert "cannot stand in one table (total_steps was 4, now 5)" in longer.stderr
     second = run(tmp_path, *flags)
     assert second.returncode == 0, second.stderr
     assert second.stderr.count("is finished") == 4
@@ -61,9 +70,10 @@ def test_mistakes_get_one_line(tmp_path):
     for flag, sentence in (
         ("--depths=8,twenty", "--depths takes numbers such as 8,20,32, got '8,twenty'."),
         ("--depths=9", "depth must be 6n + 2"),
+        ("--gather=a,b --steps=3", "so --steps cannot stand beside it"),
         ("--preset=quik", "should be one of <quick|cpu|full>"),
     ):
-        done = run(tmp_path, flag)
+        done = run(tmp_path, *flag.split())
         assert done.returncode == 2
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
@@ -86,14 +96,18 @@ def test_full_preset_is_the_papers_recipe():
         "step_size": 1.0,
         "norm": "batch",
         "norm_momentum": 0.9,
+        "norm_group": 0,
         "activation": "relu",
         "walk": "auto",
+        "remat": False,
         "dtype": "float32",
         "pad_channels": "end",
     }
     optim = config.optim
     assert (optim.name, optim.momentum, optim.nesterov) == ("sgd", 0.9, False)
     assert (optim.learning_rate, optim.weight_decay, optim.warmup_steps) == (0.1, 1e-4, 0)
+    assert (optim.schedule, optim.decay_factor) == ("step", 0.1)
+    assert boundary_steps(parse_config(config).optim, 64_000) == (32_000, 48_000)
     deep = depth_degradation.full(110).optim
     assert (deep.warmup_steps, deep.warmup_learning_rate) == (400, 0.01)
     assert depth_degradation.PRESETS["full"][1]["plain"] == (20, 32, 44, 56)
@@ -169,7 +183,7 @@ def test_published_numbers_in_standard_errors():
 
 def test_what_is_cut_short_is_of_use():
     create, depths = depth_degradation.PRESETS["full"]
-    names = list(depth_degradation.plan(create, depths, 3, None))
+    names = list(depth_degradation.plan(create, depths, range(3), None))
     assert names[:4] == [
         "plain-56-seed0",
         "residual-56-seed0",
@@ -179,6 +193,8 @@ def test_what_is_cut_short_is_of_use():
     assert {name.split("-")[1] for name in names[:12]} == {"20", "56"}
     assert {name.split("-")[1] for name in names[12:24]} == {"32", "44"}
     assert names[24:] == [f"residual-110-seed{seed}" for seed in range(3)]
+    deepest = depth_degradation.plan(create, {"residual": (1202,)}, range(5, 6), None)
+    assert list(deepest) == ["residual-1202-seed5"]
 
 
 def test_time_of_training_alone():
@@ -218,10 +234,12 @@ def test_gather(tmp_path):
     assert results["published"] == []  # digits are not the paper's images
     assert (out / "depth_degradation.png").stat().st_size > 10_000
 
-    with pytest.raises(UserError, match="are the same run; gather each once"):
+    with pytest.raises(UserError, match="same net with the same seed; gather each once"):
         depth_degradation.collect([a, a])
     with pytest.raises(UserError, match=r"no finished run in .*nothing.*--gather takes"):
         depth_degradation.collect([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="has runs of its own; name it in --gather too"):
+        depth_degradation.report(a, [b])
     write_run(c, "residual", 1, total_steps=400)
     with pytest.raises(UserError, match=r"cannot stand in one table .*total_steps was 300"):
         depth_degradation.collect([a, c])

@@ -276,3 +276,16 @@ def test_json_lines_are_valid_json(tmp_path):
 
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=refuse) == {"step": 1, "x": None}
+
+
+def test_tensorboard_does_not_bring_pytorch(tmp_path):
+    """Its import takes seconds, which the first step would wait for; later it is there."""
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
+    script = (
+        "import sys; from cvjax.training import logs\n"
+        f"with logs.open_writer({str(tmp_path)!r}) as write: write(1, {{'loss': 0.5}})\n"
+        "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
+        "import torch; torch.zeros(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -132,6 +132,7 @@ GOLDEN = [
 # With 10 classes; VGG on 32 pixels.
 TEN_CLASSES = [
     (resnet(18), 11_181_642),
+    (resnet(18, stem="small"), 11_173_962),  # kuangliu/pytorch-cifar
     (resnet(34), 21_289_802),
     (resnet(50), 23_528_522),
     (resnet(101), 42_520_650),
@@ -183,6 +184,16 @@ def test_multiply_accumulates_on_cifar(fields, macs):
     model = create("resnet_cifar", fields)
     variables = shapes_of(model, (32, 32, 3))
     assert multiply_accumulates_of(model, variables, (32, 32, 3)) == macs
+
+
+def test_multiply_accumulates_with_the_small_stem():
+    # By hand: stem, four 3x3 convolutions on 32x32, and three stages of equal cost that
+    # halve the image, each with a projection; the head.
+    stages = 4 * 32**2 * 9 * 64**2
+    stages += 3 * 16**2 * (9 * 64 * 128 + 3 * 9 * 128**2 + 64 * 128)
+    model = create(*resnet(18, stem="small"))
+    counted = multiply_accumulates_of(model, shapes_of(model, (32, 32, 3)), (32, 32, 3))
+    assert counted == 32**2 * 27 * 64 + stages + 512 * 10
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
@@ -886,6 +897,7 @@ BAD = [
         f"depth must be one of {DEPTHS}, got 20; model resnet_cifar has depths 6n + 2.",
     ),
     ("resnet", {"version": "2"}, "version must be one of 1, 1.5, got '2'."),
+    ("resnet", {"stem": "5x5"}, "stem must be one of imagenet, small, got '5x5'."),
     ("resnet", {"shortcut": "D"}, "shortcut must be one of A, B, C, none, got 'D'."),
     ("resnet", {"width": -1}, "width must be 1 or more, got -1."),
     *(

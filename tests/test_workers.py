@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from cvjax.errors import UserError
-from cvjax.training import workdir, workers
+from cvjax.errors import DivergedError, InterruptedRun, UserError
+from cvjax.training import interrupt, workdir, workers
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -56,6 +56,37 @@ def test_a_run_whose_process_died_meanwhile_is_taken_over(trained, tmp_path):
         other_process.enter_context(workdir.lock(a))
         assert workers.train_unclaimed({a: nothing, b: other_process.close}, nothing) == []
     assert trained == ["b", "a"]
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(trained, tmp_path):
+    def diverge():
+        raise DivergedError("not finite at step 3.")
+
+    runs = {tmp_path / "a": diverge, tmp_path / "b": nothing}
+    with pytest.raises(DivergedError, match=r"1 of 2 runs diverged \(a\)"):
+        workers.train_unclaimed(runs, nothing)
+    assert trained == ["b"]
+
+
+def test_a_signal_between_two_runs_is_not_lost(trained, tmp_path):
+    """It may come when a run has made its last step, and ends as if there were none."""
+
+    def signalled():
+        with interrupt.watch():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = []
+    runs = {tmp_path / "a": signalled, tmp_path / "b": nothing}
+    with pytest.raises(InterruptedRun, match="Stopped by SIGTERM after a"):
+        workers.train_unclaimed(runs, lambda: done.append(1))
+    assert trained == ["a"] and done == [1]
+
+
+def test_what_is_finished_is_not_reported_again(trained, tmp_path):
+    done = []
+    for _ in range(2):
+        workers.train_unclaimed({tmp_path / "a": nothing}, lambda: done.append(1))
+    assert done == [1]
 
 
 def test_more_processes_than_cores_are_refused(monkeypatch):

@@ -99,6 +99,8 @@ def account(model: nn.Module, image_size: int, channels: int = 3) -> Account:
       UserError: the network does not take images of that size.
     """
     image = jax.ShapeDtypeStruct((1, image_size, image_size, channels), jnp.float32)
+    if getattr(model, "remat", False):  # of the gradient alone
+        model = model.clone(remat=False)
     adaptive = isinstance(model, ODENet) and not model.steps
     if adaptive:
         model = model.clone(solver="euler", steps=model.pieces)

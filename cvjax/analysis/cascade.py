@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.analysis.figures import save_figure
+from cvjax.analysis.statistics import spread
 
 KINDS = {
     "single": {"color": "#1f5a99", "marker": "o", "label": "single nets"},
@@ -24,12 +25,6 @@ def pareto_front(costs: Sequence[float], errors: Sequence[float]) -> list[int]:
             front.append(int(index))
             least = errors[index]
     return front
-
-
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; the latter None for a single value."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std}
 
 
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -44,10 +44,13 @@ def draw_degradation(runs: list[dict[str, Any]], path: str | os.PathLike[str]) -
         panel.set_ylim(0, min(top, 100))
     _draw_final(axes[2], runs, depths)
     data, model = (runs[0]["config"][group] for group in ("data", "model"))
+    count, shrink = data.get("train_examples", -1), data.get("shrink", 1)
+    images = f"{count:,} images of {data['name']}" if count > 0 else data["name"]
+    images += f", sides divided by {shrink}" if shrink > 1 else ""
     nets = collections.Counter((run["net"], run["depth"]) for run in runs)
     seeds = "–".join(map(str, sorted({min(nets.values()), max(nets.values())})))
     figure.suptitle(
-        f"{data['name']}, width {model['width']}, {runs[0]['summary']['step']:,} steps of "
+        f"{images}, width {model['width']}, {runs[0]['summary']['step']:,} steps of "
         f"{data['batch_size']} images, mean and standard deviation of {seeds} "
         f"seed{'s' * (seeds != '1')}",
         fontsize=10,
@@ -71,6 +74,8 @@ def _draw_curves(panel, runs, colors: dict[int, Any], shown: str) -> None:
                 band = (np.clip(mean - std, 0, None), mean + std)
                 panel.fill_between(steps, *band, color=colors[depth], alpha=0.15, lw=0)
     label_axes(panel, "step", "error (%)")
+    if not runs:
+        return
     panel.legend(
         fontsize=8,
         frameon=False,

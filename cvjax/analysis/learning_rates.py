@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 
 from cvjax.analysis.figures import label_axes, save_figure
-from cvjax.analysis.multilevel import spread
+from cvjax.analysis.statistics import spread
 
 RATE_COLORS = ("#2f8f83", "#1f5a99", "#d99a2b", "#c8553d", "#3d3d3d")
 RATE_MARKERS = ("^", "o", "D", "s", "v")

@@ -10,7 +10,7 @@ import rich.console
 import rich.table
 
 from cvjax.analysis.figures import label_axes, save_figure
-from cvjax.analysis.multilevel import spread
+from cvjax.analysis.statistics import spread
 
 # net: label, colour, marker
 STYLES = {

@@ -150,7 +150,8 @@ def write_workdir(
         opt_state=create_optimizer(run.optim, run.total_steps).init(params),
         monitor=create_monitor(),
     )
-    same_net = {key: run.model[key] for key in run.model if key != "walk"}
+    free = ("walk", "remat")
+    same_net = {key: run.model[key] for key in run.model if key not in free}
     record = loop.Record(data_fingerprint=inputs.fingerprint, model=same_net)
     statistics = Statistics(
         mean=jnp.broadcast_to(jnp.asarray(inputs.mean, jnp.float32), inputs.image_shape),

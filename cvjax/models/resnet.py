@@ -23,7 +23,8 @@ parameters are the same, the multiply-accumulates are not (ResNet-50: 3,857,973,
 
 Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are drawn
 with fan-in variance (torchvision: fan-out), and no scale starts at zero. The pooling is
-padded by one on each side, as in torchvision.
+padded by one on each side, as in torchvision. With the stem "small" (3x3, not halving, no
+pooling) the net takes images of 32 pixels to 4x4, as in kuangliu/pytorch-cifar.
 """
 
 from functools import partial
@@ -49,6 +50,7 @@ STAGES = {
 }
 SHORTCUTS = ("A", "B", "C", "none")
 VERSIONS = ("1", "1.5")
+STEMS = ("imagenet", "small")
 EXPANSION = 4  # of a bottleneck
 
 
@@ -103,11 +105,14 @@ class ResNet(nn.Module):
       shortcut: "A", "B" or "C" of the paper (see `resnet_layers.Shortcut`), or "none" for
         the plain net. The deep nets of the paper have "B".
       version: "1.5" or "1", where a bottleneck has its stride.
+      stem: "imagenet" (7x7 and pooling, each halving the image) or "small" (3x3).
       width: features of the stem; the paper's is 64.
       norm_momentum: of BatchNorm's running averages.
       norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
         whole batch; see `nn.norm.BatchNorm`.
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+      remat: whether the gradient computes the blocks of the stages again instead of keeping
+        what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
         parameters, normalisation, its averages and logits are float32.
 
@@ -119,10 +124,12 @@ class ResNet(nn.Module):
     depth: int = 50
     shortcut: str = "B"
     version: str = "1.5"
+    stem: str = "imagenet"
     width: int = 64
     norm_momentum: float = 0.9
     norm_group: int = 0
     walk: str = "auto"
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -134,6 +141,7 @@ class ResNet(nn.Module):
             )
         check_choice("shortcut", self.shortcut, SHORTCUTS)
         check_choice("version", self.version, VERSIONS)
+        check_choice("stem", self.stem, STEMS)
         check_choice("walk", self.walk, depth_axis.WALKS)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         super().__post_init__()
@@ -154,9 +162,13 @@ class ResNet(nn.Module):
         f = partial(Bottleneck, version=self.version) if is_deep else PostActivation
         block = partial(Block, f=f, shortcut=self.shortcut, norm=norm, dtype=dtype)
 
-        x = Conv(self.width, 7, 2, padding=3, dtype=dtype, name="stem_conv")(images)
-        x = nn.relu(norm(name="stem_bn")(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        stem = Conv(
+            self.width, kernel, stride, padding=kernel // 2, dtype=dtype, name="stem_conv"
+        )
+        x = nn.relu(norm(name="stem_bn")(stem(images)))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, length in enumerate(STAGES[self.depth], start=1):
             features = self.width * 2 ** (stage - 1) * (EXPANSION if is_deep else 1)
             stride = 1 if stage == 1 else 2
@@ -164,6 +176,9 @@ class ResNet(nn.Module):
                 x = block(features, stride, name=f"stage{stage}_transition")(x)
                 length -= 1
             same = partial(block, features, stride=1)
-            x = depth_axis.Stage(same, length, self.walk, name=f"stage{stage}")(x)
+            blocks = depth_axis.Stage(
+                same, length, self.walk, self.remat, name=f"stage{stage}"
+            )
+            x = blocks(x)
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)

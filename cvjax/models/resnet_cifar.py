@@ -65,6 +65,8 @@ class CifarResNet(nn.Module):
         whole batch; see `nn.norm.BatchNorm`.
       activation: "relu", as in the papers, or "sigmoid".
       walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+      remat: whether the gradient computes the blocks of the stages again instead of keeping
+        what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
         parameters, normalisation, its averages and logits are float32.
 
@@ -85,6 +87,7 @@ class CifarResNet(nn.Module):
     norm_group: int = 0
     activation: str = "relu"
     walk: str = "auto"
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -158,7 +161,10 @@ class CifarResNet(nn.Module):
                 x = transition(features, stride=2)(x)
                 length -= 1
             same = partial(block, features, stride=1)
-            x = depth_axis.Stage(same, length, self.walk, name=f"stage{stage}")(x)
+            blocks = depth_axis.Stage(
+                same, length, self.walk, self.remat, name=f"stage{stage}"
+            )
+            x = blocks(x)
         if self.pre_activation:
             x = act(norm(name="head_bn")(x))
         x = x.mean(axis=(1, 2))

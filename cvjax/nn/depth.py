@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
+from cvjax.nn.fixed import recompute
 
 WALKS = ("auto", "rolled", "unrolled")
 FILLINGS = ("repeat", "linear")
@@ -54,16 +55,22 @@ class Stage(nn.Module):
         an array of the same shape; `in_loop` is for its convolutions (see nn/conv.py).
       length: number of blocks.
       walk: one of `WALKS`, see `is_rolled`.
+      remat: whether the gradient keeps only what goes into each block and computes the
+        block again: memory for one state a block instead of all that lies within, for one
+        more forward pass. Values and gradients are the same up to rounding.
     """
 
     block: Callable[..., nn.Module]
     length: int
     walk: str = "auto"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.length == 0:
             return x
+        if self.remat and not self.is_initializing():
+            return self._walk_recomputing(x)
         # Drawing the parameters is no walk that needs to be fast, only quickly compiled.
         rolled = is_rolled(self.walk) or self.is_initializing()
         chain = nn.scan(
@@ -75,6 +82,31 @@ class Stage(nn.Module):
             unroll=1 if rolled else self.length + 1,
         )
         x, _ = chain(self.block(in_loop=rolled, name=BLOCKS), x, None)
+        return x
+
+    def _walk_recomputing(self, x: jax.Array) -> jax.Array:
+        """The same chain, of pure functions: `nn.remat` saves nothing on CPU."""
+        rolled = is_rolled(self.walk)
+        block = self.block(in_loop=rolled, parent=None)
+        averages = {
+            collection: tree[BLOCKS]
+            for collection, tree in self.variables.items()
+            if collection == "batch_stats"
+        }
+
+        @recompute
+        def one(params, x, averages):
+            variables = {"params": params, **averages}
+            return block.apply(variables, x, mutable=["batch_stats"])
+
+        x, updated = jax.lax.scan(
+            lambda x, own: one(own[0], x, own[1]),
+            x,
+            (self.variables["params"][BLOCKS], averages),
+            unroll=1 if rolled else self.length + 1,
+        )
+        if averages and self.is_mutable_collection("batch_stats"):
+            self.put_variable("batch_stats", BLOCKS, updated["batch_stats"])
         return x
 
 

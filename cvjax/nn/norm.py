@@ -28,7 +28,7 @@ class BatchNorm(nn.Module):
       momentum: of the running averages.
       epsilon: added to variances.
       group: examples in a group, 0 for the whole batch (of all devices together).
-      dtype: of the result, None for that of x; statistics are float32.
+      dtype: of the result, None for that of x, float32 at least; statistics are float32.
 
     Raises:
       UserError: for a batch that is not made of whole groups.

@@ -161,6 +161,7 @@ RESUMABLE_KEYS = (
     "data.num_workers",
     "data.eval_batch_size",
     "model.walk",
+    "model.remat",
     *(f"model.{field}" for field in solver.FIELDS),
 )
 

@@ -103,20 +103,22 @@ def from_first(function: Callable[[], T]) -> T:
     """What `function` returns (as JSON has it) in the first process, for all of them.
 
     Raises:
-      UserError: in all processes, if the function does in the first.
+      UserError: in all other processes, if the function raises anything in the first.
     """
     if jax.process_count() == 1:
         return function()
-    told = {}
+    told, raised = {}, None
     if is_first():
         try:
             told = {"value": function()}
-        except UserError as error:
-            told = {"error": str(error)}
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            raised, told = error, {"error": str(error)}
     text = np.frombuffer(json.dumps(told).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
     told = json.loads(text.tobytes())
+    if raised is not None:
+        raise raised
     if "error" in told:
         raise UserError(told["error"])
     return told["value"]

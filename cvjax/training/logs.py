@@ -12,11 +12,11 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorboardX
 
 from cvjax import errors
 from cvjax.training import workdir as workdirs
@@ -41,7 +41,7 @@ def open_writer(
     path = pathlib.Path(workdir).absolute() / "metrics.jsonl"
     first_step = 0 if resume_step is None else resume_step + 1
     drop_after(path, first_step - 1)
-    board = tensorboardX.SummaryWriter(
+    board = _import_tensorboard().SummaryWriter(
         str(path.parent / "tensorboard"),
         purge_step=first_step,
         flush_secs=30,
@@ -59,6 +59,19 @@ def open_writer(
 
     with contextlib.closing(board), open(path, "ab") as file:
         yield write
+
+
+def _import_tensorboard():
+    """tensorboardX without PyTorch, which it would import, for seconds, and not use."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

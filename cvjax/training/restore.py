@@ -30,7 +30,7 @@ def initial_or_restored(
     """
     rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
     static = {"recipe": recipe, "image_shape": dataset.image_shape}
-    free = ("walk", *solver.FIELDS)
+    free = ("walk", "remat", *solver.FIELDS)
     same_net = {key: run.model[key] for key in run.model if key not in free}
     expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
     abstract_state = create_train_state.eval_shape(rng, **static)

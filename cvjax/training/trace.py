@@ -31,6 +31,15 @@ def parse_steps(text: str) -> range:
     return range(start, start + count)
 
 
+def check_steps(traced: range, start: int, total_steps: int) -> None:
+    """Raises UserError if a run from `start` to `total_steps` does not make these steps."""
+    if traced and not (start <= traced.start and traced.stop <= total_steps):
+        raise UserError(
+            f"--profile asks for the steps {traced.start} to {traced.stop}, but this run "
+            f"makes those from {start} to {total_steps}; choose some of them."
+        )
+
+
 @contextlib.contextmanager
 def open_trace(
     folder: pathlib.Path, steps: range
@@ -42,14 +51,17 @@ def open_trace(
     """
     running = False
 
+    def stop() -> None:
+        jax.profiler.stop_trace()
+        logging.info("A trace from step %d on is in %s.", steps[0], folder)
+
     def trace(step: int, state: TrainState) -> None:
         nonlocal running
         if running == (step in steps):
             return
         jax.block_until_ready(state.step)
         if running:
-            jax.profiler.stop_trace()
-            logging.info("Steps %d to %d are traced in %s.", steps[0], step - 1, folder)
+            stop()
         else:
             jax.profiler.start_trace(folder, create_perfetto_trace=True)
         running = not running
@@ -58,4 +70,4 @@ def open_trace(
         yield trace
     finally:
         if running:
-            jax.profiler.stop_trace()
+            stop()

@@ -47,7 +47,7 @@ from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.recipe import Recipe
 from cvjax.training.restore import initial_or_restored, read_together
 from cvjax.training.state import TrainState
-from cvjax.training.trace import open_trace
+from cvjax.training.trace import check_steps, open_trace
 
 # What the seed's key is folded with for all draws of the training; see also restore.py.
 TRAIN_DRAWS = 1
@@ -89,7 +89,10 @@ def train_and_evaluate(
             workdirs.check_writable(folder)
             stack.enter_context(workdirs.lock(folder))
             _refuse_changed_config(folder, config)
-            return _finished(folder, run)
+            summary = _finished(folder, run)
+            if summary is None:  # a run that goes on has no final numbers
+                (folder / "summary.json").unlink(missing_ok=True)
+            return summary
 
         summary = devices.from_first(enter)
         if summary:
@@ -134,9 +137,12 @@ def _run(
             f"{run.model['name']} has no ODE block; set it to 0."
         )
     start = int(state.step)
+    check_steps(traced, start, run.total_steps)
     with contextlib.ExitStack() as stack:
         write = show = trace = _nothing
-        if devices.is_first():
+
+        def open_outputs() -> None:
+            nonlocal write, show, trace
             # Before config.json, by which readers know the run.
             write_inputs(folder, statistics, dataset.class_names)
             workdirs.write_manifest(folder, config.to_dict())
@@ -144,6 +150,8 @@ def _run(
             write = stack.enter_context(logs.open_writer(folder, start or None))
             show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
             trace = stack.enter_context(open_trace(folder / "profile", traced))
+
+        devices.from_first(open_outputs)
         mesh = devices.create_mesh()
         rng = jax.random.fold_in(jax.random.key(run.seed), TRAIN_DRAWS)
         constants = steps.Constants(rng, statistics, color_axes)

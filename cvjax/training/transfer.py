@@ -41,8 +41,8 @@ from cvjax.training.optim import is_frozen
 from cvjax.training.state import TrainState
 
 # What may differ: none of it changes what parameters mean.
-FREE_FIELDS = ("walk", "dtype", "dropout", "auxiliary_dropout", "norm_momentum")
-FREE_FIELDS += solver.FIELDS
+FREE_FIELDS = ("walk", "remat", "dtype", "dropout", "auxiliary_dropout")
+FREE_FIELDS += ("norm_momentum", *solver.FIELDS)
 NORMALIZATION = "init_from"  # as a value of config.data.normalization
 NAMED = 3  # differences in a message
 

@@ -20,7 +20,13 @@ from typing import IO
 import ml_collections
 from absl import logging
 
-from cvjax.errors import InterruptedRun, UserError, WorkdirInUse
+from cvjax.errors import (
+    EXIT_CODES,
+    DivergedError,
+    InterruptedRun,
+    UserError,
+    WorkdirInUse,
+)
 from cvjax.training import interrupt
 from cvjax.training.trainer import train_and_evaluate
 
@@ -38,27 +44,46 @@ def train_unclaimed(
       The runs that are not finished, as other processes were at them to the last.
 
     Raises:
-      As `train_and_evaluate`.
+      DivergedError: at the end, if runs have diverged; the others are trained.
+      InterruptedRun: after SIGTERM or Ctrl-C.
+      UserError: as `train_and_evaluate`.
     """
-    waiting = dict(runs)
-    while True:
-        trained, elsewhere = False, {}
-        for folder, config in waiting.items():
-            number = list(runs).index(folder) + 1
-            logging.info("Run %d of %d: %s.", number, len(runs), folder.name)
-            finished = _is_finished(folder)
-            try:
-                train_and_evaluate(config, folder)
-            except WorkdirInUse:
-                logging.info("%s is in the hands of another process.", folder.name)
-                elsewhere[folder] = config
-                continue
-            trained |= not finished
-            after_each()
-        # Whoever had a run when we passed may have been stopped since.
-        waiting = elsewhere
-        if not trained or not waiting:
-            return [folder for folder in waiting if not _is_finished(folder)]
+    waiting, diverged = dict(runs), {}
+    with interrupt.watch() as stop:
+        while True:
+            trained, elsewhere = False, {}
+            for folder, config in waiting.items():
+                number = list(runs).index(folder) + 1
+                logging.info("Run %d of %d: %s.", number, len(runs), folder.name)
+                finished = _is_finished(folder)
+                try:
+                    train_and_evaluate(config, folder)
+                except WorkdirInUse:
+                    logging.info("%s is in the hands of another process.", folder.name)
+                    elsewhere[folder] = config
+                except DivergedError as error:
+                    logging.error("%s: %s", folder.name, error)
+                    diverged[folder] = error
+                else:
+                    if not finished:
+                        trained = True
+                        after_each()
+                if stop.requested:
+                    raise InterruptedRun(
+                        f"Stopped by {stop.signal_name} after {folder.name}; the same "
+                        "command goes on from there."
+                    )
+            # Whoever had a run when we passed may have been stopped since.
+            waiting = elsewhere
+            if not trained or not waiting:
+                break
+    if diverged:
+        names = ", ".join(folder.name for folder in diverged)
+        raise DivergedError(
+            f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
+            "others."
+        )
+    return [folder for folder in waiting if not _is_finished(folder)]
 
 
 def _is_finished(folder: Path) -> bool:
@@ -70,7 +95,8 @@ def run_in_processes(count: int, last_flag: str) -> None:
 
     On Linux each has its share of the processor's cores to itself. XLA shares a
     convolution badly between cores, so that many processes of one core are faster than one
-    process of many.
+    process of many (`benchmarks/seeds.py`). Accelerators are shared by all: where there are
+    several, start a process for each instead, with CUDA_VISIBLE_DEVICES.
 
     Args:
       count: of processes, two or more.
@@ -79,7 +105,7 @@ def run_in_processes(count: int, last_flag: str) -> None:
     Raises:
       UserError: for more processes than cores.
       InterruptedRun: after SIGTERM or Ctrl-C, when all have saved and ended.
-      SystemExit: if one of them fails, with its exit code.
+      SystemExit: if one of them fails, with its exit code (128 + N after signal N).
     """
     cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     if count > (len(cores) or os.cpu_count() or 1):
@@ -111,14 +137,18 @@ def run_in_processes(count: int, last_flag: str) -> None:
                 for worker in workers:
                     worker.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-    if asked or stop.requested:
+    saved = {0, EXIT_CODES[InterruptedRun], -signal.SIGTERM} if stop.requested else {0}
+    codes = {n: worker.returncode for n, worker in enumerate(workers, start=1)}
+    failed = {number: code for number, code in codes.items() if code not in saved}
+    for number, code in failed.items():
+        logging.error("Process %d ended with exit code %d.", number, code)
+    if failed:
+        sys.exit(max(code if code > 0 else 128 - code for code in failed.values()))
+    if stop.requested:
         raise InterruptedRun(
             f"Stopped by {stop.signal_name}, and all {count} processes have saved; the "
             "same command goes on from there."
         )
-    failed = [worker.returncode for worker in workers if worker.returncode]
-    if failed:
-        sys.exit(max(failed))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,86 @@
+"""What all benchmarks leave behind: a table on the terminal, results.json and table.md."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from cvjax.errors import UserError
+from cvjax.training import workdir as workdirs
+
+Rows = Sequence[Sequence[str]]
+
+
+def import_torch():
+    """PyTorch.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing; `pip install torch`.") from None
+    return torch
+
+
+def show(title: str, headings: Sequence[str], rows: Rows) -> None:
+    """The table on the terminal; columns of numbers are right-aligned."""
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    for number, heading in enumerate(headings):
+        words = any(row[number][:1].isalpha() for row in rows)
+        table.add_column(heading, justify="left" if words else "right")
+    for row in rows:
+        table.add_row(*row)
+    rich.console.Console().print(table)
+
+
+def markdown(headings: Sequence[str], rows: Rows) -> str:
+    """The table for reading on the web."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def provenance() -> dict[str, Any]:
+    """`workdir.provenance`, and what else speeds depend on: cores and PyTorch."""
+    found = workdirs.provenance()
+    found["cores"] = len(os.sched_getaffinity(0))
+    try:
+        import torch
+    except ImportError:
+        return found
+    found["versions"]["torch"] = torch.__version__
+    return found
+
+
+def describe(measured_by: dict[str, Any]) -> str:
+    """One sentence for the table's foot: device, versions, commit."""
+    versions, device = measured_by["versions"], measured_by["device"]
+    where = device["kind"]
+    if device["platform"] == "cpu":
+        where = f"{measured_by['cores']} core(s) of {processor()}"
+    names = ("jax", "torch")
+    told = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
+    commit = (measured_by["git"] or {}).get("commit", "unknown")[:8]
+    return f"Measured on {where}, {told}, commit {commit}."
+
+
+def processor() -> str:
+    """The name of the CPU, as far as Linux tells."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "a CPU"
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else "a CPU"
+
+
+def write(folder: pathlib.Path, results: dict[str, Any], text: str) -> None:
+    """Writes results.json, and table.md with `text` and where it was measured."""
+    measured_by = provenance()
+    workdirs.write_json(folder / "results.json", {**results, "measured_by": measured_by})
+    workdirs.write_bytes(folder / "table.md", f"{text}\n{describe(measured_by)}\n".encode())
