@@ -5,7 +5,10 @@ import io
 import itertools
 import json
 import multiprocessing
+import pathlib
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +182,27 @@ def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
         (tmp_path / "picture.jpg").write_bytes(encoded)
         image = load_picture(tmp_path / "picture.jpg", network.image_shape, streamed=True)
         np.testing.assert_allclose(predict.predict(network, image), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_program_crops_so_too(create_config, finished, tmp_path):
+    workdir = finished(create_config())
+    network = load_network(workdir)
+    records = data.load(**network.run.data.source).test.records
+    (tmp_path / "picture.jpg").write_bytes(records.read([0])[0][0])
+    image = load_picture(tmp_path / "picture.jpg", network.image_shape, streamed=True)
+    command = [sys.executable, "-m", "cvjax.predict", f"--workdir={workdir}", "--json"]
+    ran = subprocess.run(
+        [*command, tmp_path / "picture.jpg"],
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    named = json.loads(ran.stdout)["top"][0]
+    wanted = predict.predict(network, image).max()
+    assert named["probability"] == pytest.approx(wanted, abs=1e-6)
 
 
 # Mistakes
