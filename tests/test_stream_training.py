@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data, evaluate, predict
+from cvjax.data import workers
 from cvjax.data.dataset import Split
 from cvjax.data.pictures import load_picture
 from cvjax.data.streaming import StreamedSplit
@@ -229,6 +231,19 @@ def test_settings_that_do_not_go_with_a_stream(settings, message, create_config,
     with pytest.raises(UserError, match=message):
         train_and_evaluate(create_config(**settings), tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_too_little_shared_memory_for_training_and_evaluation_is_told_at_start(
+    create_config, tmp_path, monkeypatch
+):
+    """(4 x 3 + 1) batches of 8 images of 768 bytes and as many of 4 are 120 kB."""
+    free = 110_000  # enough for either
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"batches of 3 workers need 0 MB .* batch sizes"):
+        train_and_evaluate(create_config(**{"data.num_workers": 3}), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_what_needs_images_in_memory_says_so(create_config):

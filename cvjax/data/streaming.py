@@ -154,11 +154,18 @@ class StreamedSplit:
         steps = range(-(-len(self) // batch_size))
         return self._make(load, steps, range(batch_size)[share])
 
+    def check_shared_memory(self, rows: int) -> None:
+        """Raises UserError if the workers cannot hold batches of `rows` rows in all."""
+        workers.check_shared_memory(self._bytes(rows), self.options.num_workers)
+
     def _make(
         self, load: Callable[[int], Batch], steps: range, rows: range
     ) -> Iterator[Batch]:
-        size = len(rows) * int(np.prod(self.image_shape))
+        size = self._bytes(len(rows))
         return workers.make_batches(load, steps, self.options.num_workers, size)
+
+    def _bytes(self, rows: int) -> int:
+        return rows * int(np.prod(self.image_shape))
 
 
 def open_stream(source: Source, val_examples: int, options: StreamOptions) -> Dataset:

@@ -39,7 +39,7 @@ def make_batches(
     Raises:
       UserError: if there is too little shared memory; and what `load` raises.
     """
-    _check_shared_memory(batch_bytes, num_workers)
+    check_shared_memory(batch_bytes, num_workers)
     return _iterate(load, steps, num_workers)
 
 
@@ -83,8 +83,11 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _check_shared_memory(batch_bytes: int, num_workers: int) -> None:
-    """Containers often have 64 MB of it; too little kills workers without a word."""
+def check_shared_memory(batch_bytes: int, num_workers: int) -> None:
+    """Raises UserError for too little of it, which kills workers without a word.
+
+    Containers often have 64 MB.
+    """
     if not num_workers or not _SHARED_MEMORY.is_dir():
         return
     needed = (BATCHES_AHEAD * num_workers + 1) * batch_bytes
@@ -93,5 +96,5 @@ def _check_shared_memory(batch_bytes: int, num_workers: int) -> None:
         raise UserError(
             f"the batches of {num_workers} workers need {needed / 1e6:,.0f} MB of shared "
             f"memory and {_SHARED_MEMORY} has {free / 1e6:,.0f} MB; lower data.num_workers "
-            "or the batch size, or give the container more (docker run --shm-size)."
+            "or the batch sizes, or give the container more (docker run --shm-size)."
         )

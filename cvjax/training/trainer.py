@@ -191,8 +191,13 @@ def _load(run: RunConfig, folder: pathlib.Path, resumes: bool):
         source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
     dataset = data.load(**run.data.source)
     check_data(run, len(dataset.train), dataset.image_shape)
-    streamed = isinstance(dataset.train, StreamedSplit)
-    images = dataset.train.sample_images(SAMPLE) if streamed else dataset.train.images
+    if isinstance(dataset.train, StreamedSplit):
+        # While an evaluation reads its batches, those of the training stay ready.
+        rows = run.data.batch_size + run.data.eval_batch_size
+        dataset.train.check_shared_memory(rows // jax.process_count())
+        images = dataset.train.sample_images(SAMPLE)
+    else:
+        images = dataset.train.images
     statistics = _statistics(run, images, source, folder)
     color_axes = compute_color_axes(images) if run.data.lighting else None
     return source, dataset, statistics, color_axes
