@@ -19,6 +19,7 @@ SHAPES = {
     "cifar10": (32, 32, 3),
     "imagenet2012": (32, 32, 3),  # small, like the networks
 }
+LARGE = ("imagenet_resnet", "imagenet_vgg", "cifar10_vgg")  # seconds of compilation
 SMALL = {
     "resnet_cifar": {"depth": 8, "width": 2},
     "odenet": {"width": 4, "solver": "euler", "steps": 1},
@@ -38,7 +39,10 @@ def fake_dataset(name):
     return Dataset(name, split, split, split, tuple("0123456789"), "fake")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in NAMES],
+)
 def test_config_trains(name, tmp_path, monkeypatch):
     config = load_config(name)
     monkeypatch.setattr(data, "load", lambda name, **kwargs: fake_dataset(name))

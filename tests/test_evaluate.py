@@ -60,6 +60,7 @@ def read_summary(workdir):
 # Other fields than those of the training
 
 
+@pytest.mark.slow
 def test_another_solver_at_test_time(runs, caplog):
     folder = runs("odenet")
     trained = evaluate.evaluate(folder)

@@ -2,7 +2,6 @@
 any image size, gradients, dropout, auxiliary heads, half precision, sentences.
 """
 
-import dataclasses
 import math
 from functools import partial
 
@@ -13,6 +12,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.data.augment import Augmentation, Statistics
+from cvjax.data.dataset import Split
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.alexnet import adaptive_average_pool, local_response_norm
@@ -727,15 +727,10 @@ def test_auxiliary_losses_are_weighted_in_training_only(weight):
     assert np.abs(unit).max() > 1e-3
     np.testing.assert_allclose(moved, weight * unit, rtol=1e-4, atol=1e-6)
 
-    @dataclasses.dataclass
-    class Batches:
-        images: np.ndarray
-        labels: np.ndarray
-
     values = evaluate(
         before.params,
         before.batch_stats,
-        Batches(batch["image"], batch["label"]),
+        Split(batch["image"], batch["label"]),
         PLAIN,
         recipe=recipe,
         batch_size=6,

@@ -136,6 +136,7 @@ def digest(folder):
     return json.loads(info.read_text())["info"]["digest"]
 
 
+@pytest.mark.slow
 def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, monkeypatch):
     def train(folder):
         return multilevel.train_method("multi-level", tiny(), 0, folder)
