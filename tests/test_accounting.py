@@ -341,6 +341,7 @@ def test_images_that_are_too_small_get_one_sentence():
         account(create_model("vgg", 10), 16)
 
 
+@pytest.mark.slow
 def test_compiled_figures_stand_near_the_counted_ones():
     model = create_model("resnet_cifar", 10, depth=14, width=8, walk="rolled")
     counted, measured = account(model, 16), compiled.measure(model, 16)

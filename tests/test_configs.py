@@ -19,7 +19,12 @@ SHAPES = {
     "cifar10": (32, 32, 3),
     "imagenet2012": (32, 32, 3),  # small, like the networks
 }
-LARGE = ("imagenet_resnet", "imagenet_vgg", "cifar10_vgg")  # seconds of compilation
+LARGE = (
+    "imagenet_resnet",
+    "imagenet_vgg",
+    "cifar10_vgg",
+    "cifar10_odenet",
+)  # seconds of compilation
 SMALL = {
     "resnet_cifar": {"depth": 8, "width": 2},
     "odenet": {"width": 4, "solver": "euler", "steps": 1},

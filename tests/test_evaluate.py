@@ -83,6 +83,7 @@ def test_fields_that_do_not_fit_the_parameters(runs):
         evaluate.evaluate(runs("odenet"), fields={"width": 8})
 
 
+@pytest.mark.slow
 def test_images_whose_solve_failed_have_no_answer():
     """On CPU XLA's ReLU takes NaN for zero: the solver's word counts, not the logits'."""
     model = create_model("odenet", 3, width=2, stem="none", solver="heun", steps=3)

@@ -383,6 +383,7 @@ def test_counts_stop_at_the_piece_that_failed():
     assert set(stats.result.tolist()) == {solvers.MAX_STEPS}
 
 
+@pytest.mark.slow
 def test_an_adjoint_that_does_not_reach_its_end_gives_no_gradient():
     """Forward nothing moves; backward the cotangent grows like exp(16 t)."""
 
