@@ -21,11 +21,10 @@ from absl import flags, logging
 
 from cvjax import data, program
 from cvjax.data.augment import compute_statistics
-from cvjax.models import create_model
 from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
-from cvjax.training.recipe import Recipe
+from cvjax.training.recipe import create_recipe
 from cvjax.training.state import create_train_state
 
 STEPS = flags.DEFINE_integer("steps", 40, "Updates in a timing.", lower_bound=1)
@@ -49,13 +48,7 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
     config.log_every = STEPS.value
     config.data.update({"crop_padding": 1, "flip": True})
     run = parse_config(config)
-    recipe = Recipe(
-        model=create_model(num_classes=dataset.num_classes, **run.model),
-        optim=run.optim,
-        total_steps=run.total_steps,
-        loss=run.loss,
-        augmentation=run.data.augmentation,
-    )
+    recipe = create_recipe(run, dataset.num_classes)
     mesh = devices.create_mesh()
     statistics = compute_statistics(dataset.train.images, run.data.normalization)
     constants = steps.Constants(jax.random.key(0), statistics)

@@ -38,7 +38,7 @@ from absl import flags, logging
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import data, program
 from cvjax.analysis.augmentation_figure import draw_augmentation
-from cvjax.analysis.statistics import spread
+from cvjax.analysis.statistics import format_error, spread
 from cvjax.data import augment
 from cvjax.data.photographs import compute_color_axes
 from cvjax.training import steps, train_and_evaluate
@@ -247,11 +247,6 @@ def show(table: list[dict[str, Any]]) -> None:
         errors = [format_error(**row[key]) for key in ERRORS]
         shown.add_row(row["augmentation"], str(row["n"]), *errors)
     rich.console.Console().print(shown)
-
-
-def format_error(mean: float, std: float | None) -> str:
-    """A fraction with its spread, in per cent."""
-    return f"{100 * mean:.2f}" + (f" ± {100 * std:.2f}" if std is not None else "")
 
 
 if __name__ == "__main__":

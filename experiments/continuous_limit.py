@@ -30,7 +30,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
@@ -42,9 +41,7 @@ from cvjax.analysis.continuous import first_examples
 from cvjax.data import augment
 from cvjax.training import train_and_evaluate, transfer
 from cvjax.training import workdir as workdirs
-from cvjax.training.network import load_network
-from cvjax.training.restore import INIT_DRAWS
-from cvjax.training.state import create_train_state
+from cvjax.training.network import draw_variables, load_network
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-6)
@@ -274,9 +271,7 @@ def initial_variables(network, place: pathlib.Path) -> dict[str, Any]:
         return transfer.load_source(
             place / "one", run.model, place, run.init_refine
         ).variables
-    rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
-    state = create_train_state(rng, recipe=network.recipe, image_shape=network.image_shape)
-    return {"params": state.params, "batch_stats": state.batch_stats}
+    return draw_variables(network)
 
 
 def read_run(place: pathlib.Path) -> dict[str, Any]:

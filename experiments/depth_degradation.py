@@ -141,7 +141,7 @@ def main(arguments):
             workers.run_in_processes(values.processes, "--processes=1")
         elsewhere = workers.train_unclaimed(runs, lambda: report(folder, [folder]))
     finally:
-        if any((path / "summary.json").exists() for path in runs):
+        if any(map(workers.is_finished, runs)):
             report(folder, [folder])
             show(folder)
     if elsewhere:

@@ -46,9 +46,7 @@ from cvjax.errors import DivergedError, UserError
 from cvjax.evaluate import load_data
 from cvjax.training import train_and_evaluate
 from cvjax.training import workdir as workdirs
-from cvjax.training.network import Network, load_network
-from cvjax.training.restore import INIT_DRAWS
-from cvjax.training.state import create_train_state
+from cvjax.training.network import Network, draw_variables, load_network
 
 COUNT = filter_figure.SIDE**2
 DEFAULT_LAYERS = 4
@@ -253,9 +251,7 @@ def initial_variables(network: Network) -> dict[str, Any] | None:
     """Those before the first step; None for a run that did not start from draws."""
     if network.run.init_from:
         return None
-    rng = jax.random.fold_in(jax.random.key(network.run.seed), INIT_DRAWS)
-    state = create_train_state(rng, recipe=network.recipe, image_shape=network.image_shape)
-    return {"params": state.params, "batch_stats": state.batch_stats}
+    return draw_variables(network)
 
 
 def describe(network: Network) -> dict[str, Any]:

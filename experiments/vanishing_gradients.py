@@ -149,7 +149,7 @@ def measure(place: pathlib.Path) -> dict[str, Any]:
         networks = {step: load_network(place, str(step)) for step in steps}
         start = initial_variables(networks[total], place)
         variables = {0: start, **{step: networks[step].variables for step in steps}}
-        batch = first_training_examples(networks[total])
+        batch = data.load(**networks[total].run.data.source).train.first(BATCH)
         rows = [norms(networks[total], variables[step], batch, step) for step in variables]
         workdirs.write_json(path, {"side": batch.images.shape[1], "gradients": rows})
     summary = json.loads((place / "summary.json").read_text())
@@ -159,12 +159,6 @@ def measure(place: pathlib.Path) -> dict[str, Any]:
         "config": config,
         **{key: manifest[key] for key in ("versions", "device", "git")},
     }
-
-
-def first_training_examples(network: Network) -> Split:
-    """The batch that gradients are measured on: uint8 images as they are."""
-    dataset = data.load(**network.run.data.source)
-    return Split(dataset.train.images[:BATCH], dataset.train.labels[:BATCH])
 
 
 def norms(

@@ -7,7 +7,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from cvjax.analysis.statistics import spread, standard_error
+from cvjax.analysis.statistics import format_error, spread, standard_error
 
 ERRORS = {
     "train_eval/error": "training",
@@ -160,11 +160,6 @@ def describe(claim: dict[str, Any]) -> str:
         return f"{what} {points}."
     error = f"{100 * claim['standard_error']:.2f}"
     return f"{what} {points} (standard error {error}: {claim['z']:+.1f} of them)."
-
-
-def format_error(mean: float, std: float | None, scale: float = 100) -> str:
-    """An error with its spread, in per cent; `scale` is 100 for a fraction."""
-    return f"{scale * mean:.2f}" + (f" ± {scale * std:.2f}" if std is not None else "")
 
 
 def _signed(z: float | None) -> str:

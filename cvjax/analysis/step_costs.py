@@ -14,11 +14,10 @@ import numpy as np
 from cvjax import data
 from cvjax.data.augment import compute_statistics
 from cvjax.data.dataset import Dataset
-from cvjax.models import create_model
 from cvjax.training import steps
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RunConfig, parse_config
-from cvjax.training.recipe import Recipe
+from cvjax.training.recipe import create_recipe
 from cvjax.training.state import create_train_state
 
 
@@ -76,13 +75,7 @@ def measure_steps(
 
 def _prepare(run: RunConfig, dataset: Dataset):
     statistics = compute_statistics(dataset.train.images, run.data.normalization)
-    recipe = Recipe(
-        model=create_model(num_classes=dataset.num_classes, **run.model),
-        optim=run.optim,
-        total_steps=run.total_steps,
-        loss=run.loss,
-        augmentation=run.data.augmentation,
-    )
+    recipe = create_recipe(run, dataset.num_classes)
     key = jax.random.key(run.seed)
     state = create_train_state(key, recipe=recipe, image_shape=dataset.image_shape)
     constants = steps.Constants(key, statistics)

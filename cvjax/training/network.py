@@ -23,14 +23,14 @@ from jax import numpy as jnp
 
 from cvjax.data.augment import Statistics
 from cvjax.errors import DivergedError, UserError
-from cvjax.models import create_model, model_fields
+from cvjax.models import model_fields
 from cvjax.nn import solver as solvers
 from cvjax.training import checkpoint as checkpoints
 from cvjax.training import metrics
 from cvjax.training import workdir as workdirs
 from cvjax.training.config import RunConfig, default_config, parse_config
-from cvjax.training.recipe import Recipe
-from cvjax.training.state import create_train_state
+from cvjax.training.recipe import Recipe, create_recipe
+from cvjax.training.state import create_train_state, initial_rng
 
 CHOICES = ("last", "best")
 
@@ -107,13 +107,7 @@ def load_network(
         )
     run = dataclasses.replace(run, model=run.model | dict(fields or {}))
     statistics, class_names = read_inputs(folder)
-    recipe = Recipe(
-        model=create_model(num_classes=len(class_names), **run.model),
-        optim=run.optim,
-        total_steps=run.total_steps,
-        loss=run.loss,
-        augmentation=run.data.augmentation,
-    )
+    recipe = create_recipe(run, len(class_names))
     abstract_state = create_train_state.eval_shape(
         jax.random.key(0), recipe=recipe, image_shape=statistics.mean.shape
     )
@@ -127,6 +121,16 @@ def load_network(
         step=info["step"],
         data_fingerprint=info["data_fingerprint"],
     )
+
+
+def draw_variables(network: Network) -> dict[str, Any]:
+    """What the variables were before the first step of a run without `init_from`."""
+    state = create_train_state(
+        initial_rng(network.run.seed),
+        recipe=network.recipe,
+        image_shape=network.image_shape,
+    )
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -5,6 +5,8 @@ import dataclasses
 from flax import linen as nn
 
 from cvjax.data.augment import Augmentation
+from cvjax.models import create_model
+from cvjax.training.config import RunConfig
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
 
@@ -26,3 +28,14 @@ class Recipe:
     total_steps: int
     loss: LossConfig
     augmentation: Augmentation
+
+
+def create_recipe(run: RunConfig, num_classes: int) -> Recipe:
+    """The recipe of a run on data of so many classes."""
+    return Recipe(
+        model=create_model(num_classes=num_classes, **run.model),
+        optim=run.optim,
+        total_steps=run.total_steps,
+        loss=run.loss,
+        augmentation=run.data.augmentation,
+    )

@@ -14,10 +14,7 @@ from cvjax.training import checkpoint, devices
 from cvjax.training.config import RunConfig
 from cvjax.training.loop import Record
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import TrainState, create_train_state
-
-# What the seed's key is folded with for drawing the parameters; see also trainer.py.
-INIT_DRAWS = 0
+from cvjax.training.state import TrainState, create_train_state, initial_rng
 
 
 def initial_or_restored(
@@ -28,7 +25,7 @@ def initial_or_restored(
     Raises:
       UserError: the checkpoint is of another run or past its end, or all are damaged.
     """
-    rng = jax.random.fold_in(jax.random.key(run.seed), INIT_DRAWS)
+    rng = initial_rng(run.seed)
     static = {"recipe": recipe, "image_shape": dataset.image_shape}
     free = ("walk", "remat", *solver.FIELDS)
     same_net = {key: run.model[key] for key in run.model if key not in free}

@@ -14,6 +14,9 @@ from cvjax.training.recipe import Recipe
 
 NEVER = 2**31 - 1
 
+# What the seed's key is folded with for the draws of the parameters.
+INIT_DRAWS = 0
+
 
 @struct.dataclass
 class Monitor:
@@ -90,3 +93,8 @@ def create_train_state(
         opt_state=tx.init(variables["params"]),
         monitor=create_monitor(tuple(metrics.solver_stats(variables.get("solver")))),
     )
+
+
+def initial_rng(seed: int) -> jax.Array:
+    """The key from which a run draws its parameters."""
+    return jax.random.fold_in(jax.random.key(seed), INIT_DRAWS)

@@ -44,12 +44,12 @@ from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_c
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.network import Network, complete_config, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
-from cvjax.training.recipe import Recipe
+from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
 from cvjax.training.state import TrainState
 from cvjax.training.trace import check_steps, open_trace
 
-# What the seed's key is folded with for all draws of the training; see also restore.py.
+# What the seed's key is folded with for all draws of the training; see also state.py.
 TRAIN_DRAWS = 1
 # So many training images of a stream are taken for all of them, to normalise.
 SAMPLE = 1_000
@@ -120,13 +120,7 @@ def _run(
         *(len(dataset.test), "x".join(map(str, dataset.image_shape))),
         time.perf_counter() - started,
     )
-    recipe = Recipe(
-        model=create_model(num_classes=dataset.num_classes, **run.model),
-        optim=run.optim,
-        total_steps=run.total_steps,
-        loss=run.loss,
-        augmentation=run.data.augmentation,
-    )
+    recipe = create_recipe(run, dataset.num_classes)
     state, record = initial_or_restored(run, recipe, dataset, folder)
     if source is not None:
         state = transfer.start_from(state, source, run.init_from)

@@ -55,7 +55,7 @@ def train_unclaimed(
             for folder, config in waiting.items():
                 number = list(runs).index(folder) + 1
                 logging.info("Run %d of %d: %s.", number, len(runs), folder.name)
-                finished = _is_finished(folder)
+                finished = is_finished(folder)
                 try:
                     train_and_evaluate(config, folder)
                 except WorkdirInUse:
@@ -83,10 +83,11 @@ def train_unclaimed(
             f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
             "others."
         )
-    return [folder for folder in waiting if not _is_finished(folder)]
+    return [folder for folder in waiting if not is_finished(folder)]
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Whether a workdir has its final numbers."""
     return (folder / "summary.json").exists()
 
 
