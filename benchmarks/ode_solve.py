@@ -64,7 +64,6 @@ class FlaxResidual(nn.Module):
     """`Residual` with flax's own convolution, and parameters of the same names."""
 
     activation: str
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -177,7 +176,7 @@ def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndar
     """As `create_jax_side`, with diffrax's loop over equal steps."""
     from cvjax.nn import adaptive
 
-    f = field(in_loop=True)
+    f = field()
 
     def loss(params, x):
         settings = dataclasses.asdict(solver)

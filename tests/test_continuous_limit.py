@@ -55,8 +55,6 @@ def test_orders_of_a_linear_field(method):
     """dx/dt = a x tends to exp(a) x."""
 
     class Linear(nn.Module):
-        in_loop: bool = False
-
         @nn.compact
         def __call__(self, x, t):
             return self.param("a", nn.initializers.ones, ()) * x
@@ -124,8 +122,6 @@ def test_kernels_are_those_of_the_stages_block_by_block():
 
 class Scaled(nn.Module):
     """x + a x / 4, with one parameter a."""
-
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x):

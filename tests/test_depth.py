@@ -21,7 +21,6 @@ class Block(nn.Module):
     """A block without convolutions, quick to compile: tanh(BatchNorm(x W + b))."""
 
     train: bool = True
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -178,8 +177,6 @@ def test_recomputing_keeps_one_state_a_block(walk):
 
 class Wide(nn.Module):
     """Keeps much for its gradient: ten times as many values within as come in."""
-
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x):

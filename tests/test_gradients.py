@@ -30,8 +30,6 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 class Scale(nn.Module):
     """x -> w x, with one number w."""
 
-    in_loop: bool = False
-
     @nn.compact
     def __call__(self, x):
         return x * self.param("kernel", nn.initializers.ones_init(), (1,)).reshape(

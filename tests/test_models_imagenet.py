@@ -540,7 +540,7 @@ def test_groups_are_convolutions_side_by_side():
         layer.apply(variables, x), jnp.concatenate(halves, axis=-1), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(UserError) as caught:
-        layer.clone(in_loop=True).apply(variables, x)
+        layer.clone().apply(variables, x)
     assert str(caught.value) == (
         "A convolution in 2 groups has no fast gradient in a rolled loop on CPU; use walk "
         "'unrolled'."

@@ -22,8 +22,6 @@ X = np.random.default_rng(0).normal(size=(3, 2, 2, 2)).astype(np.float32)
 class Linear(nn.Module):
     """dx/dt = a x, with one parameter."""
 
-    in_loop: bool = False
-
     @nn.compact
     def __call__(self, x, t):
         return self.param("a", nn.initializers.constant(-0.7), ()) * x
@@ -31,8 +29,6 @@ class Linear(nn.Module):
 
 class Smooth(nn.Module):
     """tanh(x W + b) + sin(5 t) c: nonlinear, and time matters."""
-
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x, t):
@@ -166,15 +162,11 @@ def test_euler_is_the_tied_residual_chain_in_values_and_gradients(walk):
 
 def test_euler_with_a_piece_a_step_is_the_residual_stage():
     class NoTime(nn.Module):
-        in_loop: bool = False
-
         @nn.compact
         def __call__(self, x, t=None):
             return jnp.tanh(nn.Dense(x.shape[-1], name="dense")(x))
 
     class Block(nn.Module):
-        in_loop: bool = False
-
         @nn.compact
         def __call__(self, x):
             return x + 0.25 * NoTime(name="f")(x)
@@ -290,8 +282,6 @@ def test_evaluations_are_those_of_a_counting_field(solver):
     speed = 40.0  # for steps that are rejected; their count would go untested
 
     class Counting(nn.Module):
-        in_loop: bool = False
-
         @nn.compact
         def __call__(self, x, t):
             jax.debug.callback(lambda t: times.append(float(t)), t)
@@ -438,8 +428,6 @@ def test_trajectory_begins_at_x_and_ends_at_the_result():
 
 def test_batch_norm_is_refused():
     class Normed(nn.Module):
-        in_loop: bool = False
-
         @nn.compact
         def __call__(self, x, t):
             return nn.BatchNorm(use_running_average=False)(x)

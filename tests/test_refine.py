@@ -108,7 +108,6 @@ class Step(nn.Module):
     """x + h * tanh(BatchNorm(x) W + b): smooth, in the pre-activation form."""
 
     h: float
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -120,7 +119,6 @@ class Linear(nn.Module):
     """x + h * x W."""
 
     h: float
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x):

@@ -76,7 +76,7 @@ def _measure_blocks(variables, images, *, model):
         if isinstance(stage, depth.Stage) and context.method_name == "__call__":
             own = {kind: tree[stage.name] for kind, tree in variables.items()}
             stacked = {kind: tree[depth.BLOCKS] for kind, tree in own.items()}
-            block = stage.block(in_loop=True, parent=None)
+            block = stage.block(parent=None)
             found[stage.name] = _walk_measured(block, stacked, arguments[0])
         return call(*arguments, **settings)
 

@@ -189,7 +189,7 @@ def _probing(variables: Mapping[str, Any], slots: jax.Array):
 
 
 def _walk_stage(stage: depth.Stage, variables, x: jax.Array, slots: jax.Array):
-    block = stage.block(in_loop=True, parent=None)
+    block = stage.block(parent=None)
     stacked = {
         kind: tree[stage.name][depth.BLOCKS]
         for kind, tree in variables.items()
@@ -206,7 +206,7 @@ def _walk_stage(stage: depth.Stage, variables, x: jax.Array, slots: jax.Array):
 
 def _walk_ode(block: ODEBlock, variables, x: jax.Array, slots: jax.Array):
     tableau, h = fixed.TABLEAUS[block.solver.method], 1 / block.solver.steps
-    field = block.field(in_loop=True, parent=None)
+    field = block.field(parent=None)
     theta = jax.tree.map(lambda leaf: leaf[0], variables["params"][block.name]["f"])
 
     def one(x, own):

@@ -160,7 +160,7 @@ def _run(model, variables, images, kinds: dict[str, type] | None = None):
 
 def _walk_blocks(stage: depth.Stage, x, name: str, within: list[str]):
     stacked = {kind: tree[depth.BLOCKS] for kind, tree in stage.variables.items()}
-    block = stage.block(in_loop=False, parent=None)
+    block = stage.block(parent=None)
     for number in range(stage.length):
         within.append(f"{name}/block{number + 1}")
         x = block.apply(jax.tree.map(lambda leaf, i=number: leaf[i], stacked), x)

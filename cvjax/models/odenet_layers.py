@@ -61,7 +61,6 @@ class Residual(nn.Module):
     activation: str
     zero_init: bool = False
     dtype: str = "float32"
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array | None = None) -> jax.Array:
@@ -73,7 +72,7 @@ class Residual(nn.Module):
             features = x.shape[-1]
             if continuous:
                 x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
-            settings = {"padding": 1, "use_bias": continuous, "in_loop": self.in_loop}
+            settings = {"padding": 1, "use_bias": continuous}
             return conv(x, features, 3, name=name, dtype=self.dtype, **settings, **init)
 
         last_kernel = {"kernel_init": zeros} if self.zero_init and not norm_ends else {}
@@ -147,8 +146,7 @@ class ResidualBlock(nn.Module):
     """x + f(x)."""
 
     f: Callable[..., nn.Module]
-    in_loop: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.f(in_loop=self.in_loop, name="f")(x)
+        return x + self.f(name="f")(x)

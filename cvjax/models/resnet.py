@@ -83,12 +83,11 @@ class Block(nn.Module):
     f: ModuleDef
     shortcut: str
     norm: ModuleDef
-    in_loop: bool = False
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(Conv, in_loop=self.in_loop, dtype=self.dtype)
+        conv = partial(Conv, dtype=self.dtype)
         layers = (self.features, self.stride, conv, self.norm)
         y = self.f(*layers, name="f")(x)
         if self.shortcut != "none":

@@ -96,12 +96,11 @@ class Block(nn.Module):
     pad_channels: str = "end"
     use_bias: bool = False
     act: Activation = nn.relu
-    in_loop: bool = False
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(Conv, use_bias=self.use_bias, in_loop=self.in_loop, dtype=self.dtype)
+        conv = partial(Conv, use_bias=self.use_bias, dtype=self.dtype)
         shape = (self.features, self.stride)
         f = PreActivation if self.pre_activation else PostActivation
         y = f(*shape, conv, self.norm, self.act, name="f")(x)

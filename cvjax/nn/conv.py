@@ -1,33 +1,36 @@
-"""Convolution whose gradient is fast on CPU, inside a rolled loop and outside.
+"""Convolution: one bilinear primitive, whose kernels are chosen when a program is lowered.
 
-On CPU, XLA brings the two gradients of a convolution into a layout that its fast kernels
-accept, but only outside of loops: in the body of a `lax.scan` or `lax.while_loop` they
-fall to a naive kernel, 30 to 125 times slower (jax-ml/jax#12868). A rolled residual stage
-and every adaptive ODE solve are such loops. `conv(..., in_loop=True)` states both
-gradients in channels-last form, so that no layout pass is needed:
+y = x * k is bilinear, so <y', x * k> is linear in each of x, k and y', and differentiating
+leads to three products only, whatever the order and the mode:
 
-    input gradient:   convolution of the cotangent with the flipped kernel
-    kernel gradient:  contraction of the shifted input with the cotangent
+    y       from x and kernel      the convolution
+    x       from y and kernel      its transpose with respect to the input
+    kernel  from x and y           its transpose with respect to the kernel
 
-Outside of a loop, and on accelerators, XLA's own gradients are the faster ones and are
-used. `benchmarks/conv_in_loop.py` measures the difference.
+`convolution_p` is all three, told apart by its parameter `wanted`. On CPU oneDNN computes
+them (nn/onednn), in a rolled loop as fast as outside. Where oneDNN is missing XLA does, and
+there the transposes are written in channels-last form, which its CPU compiler needs in
+loops (jax-ml/jax#12868). Accelerators get `lax.conv_general_dilated` and its transposes.
 
-That of the kernel transposes the convolution's input first, and on CPU XLA fuses this
-transposition with what made the input (BatchNorm, ReLU): it computes that once more, number
-by number in transposed order. `_held` keeps them apart, with the same values bit for bit;
-the training step of a CIFAR ResNet takes three quarters of the time.
+Members are independent convolutions of one shape, along a leading axis of all three
+arrays: what `vmap` over kernels makes. `vmap` over images alone makes a larger batch.
 """
 
-from functools import partial
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from cvjax.errors import UserError
+from cvjax.nn import onednn
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -48,109 +51,178 @@ def conv(
     padding: Pads = ((0, 0), (0, 0)),
     *,
     groups: int = 1,
-    in_loop: bool = False,
 ) -> jax.Array:
     """Convolves images with a kernel (cross-correlation, as all the papers mean it).
 
     Args:
       x: [batch, height, width, channels].
-      kernel: [kernel height, kernel width, channels / groups, features].
+      kernel: [kernel height, kernel width, channels / groups, features], of x's type.
       strides: of height and width.
       padding: rows of zeros (above, below), columns of zeros (left, right).
       groups: into how many groups channels and features are split, in order; features see
         the channels of their own group only.
-      in_loop: whether the call is traced into the body of a rolled loop.
 
     Returns:
       [batch, (height - kernel height + pads) // stride + 1, likewise, features].
 
     Raises:
-      UserError: for more than one group in a loop on CPU.
+      TypeError: shapes or types do not fit each other.
     """
-    if jax.default_backend() != "cpu":
-        return _conv(x, kernel, strides, padding, groups=groups)
-    if not in_loop:
-        return _conv(_held(x), kernel, strides, padding, groups=groups)
-    if groups != 1:
-        raise UserError(
-            f"A convolution in {groups} groups has no fast gradient in a rolled loop "
-            "on CPU; use walk 'unrolled'."
-        )
-    return _conv_in_loop(x, kernel, strides, padding)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    strides = tuple(int(stride) for stride in strides)
+    settings = {"strides": strides, "padding": padding, "groups": groups}
+    y = jax.eval_shape(functools.partial(_xla, **settings), x, kernel)
+    return convolution_p.bind(x, kernel, wanted="y", shape=y.shape, **settings)
 
 
-def _conv(x, kernel, strides, padding, lhs_dilation=(1, 1), groups=1):
+def _xla(x, kernel, *, strides, padding, groups, input_dilation=(1, 1)):
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
         padding,
-        lhs_dilation=lhs_dilation,
+        lhs_dilation=input_dilation,
         dimension_numbers=DIMENSIONS,
         feature_group_count=groups,
     )
 
 
-def _held(x: jax.Array) -> jax.Array:
-    """x, which is written to memory: XLA fuses nothing over a condition.
+# The primitive. Operands are two of the three arrays, in this order; the third is wanted,
+# and has the shape `shape`.
+ROLES = ("x", "y", "kernel")
 
-    Both branches give x, which XLA does not see. `lax.optimization_barrier` does not hold
-    it, XLA's CPU compiler drops it. A forward pass alone pays for the copy, 5 % here.
-    """
-    if not x.size:
-        return x
-    return lax.cond(x.ravel()[0] > 0, lambda x: x, lambda x: x * 1, x)
+convolution_p = Primitive("convolution")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv_in_loop(x, kernel, strides, padding):
-    return _conv(x, kernel, strides, padding)
+@convolution_p.def_abstract_eval
+def _abstract(a, b, *, shape, **_):
+    return a.update(shape=shape, weak_type=False)
 
 
-def _conv_in_loop_forward(x, kernel, strides, padding):
-    return _conv(x, kernel, strides, padding), (x, kernel)
+@convolution_p.def_impl
+def _execute(a, b, **settings):
+    return _jitted(tuple(settings.items()))(a, b)
 
 
-def _conv_in_loop_backward(strides, padding, residuals, cotangent):
-    x, kernel = residuals
-    return (
-        _input_gradient(cotangent, kernel, x.shape, strides, padding),
-        _kernel_gradient(cotangent, x, kernel.shape, strides, padding),
+@functools.lru_cache(maxsize=1024)
+def _jitted(settings):
+    return jax.jit(functools.partial(convolution_p.bind, **dict(settings)))
+
+
+def _operands(wanted: str) -> list[str]:
+    return [role for role in ROLES if role != wanted]
+
+
+def _transpose(number, cotangent, a, b, *, wanted, shape, **settings):
+    """<cotangent, product> is linear in operand `number`, whose place is empty."""
+    arrays = dict(zip(_operands(wanted), (a, b), strict=True)) | {wanted: cotangent}
+    role = _operands(wanted)[number]
+    shape = arrays[role].aval.shape
+    operands = [arrays[name] for name in _operands(role)]
+    return convolution_p.bind(*operands, wanted=role, shape=shape, **settings)
+
+
+ad.defbilinear(
+    convolution_p, functools.partial(_transpose, 0), functools.partial(_transpose, 1)
+)
+
+
+def _batch(arrays, axes, *, wanted, shape, **settings):
+    """`vmap`: images become a larger batch, kernels become members."""
+    roles = _operands(wanted)
+    size = next(
+        a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None
     )
+    batched = [role for role, axis in zip(roles, axes, strict=True) if axis is not None]
+    has_members = len(shape) == 5
+    folds = wanted != "kernel" and "kernel" not in batched and not has_members
+
+    def prepare(array, axis, role):
+        if folds and role == "kernel":
+            return array
+        if axis is None:
+            array = jnp.broadcast_to(array, (size, *array.shape))
+        else:
+            array = jnp.moveaxis(array, axis, 0)
+        if folds or has_members:
+            return array.reshape(-1, *array.shape[2:])
+        return array
+
+    operands = [prepare(*each) for each in zip(arrays, axes, roles, strict=True)]
+    whole = (size * shape[0], *shape[1:]) if folds or has_members else (size, *shape)
+    out = convolution_p.bind(*operands, wanted=wanted, shape=whole, **settings)
+    return out.reshape(size, *shape), 0
 
 
-_conv_in_loop.defvjp(_conv_in_loop_forward, _conv_in_loop_backward)
+batching.primitive_batchers[convolution_p] = _batch
 
 
-def _input_gradient(cotangent, kernel, x_shape, strides, padding):
+def _by_xla(a, b, *, wanted, shape, channels_last, **settings):
+    """A product by XLA's kernels."""
+    if len(shape) == 5:
+        one = functools.partial(
+            _by_xla, wanted=wanted, shape=shape[1:], channels_last=channels_last, **settings
+        )
+        return jax.vmap(one)(a, b)
+    if wanted == "y":
+        return _xla(a, b, **settings)
+    if channels_last and settings["groups"] == 1:
+        make = _input_gradient if wanted == "x" else _kernel_gradient
+        return make(a, b, shape, settings["strides"], settings["padding"])
+    missing = jax.ShapeDtypeStruct(shape, a.dtype)
+    if wanted == "x":
+        return jax.linear_transpose(lambda x: _xla(x, b, **settings), missing)(a)[0]
+    return jax.linear_transpose(lambda kernel: _xla(a, kernel, **settings), missing)(b)[0]
+
+
+def _input_gradient(y, kernel, shape, strides, padding):
+    """A convolution with the flipped kernel, its channels and features exchanged."""
     flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
     pads = []
     for axis in (0, 1):
         size, stride = kernel.shape[axis], strides[axis]
         low = size - 1 - padding[axis][0]
-        spread = (cotangent.shape[axis + 1] - 1) * stride + 1
-        pads.append((low, x_shape[axis + 1] + size - 1 - spread - low))
-    return _conv(cotangent, flipped, (1, 1), pads, lhs_dilation=strides)
+        spread = (y.shape[axis + 1] - 1) * stride + 1
+        pads.append((low, shape[axis + 1] + size - 1 - spread - low))
+    settings = {"strides": (1, 1), "padding": pads, "groups": 1}
+    return _xla(y, flipped, input_dilation=strides, **settings)
 
 
-def _kernel_gradient(cotangent, x, kernel_shape, strides, padding):
+def _kernel_gradient(x, y, shape, strides, padding):
+    """For each of the kernel's positions what it saw, times what was asked of it."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width, channels, features = kernel_shape
-    rows, columns = cotangent.shape[1:3]
+    height, width, channels, features = shape
+    rows, columns = y.shape[1:3]
 
     def tap(i, j):
-        """The gradient of kernel[i, j]: what it saw, times what was asked of it."""
         seen = x[
             :,
             i : i + (rows - 1) * strides[0] + 1 : strides[0],
             j : j + (columns - 1) * strides[1] + 1 : strides[1],
         ]
-        # Small products are summed image by image: that way both cores share the work.
+        # Small products are summed image by image: that way all cores share the work.
         if channels * features <= 64 * 64:
-            return jnp.einsum("bhwc,bhwf->bcf", seen, cotangent).sum(axis=0)
-        return jnp.einsum("bhwc,bhwf->cf", seen, cotangent)
+            return jnp.einsum("bhwc,bhwf->bcf", seen, y).sum(axis=0)
+        return jnp.einsum("bhwc,bhwf->cf", seen, y)
 
     return jnp.stack([jnp.stack([tap(i, j) for j in range(width)]) for i in range(height)])
+
+
+def _lower_on_cpu(ctx, a, b, *, wanted, shape, strides, padding, groups):
+    settings = {"strides": strides, "padding": padding, "groups": groups}
+    shapes = [aval.shape for aval in ctx.avals_in] + [shape]
+    if onednn.takes(ctx.avals_in[0].dtype, shapes, padding):
+        return onednn.lower(ctx, a, b, wanted=ROLES.index(wanted), **settings)
+    rule = functools.partial(_by_xla, channels_last=True)
+    lower = mlir.lower_fun(rule, multiple_results=False)
+    return lower(ctx, a, b, wanted=wanted, shape=shape, **settings)
+
+
+mlir.register_lowering(
+    convolution_p,
+    mlir.lower_fun(functools.partial(_by_xla, channels_last=False), multiple_results=False),
+)
+mlir.register_lowering(convolution_p, _lower_on_cpu, platform="cpu")
 
 
 class Conv(nn.Module):
@@ -169,7 +241,6 @@ class Conv(nn.Module):
     padding: int = 0
     use_bias: bool = False
     groups: int = 1
-    in_loop: bool = False
     dtype: Any = None
     kernel_init: nn.initializers.Initializer = he_normal
 
@@ -190,8 +261,7 @@ class Conv(nn.Module):
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         pads = ((self.padding, self.padding),) * 2
-        strides = (self.stride, self.stride)
-        y = conv(x, kernel, strides, pads, groups=self.groups, in_loop=self.in_loop)
+        y = conv(x, kernel, (self.stride, self.stride), pads, groups=self.groups)
         return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 

@@ -51,8 +51,8 @@ class Stage(nn.Module):
     Each block is initialised by a key of its own. A stage of length 0 is the identity.
 
     Attributes:
-      block: makes one block, called as `block(in_loop=..., name=...)`. A block maps x to
-        an array of the same shape; `in_loop` is for its convolutions (see nn/conv.py).
+      block: makes one block, called as `block(name=...)`, which maps x to an array of the same
+        shape.
       length: number of blocks.
       walk: one of `WALKS`, see `is_rolled`.
       remat: whether the gradient keeps only what goes into each block and computes the
@@ -81,13 +81,13 @@ class Stage(nn.Module):
             # One more than the length: a loop of one trip with unroll=1 stays a loop.
             unroll=1 if rolled else self.length + 1,
         )
-        x, _ = chain(self.block(in_loop=rolled, name=BLOCKS), x, None)
+        x, _ = chain(self.block(name=BLOCKS), x, None)
         return x
 
     def _walk_recomputing(self, x: jax.Array) -> jax.Array:
         """The same chain, of pure functions: `nn.remat` saves nothing on CPU."""
         rolled = is_rolled(self.walk)
-        block = self.block(in_loop=rolled, parent=None)
+        block = self.block(parent=None)
         averages = {
             collection: tree[BLOCKS]
             for collection, tree in self.variables.items()
@@ -117,7 +117,7 @@ class TiedStage(nn.Module):
     variables of f stand under `f`, without a leading axis.
 
     Attributes:
-      f: makes f, called as `f(in_loop=..., name=...)`; f(x, t) has the shape of x.
+      f: makes f, called as `f(name=...)`; f(x, t) has the shape of x.
       length: number of blocks; 0 for the identity.
       walk: one of `WALKS`, see `is_rolled`.
     """
@@ -140,7 +140,7 @@ class TiedStage(nn.Module):
             unroll=1 if rolled else self.length + 1,
         )
         times = h * jnp.arange(self.length, dtype=x.dtype)
-        x, _ = chain(self.f(in_loop=rolled, name="f"), x, times)
+        x, _ = chain(self.f(name="f"), x, times)
         return x
 
 

@@ -38,8 +38,8 @@ class ODEBlock(nn.Module):
     initialised by a key of its own.
 
     Attributes:
-      field: makes f, called as `field(in_loop=..., parent=None, name=...)`; f(x, t) has
-        the shape of x, t is a scalar. `in_loop` is for its convolutions (see nn/conv.py).
+      field: makes f, called as `field(parent=None, name=...)`; f(x, t) has the shape of x,
+        t is a scalar.
       solver: see `nn.solver.Solver`.
       theta: one of `THETAS`.
       pieces: of the time from 0 to 1.
@@ -67,7 +67,7 @@ class ODEBlock(nn.Module):
             self._sow(Stats(*[jnp.zeros(len(x), jnp.int32)] * 4))
             return x
         rolled = depth.is_rolled(self.walk) or not self.solver.unrolls
-        f = self._vector_field(in_loop=rolled)
+        f = self._vector_field()
         wants_energy = self.is_mutable_collection("kinetic")
         if wants_energy:
             f = _with_energy(f)
@@ -88,7 +88,7 @@ class ODEBlock(nn.Module):
         return jnp.where(reached, end, jnp.nan)
 
     def _init_theta(self, rng: jax.Array, x: jax.Array):
-        field = self.field(in_loop=True, parent=None)
+        field = self.field(parent=None)
         slices = self.pieces + (self.theta == "piecewise_linear")
 
         def init(rng):
@@ -104,9 +104,9 @@ class ODEBlock(nn.Module):
 
         return jax.vmap(init)(jax.random.split(rng, slices))
 
-    def _vector_field(self, in_loop: bool):
+    def _vector_field(self):
         """f as a function of (theta, x, t, piece), with theta the whole depth axis."""
-        field = self.field(in_loop=in_loop, parent=None, name="f")
+        field = self.field(parent=None, name="f")
 
         def f(theta, x, t, piece):
             if self.theta == "piecewise_linear":
