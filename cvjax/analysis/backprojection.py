@@ -21,6 +21,8 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
+from cvjax.analysis.scan_equation import split_inputs
+
 RULES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "gradient": lambda x, g: x > 0,
     "deconvolution": lambda x, g: g > 0,
@@ -97,9 +99,8 @@ def _is_relu(equation) -> bool:
 
 
 def _unroll(params, inputs: list[jax.Array], relu) -> list[jax.Array]:
-    body, carried = params["jaxpr"], params["num_carry"]
-    constants, inputs = inputs[: params["num_consts"]], inputs[params["num_consts"] :]
-    state, stacked = inputs[:carried], inputs[carried:]
+    constants, state, stacked = split_inputs(params, inputs)
+    body, carried = params["jaxpr"], len(state)
     trips = range(params["length"])
     kept: list[Any] = [None] * params["length"]
     for trip in reversed(trips) if params["reverse"] else trips:

@@ -10,6 +10,7 @@ from jax.extend import core
 
 from cvjax.analysis.layers import COUNTED_IN_PLACE, Layer
 from cvjax.analysis.receptive_field import Spans, field_and_jump, output_spans
+from cvjax.analysis.scan_equation import split_inputs
 
 MERGES = ("add", "add_any", "concatenate")
 # By the name of the jitted function, or of the primitive. "pow" is the last step of a local
@@ -144,14 +145,13 @@ class Walk:
         return [flow] * len(equation.outvars)
 
     def scan(self, params, inputs: list[Flow], scope: Scope) -> list[Flow]:
-        constants, carried = params["num_consts"], params["num_carry"]
-        state = inputs[constants : constants + carried]
-        stacked = inputs[constants + carried :]
+        constants, state, stacked = split_inputs(params, inputs)
+        carried = len(state)
         outputs: list[Flow] = []
         for trip in range(params["length"]):
             here = dataclasses.replace(scope, block=trip + 1)
             slices = [_slice(flow, scope, trip, params["length"]) for flow in stacked]
-            arguments = [*inputs[:constants], *state, *slices]
+            arguments = [*constants, *state, *slices]
             outputs = self.run(params["jaxpr"].jaxpr, arguments, here)
             state = outputs[:carried]
         return [*state, *(dataclasses.replace(y, spans=()) for y in outputs[carried:])]
