@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from benchmarks import nets, report, timing
-from cvjax import program
-from cvjax.training import workdir as workdirs
+from benchmarks import nets, report
+from cvjax import cli, timing
+from cvjax.storage import workdir as workdirs
 
 DEPTHS = {"rolled": (20, 56, 110, 1202), "unrolled": (20, 56, 110)}
 HEADINGS = ("depth", "walk", "trace s", "compile s", "from the cache: trace s", "compile s")
@@ -43,7 +43,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     rounds = range(values.rounds)
@@ -127,4 +127,4 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -18,8 +18,7 @@ import rich.table
 from absl import flags
 from jax import numpy as jnp
 
-from benchmarks import timing
-from cvjax import program
+from cvjax import cli, timing
 from cvjax.nn.conv import DIMENSIONS, conv
 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
@@ -54,7 +53,7 @@ def chain(x, kernels, *, rolled: bool, ours: bool):
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     table = rich.table.Table(title=f"{LAYERS} layers, batch {BATCH_SIZE.value}, ms")
     for heading in ("images", "way", "median", "quartiles", "ratio", "compile"):
         table.add_column(
@@ -87,4 +86,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     jnp.zeros(())  # starts the backend, so that its start is not timed
-    program.run(main)
+    cli.run(main)

@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from benchmarks import batch_sources, report, timing
-from cvjax import data, program
+from benchmarks import batch_sources, report
+from cvjax import cli, data, timing
 from cvjax.errors import UserError
-from cvjax.training import workdir as workdirs
+from cvjax.storage import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEADINGS = ("what", "median (quartiles)", "n")
@@ -59,7 +59,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     rows, missing = [], {}
@@ -230,4 +230,4 @@ PARTS: dict[str, Callable[[Any], tuple[list[dict[str, Any]], dict[str, str]]]] =
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 from absl import flags, logging
 
-from cvjax import data, program
+from cvjax import cli, data
 from cvjax.data.augment import compute_statistics
 from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
@@ -98,7 +98,7 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     logging.set_verbosity(logging.WARNING)
     dataset = data.load("digits")
     table = rich.table.Table(title="A training step on 8x8 digits, batch 128, ms")
@@ -115,4 +115,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    program.run(main)
+    cli.run(main)

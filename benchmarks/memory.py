@@ -26,9 +26,9 @@ import numpy as np
 from absl import flags, logging
 
 from benchmarks import nets, report
-from cvjax import program
-from cvjax.analysis.compiled import COMPILER_OPTIONS
-from cvjax.training import workdir as workdirs
+from cvjax import cli
+from cvjax.costs.compiled import COMPILER_OPTIONS
+from cvjax.storage import workdir as workdirs
 
 DEPTHS, BATCH_SIZES = (20, 56, 110), (32, 128)
 HEADINGS = ("batch", "depth", "side", "state MB", "beyond it MB", "saved by recomputing")
@@ -50,7 +50,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     if values.torch:
@@ -154,4 +154,4 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

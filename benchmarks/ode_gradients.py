@@ -22,12 +22,11 @@ import rich.table
 from absl import flags, logging
 from jax import numpy as jnp
 
-from benchmarks import timing
-from cvjax import program
+from cvjax import cli, timing
 from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
-from cvjax.training import workdir as workdirs
+from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
@@ -76,7 +75,7 @@ def prepare(solver: Solver, walk: str, x: jax.Array) -> tuple[Any, Any, float]:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     folder = workdirs.check_writable(WORKDIR.value) if WORKDIR.value else None
     shape = (BATCH_SIZE.value, SIDE.value, SIDE.value, FEATURES.value)
     x = jax.random.normal(jax.random.key(0), shape)
@@ -166,4 +165,4 @@ def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
 
 if __name__ == "__main__":
     jnp.zeros(())  # starts the backend, so that its start is not timed
-    program.run(main)
+    cli.run(main)

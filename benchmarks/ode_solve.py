@@ -30,13 +30,12 @@ from absl import flags, logging
 from flax import linen as nn
 from jax import numpy as jnp
 
-from benchmarks import timing
-from cvjax import program
+from cvjax import cli, timing
 from cvjax.errors import UserError
 from cvjax.models.odenet_layers import ACTIVATIONS, Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
-from cvjax.training import workdir as workdirs
+from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
@@ -175,14 +174,14 @@ def create_jax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray)
 
 def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray):
     """As `create_jax_side`, with diffrax's loop over equal steps."""
-    from cvjax.nn import adaptive
+    from cvjax.nn import diffrax_solve
 
     f = field(in_loop=True)
 
     def loss(params, x):
         settings = dataclasses.asdict(solver)
         del settings["per_sample"]
-        solution = adaptive.solve(
+        solution = diffrax_solve.solve(
             lambda params, x, t: f.apply({"params": params}, x, t),
             *(params, x, 0.0, 1.0),
             **settings,
@@ -196,7 +195,7 @@ def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndar
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     try:
         import torch  # noqa: F401
         import torchdiffeq  # noqa: F401
@@ -317,4 +316,4 @@ def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    cli.run(main)

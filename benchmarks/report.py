@@ -10,7 +10,7 @@ import rich.console
 import rich.table
 
 from cvjax.errors import UserError
-from cvjax.training import workdir as workdirs
+from cvjax.storage import workdir as workdirs
 
 Rows = Sequence[Sequence[str]]
 

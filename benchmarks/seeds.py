@@ -23,11 +23,11 @@ import numpy as np
 from absl import flags, logging
 from jax import numpy as jnp
 
-from benchmarks import nets, report, timing
-from cvjax import program
+from benchmarks import nets, report
+from cvjax import cli, timing
 from cvjax.data.augment import compute_statistics
+from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
-from cvjax.training import workdir as workdirs
 from cvjax.training.state import create_train_state
 
 TURNS, VMAP, PROCESSES = "one after the other", "vmap", "processes"
@@ -46,7 +46,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     net = nets.NETS[values.net]
     batch = nets.random_batch(net, values.batch_size)
@@ -160,4 +160,4 @@ def ask(workers: list[subprocess.Popen]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

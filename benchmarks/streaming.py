@@ -31,11 +31,11 @@ from absl import flags, logging
 from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
-from cvjax import data, program
+from cvjax import cli, data
 from cvjax.data.crops import center_crop, scale_crop
 from cvjax.data.dataset import Dataset
 from cvjax.data.streaming import StreamOptions
-from cvjax.training import workdir as workdirs
+from cvjax.storage import workdir as workdirs
 
 SETTLE_SECONDS = 3.0  # for the workers to fill their buffers
 
@@ -53,7 +53,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     with contextlib.ExitStack() as stack:
@@ -269,4 +269,4 @@ def markdown(results: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -9,10 +9,10 @@ written to WORKDIR/evaluation: a JSON file with all numbers and where they come 
 confusion matrix and the reliability diagram. Every example counts once, whatever the batch
 size. Errors are fractions in the JSON file and per cent on the terminal.
 
-With several views of an image (--crops, --scales; see cvjax/data/views.py) the class
-probabilities are averaged, and the loss is that of the average. The expected calibration
-error sorts the examples by the probability of the predicted class into 15 bins of equal
-width, and averages over the examples how far their bin's accuracy is from its mean
+With several views of an image (--crops, --scales; see cvjax/evaluation/multicrop.py) the
+class probabilities are averaged, and the loss is that of the average. The expected
+calibration error sorts the examples by the probability of the predicted class into 15 bins
+of equal width, and averages over the examples how far their bin's accuracy is from its mean
 confidence (Guo et al. 2017).
 """
 
@@ -32,17 +32,17 @@ import rich.table
 from absl import flags, logging
 from flax import errors as flax_errors
 
-from cvjax import data, program
-from cvjax.analysis import classification
+from cvjax import cli, data
 from cvjax.data import augment
 from cvjax.data.dataset import Dataset, Split
 from cvjax.data.streaming import StreamedSplit
-from cvjax.data.views import CROPS, Views, create_views
 from cvjax.errors import UserError
+from cvjax.evaluation import classification
+from cvjax.evaluation.multicrop import CROPS, Views, create_views
+from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
-from cvjax.training import workdir as workdirs
 from cvjax.training.losses import targets
-from cvjax.training.network import Network, apply_model, load_network, probabilities
+from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 
 SPLITS = ("test", "val", "train")
 
@@ -432,7 +432,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     results = evaluate(
         values.workdir,
@@ -443,7 +443,7 @@ def main(arguments):
         batch_size=values.batch_size,
         data_dir=values.data_dir,
         cache_dir=values.cache_dir,
-        fields=program.parse_fields(values.fields),
+        fields=cli.parse_fields(values.fields),
     )
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -472,4 +472,4 @@ def parse_scales(texts: list[str]) -> tuple[int, ...]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -6,7 +6,7 @@
 Takes JPEG, PNG, WebP, GIF, BMP, TIFF and PPM files of any size and colour mode. Of each the
 largest centred part with the aspect ratio of the network's images is resized to their size
 (for a network trained on a stream without a border, as in its evaluation); for the details
-see cvjax/data/pictures.py. The data set is not needed.
+see cvjax/data/image_files.py. The data set is not needed.
 
 A file that cannot be read gets one line on stderr and the others go on; the exit code is
 then 2, and 0 if all were read.
@@ -22,11 +22,11 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from cvjax import program
+from cvjax import cli
 from cvjax.data import augment
-from cvjax.data.pictures import load_picture
+from cvjax.data.image_files import load_picture
 from cvjax.errors import UserError
-from cvjax.training.network import Network, apply_model, load_network, probabilities
+from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 
 
 def predict(network: Network, image: np.ndarray) -> np.ndarray:
@@ -94,4 +94,4 @@ def _table(path: str, named: list[tuple[str, float]]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

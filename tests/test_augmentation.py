@@ -16,7 +16,7 @@ from cvjax.training import default_config, loop, steps, trainer
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
-from experiments import augmentation as experiment
+from experiments.augmentation import __main__ as experiment
 
 IMAGES = np.random.default_rng(0).integers(1, 256, size=(20, 8, 8, 3)).astype(np.uint8)
 NOTHING = Augmentation(crop_padding=0, flip=False)

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import batch_sources, data, memory, nets, report, timing, train_step
+from benchmarks import batch_sources, data, memory, nets, report, train_step
 from benchmarks import compile as compile_benchmark
+from cvjax import timing
 from cvjax.data.dataset import Split
 from cvjax.errors import UserError
 from cvjax.interop import torch as interop

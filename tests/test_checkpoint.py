@@ -18,7 +18,7 @@ from flax import struct
 from jax import numpy as jnp
 
 from cvjax import errors
-from cvjax.training import checkpoint
+from cvjax.storage import checkpoint
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from cvjax.analysis import degradation_tables as tables
 from cvjax.errors import UserError
-from cvjax.training import workdir
+from cvjax.storage import workdir
 from cvjax.training.config import parse_config
 from cvjax.training.optim import boundary_steps
-from experiments import depth_degradation
+from experiments.depth_degradation import __main__ as depth_degradation
+from experiments.depth_degradation import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs import digits_mlp
-from cvjax.analysis import learning_rates as rates
 from cvjax.errors import UserError
 from cvjax.training.config import parse_config
 from cvjax.training.optim import create_schedule
-from experiments import learning_rates as experiment
+from experiments.learning_rates import __main__ as experiment
+from experiments.learning_rates import figure as rates
 
 ROOT = pathlib.Path(__file__).parents[1]
 

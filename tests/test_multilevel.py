@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from cvjax import data
-from cvjax.analysis.multilevel import measure_time, tabulate
 from cvjax.data import augment, pipeline
 from cvjax.errors import InterruptedRun
 from cvjax.models import create_model
 from cvjax.nn.depth import refine
-from cvjax.training import default_config, logs, loop, trainer
-from cvjax.training.network import load_network
-from experiments import multilevel
+from cvjax.storage import metrics_log
+from cvjax.training import default_config, loop, trainer
+from cvjax.training.trained_network import load_network
+from experiments.multilevel import __main__ as multilevel
+from experiments.multilevel.figure import measure_time, tabulate
 
 
 def tiny(total_steps=8):
@@ -163,7 +164,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
     rows = [
         [
             {key: value for key, value in row.items() if not key.startswith("time/")}
-            for row in logs.read_metrics(folder / "metrics.jsonl")
+            for row in metrics_log.read_metrics(folder / "metrics.jsonl")
         ]
         for folder in (second, reference)
     ]

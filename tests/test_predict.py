@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from cvjax import data, evaluate, predict
-from cvjax.data.pictures import load_picture
-from cvjax.data.views import Views
+from cvjax.data.image_files import load_picture
+from cvjax.evaluation.multicrop import Views
 from cvjax.training import default_config, train_and_evaluate
-from cvjax.training.network import load_network
+from cvjax.training.trained_network import load_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 

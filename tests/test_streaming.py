@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data
-from cvjax.data import crops, photographs, workers
+from cvjax.data import crops, photographs, prefetch
 from cvjax.data.dataset import Split
 from cvjax.data.pipeline import batch_indices
 from cvjax.data.streaming import StreamOptions
@@ -329,7 +329,7 @@ def test_images_that_are_too_small(opened):
 
 def test_too_little_shared_memory(opened, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(prefetch, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     options = dataclasses.replace(OPTIONS, num_workers=3)
     message = r"of 3 workers need 3 MB of shared memory and .* has 1 MB; lower data\.num"

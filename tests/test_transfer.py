@@ -17,16 +17,10 @@ from cvjax.data.augment import Statistics, compute_statistics
 from cvjax.data.dataset import Dataset, Split
 from cvjax.errors import InterruptedRun, UserError
 from cvjax.models import create_model
-from cvjax.training import (
-    checkpoint,
-    default_config,
-    loop,
-    train_and_evaluate,
-    trainer,
-    transfer,
-)
-from cvjax.training.network import load_network
+from cvjax.storage import checkpoint
+from cvjax.training import default_config, loop, train_and_evaluate, trainer, transfer
 from cvjax.training.optim import OptimConfig, create_optimizer, is_frozen
+from cvjax.training.trained_network import load_network
 
 STEPS = 6
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from cvjax.analysis import vanishing_gradients as vanishing
 from cvjax.training.config import parse_config
-from experiments import vanishing_gradients as experiment
+from experiments.vanishing_gradients import __main__ as experiment
+from experiments.vanishing_gradients import figure as vanishing
 
 ROOT = pathlib.Path(__file__).parents[1]
 

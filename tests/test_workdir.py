@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from cvjax import errors
-from cvjax.training import interrupt, workdir
+from cvjax.storage import workdir
+from cvjax.training import interrupt
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 

@@ -20,8 +20,8 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image
 
+from cvjax.data import prefetch
 from cvjax.data import records as record_files
-from cvjax.data import workers
 from cvjax.data.crops import center_crop, scale_crop
 from cvjax.data.dataset import Dataset
 from cvjax.data.pipeline import ALL, Batch, batch_indices
@@ -156,13 +156,13 @@ class StreamedSplit:
 
     def check_shared_memory(self, rows: int) -> None:
         """Raises UserError if the workers cannot hold batches of `rows` rows in all."""
-        workers.check_shared_memory(self._bytes(rows), self.options.num_workers)
+        prefetch.check_shared_memory(self._bytes(rows), self.options.num_workers)
 
     def _make(
         self, load: Callable[[int], Batch], steps: range, rows: range
     ) -> Iterator[Batch]:
         size = self._bytes(len(rows))
-        return workers.make_batches(load, steps, self.options.num_workers, size)
+        return prefetch.make_batches(load, steps, self.options.num_workers, size)
 
     def _bytes(self, rows: int) -> int:
         return rows * int(np.prod(self.image_shape))

@@ -13,11 +13,11 @@ from typing import Any
 
 import ml_collections
 
+from cvjax.checks import as_type, check_choice
 from cvjax.data.augment import NORMALIZATIONS, Augmentation
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
-from cvjax.models.checks import as_type, check_choice
 from cvjax.nn import solver
 from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig

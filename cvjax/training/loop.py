@@ -16,7 +16,8 @@ from cvjax.data.augment import Statistics
 from cvjax.data.dataset import Dataset, Split
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import DivergedError, InterruptedRun
-from cvjax.training import checkpoint, devices, interrupt, logs, metrics, steps
+from cvjax.storage import checkpoint, metrics_log
+from cvjax.training import devices, interrupt, metrics, steps
 from cvjax.training.config import RunConfig
 from cvjax.training.dispatch import Dispatch
 from cvjax.training.optim import create_schedule
@@ -268,5 +269,5 @@ def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:
     """
     if not devices.is_first():
         return set()
-    rows = logs.read_metrics(folder / "metrics.jsonl")
+    rows = metrics_log.read_metrics(folder / "metrics.jsonl")
     return {row["step"] for row in rows if "val/error" in row}

@@ -10,7 +10,8 @@ from absl import logging
 from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
 from cvjax.nn import solver
-from cvjax.training import checkpoint, devices
+from cvjax.storage import checkpoint
+from cvjax.training import devices
 from cvjax.training.config import RunConfig
 from cvjax.training.loop import Record
 from cvjax.training.recipe import Recipe

@@ -22,32 +22,24 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cvjax import data, progress
-from cvjax.analysis.curves import draw_curves
 from cvjax.data.augment import Statistics, compute_statistics
 from cvjax.data.dataset import Dataset, Split
 from cvjax.data.photographs import compute_color_axes
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from cvjax.training import (
-    checkpoint,
-    devices,
-    interrupt,
-    logs,
-    loop,
-    metrics,
-    steps,
-    transfer,
-)
-from cvjax.training import workdir as workdirs
+from cvjax.report.curves import draw_curves
+from cvjax.storage import checkpoint, metrics_log
+from cvjax.storage import workdir as workdirs
+from cvjax.training import devices, interrupt, loop, metrics, steps, transfer
 from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
 from cvjax.training.dispatch import open_dispatch
-from cvjax.training.network import Network, complete_config, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
+from cvjax.training.profiling import check_steps, open_trace
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
 from cvjax.training.state import TrainState
-from cvjax.training.trace import check_steps, open_trace
+from cvjax.training.trained_network import Network, complete_config, write_inputs
 
 # What the seed's key is folded with for all draws of the training; see also state.py.
 TRAIN_DRAWS = 1
@@ -141,7 +133,7 @@ def _run(
             write_inputs(folder, statistics, dataset.class_names)
             workdirs.write_manifest(folder, config.to_dict())
             _log_plan(run, state, trained)
-            write = stack.enter_context(logs.open_writer(folder, start or None))
+            write = stack.enter_context(metrics_log.open_writer(folder, start or None))
             show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
             trace = stack.enter_context(open_trace(folder / "profile", traced))
 
@@ -297,7 +289,7 @@ def _finish(
     summary |= {f"best/{key}": value for key, value in best.items()}
 
     def write() -> None:
-        rows = logs.read_metrics(folder / "metrics.jsonl")
+        rows = metrics_log.read_metrics(folder / "metrics.jsonl")
         title = f"{run.model['name']} on {dataset.name}"
         draw_curves(rows, folder / "curves.png", title)
         workdirs.write_json(folder / "summary.json", summary)

@@ -34,11 +34,11 @@ from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn import solver
 from cvjax.nn.depth import refine
-from cvjax.training import network as networks
-from cvjax.training import workdir as workdirs
-from cvjax.training.network import Network
+from cvjax.storage import workdir as workdirs
+from cvjax.training import trained_network as networks
 from cvjax.training.optim import is_frozen
 from cvjax.training.state import TrainState
+from cvjax.training.trained_network import Network
 
 # What may differ: none of it changes what parameters mean.
 FREE_FIELDS = ("walk", "remat", "dtype", "dropout", "auxiliary_dropout")
