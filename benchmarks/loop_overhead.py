@@ -20,7 +20,7 @@ import rich.table
 from absl import flags, logging
 
 from cvjax import cli, data
-from cvjax.data.augment import compute_statistics
+from cvjax.data.normalize import compute_statistics
 from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch

@@ -11,8 +11,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from cvjax.checks import check_choice
-from cvjax.data.augment import Augmentation, compute_statistics
-from cvjax.data.pipeline import Batch
+from cvjax.data.augment import Augmentation
+from cvjax.data.dataset import Batch
+from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
 from cvjax.training import devices, steps
 from cvjax.training.losses import LossConfig

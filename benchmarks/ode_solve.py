@@ -11,9 +11,9 @@ round. Compilation stands apart.
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
 steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
-The other sides show what nn/conv.py and nn/fixed.py are for: diffrax as it comes with
+The other sides show what nn/conv.py and nn/runge_kutta.py are for: diffrax as it comes with
 `flax.linen.Conv` (on CPU, XLA's own gradients of a convolution are slow within a loop), and
-diffrax's loop with our convolution for equal steps, which nn/fixed.py unrolls on CPU.
+diffrax's loop with our convolution for equal steps, which nn/runge_kutta.py unrolls on CPU.
 """
 
 import dataclasses

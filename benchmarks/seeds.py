@@ -25,7 +25,7 @@ from jax import numpy as jnp
 
 from benchmarks import nets, report
 from cvjax import cli, timing
-from cvjax.data.augment import compute_statistics
+from cvjax.data.normalize import compute_statistics
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.state import create_train_state

@@ -32,8 +32,8 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import cli, data
-from cvjax.data.crops import center_crop, scale_crop
 from cvjax.data.dataset import Dataset
+from cvjax.data.image_files import center_crop, scale_crop
 from cvjax.data.streaming import StreamOptions
 from cvjax.storage import workdir as workdirs
 

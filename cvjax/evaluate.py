@@ -33,9 +33,8 @@ from absl import flags, logging
 from flax import errors as flax_errors
 
 from cvjax import cli, data
-from cvjax.data import augment
-from cvjax.data.dataset import Dataset, Split
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.dataset import ArraySplit, Dataset, Split
+from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
 from cvjax.evaluation import classification
 from cvjax.evaluation.multicrop import CROPS, Views, create_views
@@ -68,9 +67,9 @@ def evaluate(
       workdir: the run's folder.
       split: one of `SPLITS`.
       checkpoint: "last", "best" or the number of a step.
-      crops, scales: see `data.views`; of streamed images the views are made of the centre
-        crop, and ten crops are refused; the padding of ten crops is what the network was
-        trained with, or if that is none, an eighth of the images' short side.
+      crops, scales: see `evaluation.multicrop`; of streamed images the views are made of
+        the centre crop, and ten crops are refused; the padding of ten crops is what the
+        network was trained with, or if that is none, an eighth of the images' short side.
       batch_size: in images; None for the run's own. It does not change the results.
       data_dir, cache_dir: where the data set is; "" for where it was at training.
       fields: of the model instead of those of the training, see `load_network`.
@@ -87,7 +86,7 @@ def evaluate(
     folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
-    if isinstance(examples, Split) and examples.labels.ndim > 1:
+    if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
         raise UserError(
             f"{dataset.name} has several classes an image; only sets with one can be "
             "evaluated here."
@@ -207,7 +206,7 @@ def load_data(network: Network, data_dir: str, cache_dir: str) -> Dataset:
 
 def predict_split(
     network: Network,
-    split: Split | StreamedSplit,
+    split: Split,
     views: Views,
     batch_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +219,7 @@ def predict_split(
     batches = split.eval_batches(_batch_size(network, split, batch_size))
     with contextlib.closing(batches):
         for batch in batches:
-            images = augment.normalize(batch["image"], network.statistics)
+            images = normalize(batch["image"], network.statistics)
             scores = 0.0
             for view in create_views(images, views):
                 logits = apply_model(network.variables, view, model=network.recipe.model)
@@ -272,7 +271,7 @@ def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 def _as_in_training(
-    network: Network, split: Split | StreamedSplit, batch_size: int | None
+    network: Network, split: Split, batch_size: int | None
 ) -> dict[str, float]:
     """Loss and errors by the trainer's own function: equal to summary.json, bit for bit."""
     values = steps.evaluate(
@@ -287,9 +286,7 @@ def _as_in_training(
     return {key.removeprefix("/"): value for key, value in values.items()}
 
 
-def _batch_size(
-    network: Network, split: Split | StreamedSplit, batch_size: int | None
-) -> int:
+def _batch_size(network: Network, split: Split, batch_size: int | None) -> int:
     if batch_size is None:
         return network.run.data.eval_batch_size
     return min(batch_size, len(split))

@@ -23,15 +23,15 @@ import numpy as np
 from absl import flags
 
 from cvjax import cli
-from cvjax.data import augment
 from cvjax.data.image_files import load_picture
+from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
 from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 
 
 def predict(network: Network, image: np.ndarray) -> np.ndarray:
     """Class probabilities, float64 [classes], of an image uint8 of the network's shape."""
-    images = augment.normalize(image[None], network.statistics)
+    images = normalize(image[None], network.statistics)
     logits = apply_model(network.variables, images, model=network.recipe.model)
     return probabilities(logits, network.run.loss.name)[0]
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import batch_sources, data, memory, nets, report, train_step
 from benchmarks import compile as compile_benchmark
 from cvjax import timing
-from cvjax.data.dataset import Split
+from cvjax.data.dataset import ArraySplit
 from cvjax.errors import UserError
 from cvjax.interop import torch as interop
 from cvjax.models import create_model
@@ -202,7 +202,8 @@ def test_two_steps_of_both_sides_are_equal():
     """Same weights, no augmentation: loss falls alike, parameters stay together."""
     import dataclasses
 
-    from cvjax.data.augment import Augmentation, Statistics
+    from cvjax.data.augment import Augmentation
+    from cvjax.data.normalize import Statistics
     from cvjax.training import steps
     from cvjax.training.state import create_train_state
 
@@ -244,7 +245,7 @@ def test_two_steps_of_both_sides_are_equal():
 def random_split(count=40):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(count, 8, 8, 3), dtype=np.uint8)
-    return Split(images, np.arange(count, dtype=np.int32))
+    return ArraySplit(images, np.arange(count, dtype=np.int32))
 
 
 def test_sources_give_every_image_once_an_epoch():

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError
 from cvjax.models import create_model
 from cvjax.nn import depth

@@ -225,7 +225,7 @@ def test_probabilities_are_averaged_over_the_views(runs):
             crop = padded[:, y : y + 8, x : x + 8][:, :, ::mirror]
             logits = net.recipe.model.apply(net.variables, jnp.asarray(crop), train=False)
             expected += np.asarray(jax.nn.softmax(logits)) / 10
-    split = data.dataset.Split(images, np.zeros(3, np.int32))
+    split = data.dataset.ArraySplit(images, np.zeros(3, np.int32))
     scores, labels = evaluate.predict_split(net, split, Views(10, (), padding=2))
     assert labels.tolist() == [0, 0, 0]
     np.testing.assert_allclose(scores, expected, atol=1e-6)

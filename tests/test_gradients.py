@@ -8,7 +8,8 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.data.augment import Augmentation, Statistics, normalize
+from cvjax.data.augment import Augmentation
+from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.nn import depth

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cvjax import data
-from cvjax.data import augment, pipeline
+from cvjax.data import dataset
+from cvjax.data.normalize import normalize
 from cvjax.errors import InterruptedRun
 from cvjax.models import create_model
 from cvjax.nn.depth import refine
@@ -143,7 +144,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
         return multilevel.train_method("multi-level", tiny(), 0, folder)
 
     straight = train(tmp_path / "straight")
-    train_batch, calls = pipeline.train_batch, []
+    train_batch, calls = dataset.train_batch, []
 
     def patched(*args):
         calls.append(args)
@@ -152,7 +153,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
         return train_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train_batch", patched)
+        patch.setattr(dataset, "train_batch", patched)
         with pytest.raises((KeyboardInterrupt, InterruptedRun)):
             train(tmp_path / "stopped")
     second = tmp_path / "stopped" / "runs" / "multilevel-seed0" / "level2"
@@ -186,7 +187,7 @@ def refined_error(level_dir, fields):
     digits = data.load("digits").val
     logits = create_model(num_classes=10, **fields).apply(
         refine(network.variables),
-        augment.normalize(digits.images, network.statistics),
+        normalize(digits.images, network.statistics),
         train=False,
     )
     return (logits.argmax(axis=-1) != digits.labels).mean()

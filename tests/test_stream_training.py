@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data, evaluate, predict
 from cvjax.data import prefetch
-from cvjax.data.dataset import Split
+from cvjax.data.dataset import ArraySplit
 from cvjax.data.image_files import load_picture
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import InterruptedRun, UserError
@@ -98,7 +98,7 @@ def finished(tmp_path_factory):
 def as_in_memory(split):
     """The centre crops of a streamed split."""
     batch = next(split.eval_batches(len(split)))
-    return Split(batch["image"], batch["label"])
+    return ArraySplit(batch["image"], batch["label"])
 
 
 # Training

@@ -10,8 +10,8 @@ import pytest
 from absl import logging
 
 from cvjax import data
-from cvjax.data import pipeline
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data import dataset as datasets
+from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.errors import DivergedError, InterruptedRun, UserError
 from cvjax.storage import checkpoint, metrics_log
 from cvjax.training import default_config, dispatch, loop, train_and_evaluate
@@ -65,14 +65,14 @@ def create_config(model="mlp", **settings):
 
 def stop_at(monkeypatch, step, action):
     """Calls `action` when the batch after `step` updates is asked for."""
-    train_batch = pipeline.train_batch
+    train_batch = datasets.train_batch
 
     def patched(split, batch_size, seed, at, share):
         if at == step:
             action()
         return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(pipeline, "train_batch", patched)
+    monkeypatch.setattr(datasets, "train_batch", patched)
 
 
 def rows_without_time(workdir):
@@ -191,7 +191,7 @@ def test_a_trace_of_the_steps_asked_for_is_written(uninterrupted, tmp_path, monk
 
         monkeypatch.setattr(module, name, noted)
 
-    note(pipeline, "train_batch", lambda: batches.append(1))
+    note(datasets, "train_batch", lambda: batches.append(1))
     note(jax.profiler, "start_trace", lambda: moments.append(len(batches)))
     note(jax.profiler, "stop_trace", lambda: moments.append(len(batches)))
     train_and_evaluate(create_config(), tmp_path, traced=range(2, 3))
@@ -463,7 +463,7 @@ def test_sigmoid_loss_trains_on_multi_label_data(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 4, 4, 1)).astype(np.uint8)
     labels = (images.reshape(60, 16)[:, :3] > 127).astype(np.int32)  # three yes-no pixels
-    split = Split(images, labels)
+    split = ArraySplit(images, labels)
     dataset = Dataset("pixels", split, split, split, ("a", "b", "c"), "0")
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: dataset)
     settings = {

@@ -1,4 +1,10 @@
-"""Image files of any size and kind -> what a network takes."""
+"""Image files of any size and kind -> what a network takes; crops made on the host.
+
+In training, scale augmentation as in Simonyan and Zisserman 2014 (arXiv:1409.1556, section
+3.1) and He et al. 2015 (section 3.4); in evaluation the centre crop of the same papers, 224
+pixels of an image whose short side is 256. Resizing is bilinear, and antialiased where it
+shrinks; only the part that is kept is resized.
+"""
 
 import os
 import pathlib
@@ -7,13 +13,14 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cvjax.data.crops import center_crop
 from cvjax.errors import UserError
 
 # PPM stands for PBM and PGM too. EPS is left out: Pillow would run a PostScript program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Where Pillow too refuses: a file of some kilobytes can unfold into that many pixels.
 MAX_PIXELS = 178_956_970
+# What evaluation cuts off at each end of the short side: 16 of 256 pixels.
+BORDER = 1 / 16
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -36,7 +43,7 @@ def load_picture(
       path: of a file in one of `FORMATS`.
       image_shape: (height, width, channels) of the network's images.
       streamed: whether these came from a stream; then the picture is cropped as they were
-        in evaluation, see `crops.center_crop`.
+        in evaluation, see `center_crop`.
 
     Returns:
       uint8 of that shape.
@@ -110,3 +117,29 @@ def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
 
 def _too_large(path: pathlib.Path) -> UserError:
     return UserError(f"{path} has more than {MAX_PIXELS:,} pixels; make it smaller.")
+
+
+def scale_crop(image: Image.Image, size: int, short: int, place: np.ndarray) -> Image.Image:
+    """Resizes to a short side and cuts out a square; as `augment.scale_crop`.
+
+    Args:
+      image: of any size.
+      size: the side of the square.
+      short: pixels of the resized short side, `size` or more; the long side keeps the
+        proportion, rounded.
+      place: [2] in [0, 1): where (down, right) among its possible places the square lies.
+    """
+    original = np.array([image.height, image.width])
+    resized = np.round(original * short / original.min())
+    offset = np.floor(place * (resized - size + 1))
+    scale = original / resized
+    top, left = offset * scale
+    # Pillow refuses a box that rounding has moved out of the image.
+    bottom, right = np.minimum((offset + size) * scale, original)
+    box = (left, top, right, bottom)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square, without 1/16 of the short side at each end, resized to `size`."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=BORDER)

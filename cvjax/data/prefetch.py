@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import flags
 
-from cvjax.data.pipeline import Batch
+from cvjax.data.dataset import Batch
 from cvjax.errors import UserError
 
 # So far does a worker run ahead: grain keeps two batches in the process that waits, one in

@@ -40,7 +40,7 @@ from jax import numpy as jnp
 
 from cvjax import cli
 from cvjax.checks import check_choice
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
 from cvjax.interop.names import torch_names

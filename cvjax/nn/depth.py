@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn.runge_kutta import recompute
+from cvjax.nn.remat import recompute
 
 WALKS = ("auto", "rolled", "unrolled")
 FILLINGS = ("repeat", "linear")

@@ -6,8 +6,8 @@ Time runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) i
 of that axis, or the line between two. With Euler's method, a step a piece and theta
 piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
-Equal steps are walked as a stage is (nn/fixed.py: unrolled on CPU, a loop elsewhere),
-adaptive ones are diffrax's (nn/adaptive.py); nn/solver.py has the settings.
+Equal steps are walked as a stage is (nn/runge_kutta.py: unrolled on CPU, a loop elsewhere),
+adaptive ones are diffrax's (nn/diffrax_solve.py); nn/solver.py has the settings.
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
 "kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral

@@ -14,7 +14,8 @@ from typing import Any
 import ml_collections
 
 from cvjax.checks import as_type, check_choice
-from cvjax.data.augment import NORMALIZATIONS, Augmentation
+from cvjax.data.augment import Augmentation
+from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields

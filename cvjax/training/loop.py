@@ -12,9 +12,8 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from cvjax.data.augment import Statistics
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, InterruptedRun
 from cvjax.storage import checkpoint, metrics_log
 from cvjax.training import devices, interrupt, metrics, steps
@@ -101,7 +100,7 @@ def train(
       InterruptedRun: when `stop` was requested and the state has been saved.
     """
 
-    def evaluate(split: Split | StreamedSplit, prefix: str) -> dict[str, float] | None:
+    def evaluate(split: Split, prefix: str) -> dict[str, float] | None:
         return steps.evaluate(
             state.params,
             state.batch_stats,

@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, UserError
 from cvjax.models import model_fields
 from cvjax.nn import solver as solvers

@@ -22,9 +22,9 @@ from absl import logging
 from jax.sharding import Mesh
 
 from cvjax import data, progress
-from cvjax.data.augment import Statistics, compute_statistics
+from cvjax.data.augment import compute_color_axes
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.photographs import compute_color_axes
+from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import UserError
 from cvjax.models import create_model
@@ -58,7 +58,7 @@ def train_and_evaluate(
       config: see `training.config`; the same one when a run is resumed, but for
         `RESUMABLE_KEYS`.
       workdir: the run's folder, created if it does not exist.
-      traced: steps of which a profiler's trace is written, see `training.trace`.
+      traced: steps of which a profiler's trace is written, see `training.profiling`.
 
     Returns:
       The content of summary.json: "step", "parameters", and the loss (nats) and errors
@@ -259,9 +259,7 @@ def _finish(
 ) -> dict[str, float]:
     """The only place where the test images are looked at, but for `test_curve`."""
 
-    def evaluate(
-        state: TrainState, split: Split | StreamedSplit, prefix: str
-    ) -> dict[str, float]:
+    def evaluate(state: TrainState, split: Split, prefix: str) -> dict[str, float]:
         return steps.evaluate(
             state.params,
             state.batch_stats,

@@ -28,7 +28,7 @@ from absl import logging
 from flax import traverse_util
 from jax import numpy as jnp
 
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields

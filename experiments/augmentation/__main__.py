@@ -37,8 +37,8 @@ from absl import flags, logging
 
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import cli, data
-from cvjax.data import augment
-from cvjax.data.photographs import compute_color_axes
+from cvjax.data.augment import compute_color_axes
+from cvjax.data.normalize import compute_statistics
 from cvjax.report.statistics import format_error, spread
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps, train_and_evaluate
@@ -207,7 +207,7 @@ def draw(
     settings = DataConfig(**config.data)
     constants = steps.Constants(
         rng=jax.random.key(0),
-        statistics=augment.compute_statistics(train_images, settings.normalization),
+        statistics=compute_statistics(train_images, settings.normalization),
         color_axes=compute_color_axes(train_images),
     )
     repeated = np.repeat(images, DRAWS, axis=0)

@@ -50,7 +50,7 @@ def measure(
       batch_size: images that the first network sees at a time.
 
     Returns:
-      "points" (see `analysis.cascade.tabulate`), "chosen" (the cascade that is used, beside
+      "points" (see `figure.tabulate`), "chosen" (the cascade that is used, beside
       the largest network) and "note" (why it is none, if so), beside what was given.
     """
     members = load_members(places)

@@ -17,8 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from cvjax.costs.accounting import account
-from cvjax.data import augment
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
 from cvjax.evaluate import choose_views
 from cvjax.evaluation.multicrop import Views, create_views
@@ -103,7 +102,7 @@ def _apply(
     model: nn.Module,
     views: Views,
 ) -> jax.Array:
-    (view,) = create_views(augment.normalize(images, statistics), views)
+    (view,) = create_views(normalize(images, statistics), views)
     return apply_model(variables, view, model=model)
 
 

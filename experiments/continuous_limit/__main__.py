@@ -7,7 +7,7 @@ midpoint, RK4 and Dopri5 with 1, 2, 4, ..., 64 equal steps, and by Dopri5 with a
 ones. Theory: the distance to the solution falls as steps**-p with p = 1, 2, 4, 5, once
 steps are small and as long as f is smooth (which it is not with relu). The solution is 128
 steps of Dopri5; distances are taken in float64, of x(1) and of the logits; p is fitted to
-the finest four numbers of steps that rounding leaves (`analysis.convergence.fit_order`).
+the finest four numbers of steps that rounding leaves (`convergence.fit_order`).
 Test errors are in float32, as anywhere else.
 
 Blocks. Residual nets of n blocks a stage x + h f(x), h = 1/n, beside those that halve the
@@ -36,7 +36,7 @@ from absl import flags, logging
 
 from configs import cifar10_odenet, cifar10_resnet, digits_odenet, digits_resnet
 from cvjax import cli
-from cvjax.data import augment
+from cvjax.data.normalize import normalize
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate, transfer
 from cvjax.training.trained_network import draw_variables, load_network
@@ -216,7 +216,7 @@ def measure_resnet(
     if not path.exists():
         network = load_network(place)
         images = first_examples(network, examples).images
-        images = augment.normalize(images, network.statistics)
+        images = normalize(images, network.statistics)
         states = {
             "initial": initial_variables(network, place),
             "trained": network.variables,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cvjax.data import augment
+from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError
 from cvjax.models import create_model
 from cvjax.nn import ode
@@ -50,7 +50,7 @@ def solve(
     Raises:
       DivergedError: the solver failed for an image.
     """
-    normalized = augment.normalize(images, network.statistics)
+    normalized = normalize(images, network.statistics)
     batch = network.run.data.eval_batch_size
     parts = []
     with jax.enable_x64(dtype == np.float64):

@@ -37,8 +37,8 @@ from absl import flags, logging
 
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
-from cvjax.data import augment
-from cvjax.data.dataset import Split
+from cvjax.data.dataset import ArraySplit
+from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluate import load_data
 from cvjax.report.statistics import spread
@@ -174,7 +174,9 @@ def examine(
     print(f"Figure:  {folder / 'filters.png'}")
 
 
-def load_examples(network: Network, count: int, data_dir: str, cache_dir: str) -> Split:
+def load_examples(
+    network: Network, count: int, data_dir: str, cache_dir: str
+) -> ArraySplit:
     """The first `count` validation images of the run's data."""
     split = load_data(network, data_dir, cache_dir).val
     if split.labels.ndim > 1:
@@ -200,13 +202,13 @@ def check_finite(network: Network) -> None:
 
 
 def look_at(
-    network: Network, layer: str, examples: Split, channels: int, rule: str
+    network: Network, layer: str, examples: ArraySplit, channels: int, rule: str
 ) -> tuple[dict[str, Any], list]:
     """What the results keep of a layer; patches and projections of some channels."""
     model, shape = feature_maps.prepare(network.recipe.model), network.image_shape
     apply = partial(feature_maps.layer_map, model, network.variables, layer=layer)
     batches = [
-        np.asarray(augment.normalize(examples.images[i : i + BATCH], network.statistics))
+        np.asarray(normalize(examples.images[i : i + BATCH], network.statistics))
         for i in range(0, len(examples.images), BATCH)
     ]
     top = top_patches.find_top(apply, batches, COUNT)

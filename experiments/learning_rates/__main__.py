@@ -15,7 +15,7 @@ net to where its ReLUs are dead: its loss stays that of a guess, ln 10 = 2.3.
 Range test (Smith 2017, arXiv:1506.01186, section 3.3; here growing exponentially): one
 short run, the rate multiplied by the same factor in each step (`optim.schedule`
 "exponential"), and the batches' loss against it. Suggested is a tenth of the rate at which
-the smoothed loss is least (`analysis.learning_rates.suggest`).
+the smoothed loss is least (`range_test.suggest`).
 
 Gap, with few training images. With more capacity the training loss falls to zero and the
 validation loss falls, then rises or stays: the gap is the overfitting. With more weight

@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 
 from cvjax import data
-from cvjax.data.augment import compute_statistics
 from cvjax.data.dataset import Dataset
+from cvjax.data.normalize import compute_statistics
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.config import RunConfig, parse_config

@@ -5,7 +5,7 @@
 A plain net that is too deep does not fit its training images. Is it that gradients do not
 reach its first layers? Five kinds of nets are trained by one recipe, and at the start and
 at some steps the gradient's norms are measured layer by layer, on one batch of training
-images (`analysis.gradients`): |dL/dx| of what each block gives, the signal that is
+images (`gradients`): |dL/dx| of what each block gives, the signal that is
 propagated backward, and |dL/dW| of each layer's kernel. Theory, of the factor by which a
 layer multiplies |dL/dx| at initialisation:
 
@@ -14,7 +14,7 @@ sigmoid   plain net without normalisation. Kernels have variance 2 / fan-in and 
           vanishes exponentially towards the image.
 relu      the same with ReLU: He et al. 2015b (arXiv:1502.01852) chose that variance so
           that the factor is 1. It is less on small images, as zero padding loses what
-          falls on it (`analysis.vanishing_gradients.padding_factor`; the factor of sigmoid
+          falls on it (`tables.padding_factor`; the factor of sigmoid
           nets falls likewise): 0.8 a layer at 8x8 pixels, 0.95 at 32x32.
 plain     with BatchNorm. The paper: backward signals have healthy norms. Yang et al. 2019
           (arXiv:1902.08129): in wide nets at initialisation they even grow towards the
@@ -38,8 +38,8 @@ import ml_collections
 from absl import flags, logging
 
 from cvjax import cli, data
-from cvjax.data import augment
-from cvjax.data.dataset import Split
+from cvjax.data.dataset import ArraySplit
+from cvjax.data.normalize import normalize
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import Network, load_network
@@ -162,10 +162,10 @@ def measure(place: pathlib.Path) -> dict[str, Any]:
 
 
 def norms(
-    network: Network, variables: dict[str, Any], batch: Split, step: int
+    network: Network, variables: dict[str, Any], batch: ArraySplit, step: int
 ) -> dict[str, Any]:
     """The norms at one step, in four digits: "states", "kernels" (see `gradients`)."""
-    images = augment.normalize(batch.images, network.statistics)
+    images = normalize(batch.images, network.statistics)
     model, loss = network.recipe.model, network.run.loss
     found = gradients.gradient_norms(model, variables, images, batch.labels, loss)
     has_layers = network.run.model["name"] == "resnet_cifar"

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 
-from cvjax.data import pipeline
-from cvjax.data.dataset import Split
-from cvjax.data.pipeline import batch_indices, eval_batches, train_batch
+from cvjax.data import dataset
+from cvjax.data.dataset import ArraySplit, batch_indices, eval_batches, train_batch
 
 
 def create_split(size):
     """Each image and label tells its own number."""
     numbers = np.arange(size, dtype=np.uint8)
-    return Split(
+    return ArraySplit(
         np.broadcast_to(numbers[:, None, None, None], (size, 2, 3, 1)),
         numbers.astype(np.int32) + 1,
     )
@@ -31,7 +30,7 @@ GOLDEN = {
 
 def test_a_batch_depends_on_nothing_but_seed_and_step():
     in_order = [batch_indices(10, 4, seed=3, step=step) for step in range(6)]
-    pipeline._permutation.cache_clear()
+    dataset._permutation.cache_clear()
     for step in (5, 0, 3, 5):  # as after a restart, in any order
         np.testing.assert_array_equal(batch_indices(10, 4, 3, step), in_order[step])
 
@@ -98,7 +97,7 @@ def test_evaluation_covers_each_example_once_in_order(size, batch_size):
 
 
 def test_rows_of_several_labels():
-    split = Split(np.zeros((3, 1, 1, 1), np.uint8), np.eye(3, dtype=np.int32))
+    split = ArraySplit(np.zeros((3, 1, 1, 1), np.uint8), np.eye(3, dtype=np.int32))
     last = list(eval_batches(split, 2))[1]
     np.testing.assert_array_equal(last["label"], [[0, 0, 1], [0, 0, 0]])
     np.testing.assert_array_equal(last["mask"], [True, False])

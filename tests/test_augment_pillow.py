@@ -6,7 +6,7 @@ import pytest
 from jax import numpy as jnp
 from PIL import Image, ImageEnhance
 
-from cvjax.data import photographs
+from cvjax.data import augment
 
 KEY = jax.random.key(0)
 
@@ -42,9 +42,7 @@ def test_scale_crop_equals_pillow(size, ratio):
     )
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     wanted = np.asarray(resized)[top : top + size[0], left : left + size[1]]
-    actual = photographs.scale_crop(
-        jnp.float32(image), jnp.int32(short), jnp.float32(place)
-    )
+    actual = augment.scale_crop(jnp.float32(image), jnp.int32(short), jnp.float32(place))
     assert actual.shape == image.shape
     # Pillow rounds to whole numbers after each of its two passes.
     np.testing.assert_allclose(actual, wanted, atol=1.01)
@@ -56,7 +54,7 @@ def test_scales_and_windows_cover_their_ranges_without_a_border():
     ramp = jnp.broadcast_to(
         jnp.linspace(1.0, 10.0, 10)[None, :, None, None], (400, 10, 10, 1)
     )
-    out = np.asarray(photographs.random_scale_crop(KEY, ramp, 10, 20))
+    out = np.asarray(augment.random_scale_crop(KEY, ramp, 10, 20))
     assert out.min() >= 1 - 1e-4  # nothing from outside of the image
     assert out.max() <= 10 + 1e-4
     shorts = 10 / np.diff(out[:, :, 0, 0], axis=1)[:, 4]
@@ -75,7 +73,7 @@ def test_draws_differ_between_examples_and_compile_once():
     @jax.jit
     def run(key):
         traces.append(key)
-        return photographs.random_scale_crop(key, images, 12, 24)
+        return augment.random_scale_crop(key, images, 12, 24)
 
     first, second = run(KEY), run(jax.random.key(1))
     assert len(traces) == 1
@@ -89,8 +87,8 @@ def test_brightness_and_contrast_equal_pillows_enhancers():
     image = image // 3 + 60  # so that nothing is cut off at black or white
     unit = jnp.float32(image[None]) / 255
     for jitter, enhancer in (
-        (photographs.jitter_brightness, ImageEnhance.Brightness),
-        (photographs.jitter_contrast, ImageEnhance.Contrast),
+        (augment.jitter_brightness, ImageEnhance.Brightness),
+        (augment.jitter_contrast, ImageEnhance.Contrast),
     ):
         factor = float(
             jax.random.uniform(KEY, (1, 1, 1, 1), minval=0.6, maxval=1.4)[0, 0, 0, 0]
@@ -102,15 +100,15 @@ def test_brightness_and_contrast_equal_pillows_enhancers():
 
 def test_jitters_keep_their_range_and_differ_between_examples():
     images = jnp.full((500, 2, 2, 3), 0.5).at[:, 0].set(0.25)
-    factors = np.asarray(photographs.jitter_brightness(KEY, images, 0.4))[:, 1, 0, 0] / 0.5
+    factors = np.asarray(augment.jitter_brightness(KEY, images, 0.4))[:, 1, 0, 0] / 0.5
     assert 0.6 <= factors.min() < 0.62
     assert 1.38 < factors.max() <= 1.4
-    out = np.asarray(photographs.jitter_contrast(KEY, images, 0.4))
+    out = np.asarray(augment.jitter_contrast(KEY, images, 0.4))
     np.testing.assert_allclose(out.mean(axis=(1, 2, 3)), 0.375, atol=1e-6)
     spread = (out[:, 1, 0, 0] - out[:, 0, 0, 0]) / 0.25
     assert 0.6 <= spread.min() < 0.62
     assert 1.38 < spread.max() <= 1.4
-    grey = photographs.jitter_contrast(KEY, images[..., :1], 0.4)
+    grey = augment.jitter_contrast(KEY, images[..., :1], 0.4)
     np.testing.assert_allclose(grey[..., 0], out[..., 0], atol=1e-6)
 
 
@@ -120,17 +118,17 @@ def test_color_axes_are_the_principal_components():
     axes = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
     pixels = 128 + rng.normal(size=(4_000, 3)) * [30, 10, 2] @ axes
     images = np.round(pixels).astype(np.uint8).reshape(10, 20, 20, 3)
-    actual = np.asarray(photographs.compute_color_axes(images))[::-1]
+    actual = np.asarray(augment.compute_color_axes(images))[::-1]
     np.testing.assert_allclose(np.linalg.norm(actual, axis=1) * 255, [30, 10, 2], rtol=0.05)
     for row, axis in zip(actual, axes, strict=True):
         assert abs(row @ axis) / np.linalg.norm(row) > 0.99
-    assert photographs.compute_color_axes(images[..., :1]).shape == (1, 1)
+    assert augment.compute_color_axes(images[..., :1]).shape == (1, 1)
 
 
 def test_lighting_adds_one_color_an_image_with_the_stated_spread():
     axes = jnp.array([[0.2, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.05]])
     images = jnp.float32(random_images(2_000, 4, 4)) / 255
-    shift = np.asarray(photographs.jitter_lighting(KEY, images, axes, 0.1) - images)
+    shift = np.asarray(augment.jitter_lighting(KEY, images, axes, 0.1) - images)
     np.testing.assert_allclose(shift.std(axis=(1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(shift[:, 0, 0].std(axis=0), [0.02, 0.01, 0.005], rtol=0.06)
     np.testing.assert_allclose(shift[:, 0, 0].mean(axis=0), 0, atol=2e-3)
