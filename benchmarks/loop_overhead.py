@@ -25,7 +25,7 @@ from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.recipe import create_recipe
-from cvjax.training.state import create_train_state
+from cvjax.training.state import Record, create_train_state
 
 STEPS = flags.DEFINE_integer("steps", 40, "Updates in a timing.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
@@ -63,7 +63,7 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
         batch, _ = dispatch.feed(0, 1)
     compiled = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
     in_loop, bare, rows = [], [], []
-    record = loop.Record(data_fingerprint="", model={})
+    record = Record(data_fingerprint="", model={})
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "metrics.jsonl").touch()
         for round in range(1, ROUNDS.value + 1):

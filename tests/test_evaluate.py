@@ -13,8 +13,9 @@ from jax import numpy as jnp
 
 from cvjax import data, evaluate
 from cvjax.errors import DivergedError, UserError
-from cvjax.evaluation import classification
+from cvjax.evaluation import classification, predictions
 from cvjax.evaluation.multicrop import Views, create_views, resize, ten_crops
+from cvjax.evaluation.predictions import choose_views
 from cvjax.models import create_model
 from cvjax.storage import checkpoint
 from cvjax.training import default_config, train_and_evaluate, trained_network
@@ -134,7 +135,7 @@ def test_calibration_has_fifteen_bins_and_passes_over_empty_ones():
 
 def test_measures_by_hand():
     scores = np.array([[0.5, 0.2, 0.1, 0.1, 0.06, 0.04]] * 3)
-    values = evaluate.measure(scores, np.array([0, 4, 5]), "softmax")
+    values = predictions.measure(scores, np.array([0, 4, 5]), "softmax")
     losses = -np.log([0.5, 0.06, 0.04])
     assert values["loss"] == pytest.approx(losses.mean())
     assert values["error"] == pytest.approx(2 / 3)
@@ -143,7 +144,7 @@ def test_measures_by_hand():
 
 def test_sigmoid_measures_by_hand():
     scores = np.array([[0.9, 0.2], [0.6, 1.0]])
-    values = evaluate.measure(scores, np.array([0, 1]), "sigmoid")
+    values = predictions.measure(scores, np.array([0, 1]), "sigmoid")
     loss = -(np.log(0.9) + np.log(0.8) + np.log(0.4) + np.log(1.0)) / 2
     assert values == {"loss": pytest.approx(loss), "error": 0.0}
 
@@ -226,7 +227,7 @@ def test_probabilities_are_averaged_over_the_views(runs):
             logits = net.recipe.model.apply(net.variables, jnp.asarray(crop), train=False)
             expected += np.asarray(jax.nn.softmax(logits)) / 10
     split = data.dataset.ArraySplit(images, np.zeros(3, np.int32))
-    scores, labels = evaluate.predict_split(net, split, Views(10, (), padding=2))
+    scores, labels = predictions.predict_split(net, split, Views(10, (), padding=2))
     assert labels.tolist() == [0, 0, 0]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
@@ -310,10 +311,10 @@ def test_results_are_on_disk_with_their_origin(runs):
 
 def test_padding_of_ten_crops_is_that_of_training(runs):
     net = trained_network.load_network(runs("mlp"))
-    assert evaluate.choose_views(net, 10, ()).padding == 1  # an eighth of 8
+    assert choose_views(net, 10, ()).padding == 1  # an eighth of 8
     net.run.data.__dict__["crop_padding"] = 3
-    assert evaluate.choose_views(net, 10, ()).padding == 3
-    assert evaluate.choose_views(net, 10, (12,)).padding == 0
+    assert choose_views(net, 10, ()).padding == 3
+    assert choose_views(net, 10, (12,)).padding == 0
 
 
 def test_figure_of_many_classes(tmp_path):

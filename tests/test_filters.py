@@ -13,6 +13,7 @@ from cvjax.costs.accounting import account
 from cvjax.errors import DivergedError, UserError
 from cvjax.models import create_model
 from cvjax.nn.conv import Conv
+from cvjax.report import figures
 from cvjax.training import default_config, trainer
 from experiments.filters import __main__ as experiment
 from experiments.filters import feature_maps, figure, top_patches
@@ -272,9 +273,9 @@ def test_agreement_by_hand():
 
 
 def test_sheet_by_hand():
-    sheet = figure.tile([np.zeros((1, 1, 1)), np.full((1, 1, 1), np.nan)], 2, 2)
+    sheet = figures.tile([np.zeros((1, 1, 1)), np.full((1, 1, 1), np.nan)], 2, 2)
     assert sheet.shape == (2, 5, 3)
-    np.testing.assert_array_equal(sheet[0, :, 0], [0, 0, 1, *[figure.OUTSIDE[0]] * 2])
+    np.testing.assert_array_equal(sheet[0, :, 0], [0, 0, 1, *[figures.OUTSIDE[0]] * 2])
     grey = figure.as_picture(np.array([[[2.0], [0.0], [-1.0]]]))
     np.testing.assert_allclose(grey[0, :, 0], [1, 0.5, 0.25])
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvjax import data, evaluate, predict
+from cvjax import data, predict
 from cvjax.data.image_files import load_picture
+from cvjax.evaluation import predictions
 from cvjax.evaluation.multicrop import Views
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -39,7 +40,7 @@ def run(*arguments):
 def test_prediction_of_a_file_equals_evaluation(workdir, tmp_path, monkeypatch):
     network = load_network(workdir)
     test = data.load("digits").test
-    scores, _ = evaluate.predict_split(network, test, Views())
+    scores, _ = predictions.predict_split(network, test, Views())
     monkeypatch.setattr(data, "load", None)  # not needed from here on
     for k in range(5):
         Image.fromarray(test.images[k, ..., 0]).save(tmp_path / "digit.png")

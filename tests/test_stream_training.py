@@ -22,6 +22,7 @@ from cvjax.data.dataset import ArraySplit
 from cvjax.data.image_files import load_picture
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import InterruptedRun, UserError
+from cvjax.evaluation import predictions
 from cvjax.evaluation.multicrop import Views
 from cvjax.storage import metrics_log
 from cvjax.training import default_config, train_and_evaluate, trainer
@@ -180,7 +181,7 @@ def test_evaluation_is_the_summarys(create_config, finished, folder):
 def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
     network = load_network(finished(create_config()))
     test = data.load(**network.run.data.source).test
-    scores, _ = evaluate.predict_split(network, test, Views())
+    scores, _ = predictions.predict_split(network, test, Views())
     for (encoded, _), expected in zip(test.records.read(range(TEST)), scores, strict=True):
         (tmp_path / "picture.jpg").write_bytes(encoded)
         image = load_picture(tmp_path / "picture.jpg", network.image_shape, streamed=True)

@@ -48,11 +48,10 @@ from cvjax.interop.tensors import load_tensors
 from cvjax.models import MODELS, create_model
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
-from cvjax.training import loop
+from cvjax.storage.inputs import write_inputs
 from cvjax.training.config import default_config, parse_config
 from cvjax.training.optim import create_optimizer
-from cvjax.training.state import TrainState, create_monitor
-from cvjax.training.trained_network import write_inputs
+from cvjax.training.state import Record, TrainState, create_monitor
 
 NAMED = 3  # differences of each kind in a message
 
@@ -153,7 +152,7 @@ def write_workdir(
     )
     free = ("walk", "remat")
     same_net = {key: run.model[key] for key in run.model if key not in free}
-    record = loop.Record(data_fingerprint=inputs.fingerprint, model=same_net)
+    record = Record(data_fingerprint=inputs.fingerprint, model=same_net)
     statistics = Statistics(
         mean=jnp.broadcast_to(jnp.asarray(inputs.mean, jnp.float32), inputs.image_shape),
         std=jnp.broadcast_to(jnp.asarray(inputs.std, jnp.float32), inputs.image_shape),

@@ -355,3 +355,13 @@ def _typed(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
         else:
             raise UserError(f"{name} is a group of settings, got {values[name]!r}.")
     return typed
+
+
+def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a run from its config.json.
+
+    Settings that are newer than the run get their defaults, which change nothing."""
+    complete = default_config(config["model"]["name"]).to_dict()
+    for key, value in config.items():
+        complete[key] = complete[key] | value if isinstance(value, dict) else value
+    return ml_collections.ConfigDict(complete)

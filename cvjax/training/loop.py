@@ -6,7 +6,6 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from absl import logging
@@ -21,30 +20,11 @@ from cvjax.training.config import RunConfig
 from cvjax.training.dispatch import Dispatch
 from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import NEVER, TrainState, create_monitor
+from cvjax.training.state import NEVER, Record, TrainState, create_monitor
 
 RESUME = (
     "What concerns the solver may be changed in this workdir, the rest is for another one."
 )
-
-
-@dataclasses.dataclass
-class Record:
-    """What a run remembers beside its state; saved with each checkpoint.
-
-    Attributes:
-      data_fingerprint: of the data set.
-      model: name and fields of the network, which its arrays do not tell: a plain net has
-        the same ones as a residual net. A checkpoint of other data or of another network
-        is refused.
-      last: the last evaluation: its "step" and its row of metrics.
-      best: the one with the lowest validation error so far, the earliest of equals.
-    """
-
-    data_fingerprint: str
-    model: dict[str, Any]
-    last: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
 
 
 class Clock:

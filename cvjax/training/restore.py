@@ -13,9 +13,8 @@ from cvjax.nn import solver
 from cvjax.storage import checkpoint
 from cvjax.training import devices
 from cvjax.training.config import RunConfig
-from cvjax.training.loop import Record
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import TrainState, create_train_state, initial_rng
+from cvjax.training.state import Record, TrainState, create_train_state, initial_rng
 
 
 def initial_or_restored(

@@ -1,22 +1,15 @@
 """A trained network, read back from the folder of its run.
 
-workdir/inputs.npz     what the network expects: the statistics that images are normalised
-                       with (mean, std: float32 [height, width, channels]), class_names
-
-The trainer writes that file, so that a network can be used without its data set. Nothing
-is changed and no lock is taken here: the run may be going on.
+Nothing is changed and no lock is taken here: the run may be going on.
 """
 
 import dataclasses
 import functools
-import io
 import pathlib
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
@@ -27,8 +20,9 @@ from cvjax.models import model_fields
 from cvjax.nn import solver as solvers
 from cvjax.storage import checkpoint as checkpoints
 from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import read_inputs
 from cvjax.training import metrics
-from cvjax.training.config import RunConfig, default_config, parse_config
+from cvjax.training.config import RunConfig, complete_config, parse_config
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.state import create_train_state, initial_rng
 
@@ -61,20 +55,6 @@ class Network:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.statistics.mean.shape
-
-
-def write_inputs(
-    workdir: workdirs.Path, statistics: Statistics, class_names: Sequence[str]
-) -> None:
-    """Writes workdir/inputs.npz."""
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        mean=np.asarray(statistics.mean),
-        std=np.asarray(statistics.std),
-        class_names=np.array(class_names, dtype=np.str_),
-    )
-    workdirs.write_bytes(pathlib.Path(workdir) / "inputs.npz", buffer.getvalue())
 
 
 def load_network(
@@ -168,34 +148,6 @@ def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
         return np.exp(-np.logaddexp(0, -logits))
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config of a run from its config.json.
-
-    Settings that are newer than the run get their defaults, which change nothing."""
-    complete = default_config(config["model"]["name"]).to_dict()
-    for key, value in config.items():
-        complete[key] = complete[key] | value if isinstance(value, dict) else value
-    return ml_collections.ConfigDict(complete)
-
-
-def read_inputs(folder: pathlib.Path) -> tuple[Statistics, tuple[str, ...]]:
-    path = folder / "inputs.npz"
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            statistics = Statistics(jnp.asarray(arrays["mean"]), jnp.asarray(arrays["std"]))
-            return statistics, tuple(arrays["class_names"].tolist())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist, so the run is of an older version of cvjax; train "
-            "again with another --workdir."
-        ) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); put a good copy there, or train again with "
-            "another --workdir."
-        ) from error
 
 
 def _restore(folder: pathlib.Path, choice: str, abstract_state: Any) -> tuple[Any, dict]:

@@ -31,15 +31,22 @@ from cvjax.models import create_model
 from cvjax.report.curves import draw_curves
 from cvjax.storage import checkpoint, metrics_log
 from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import write_inputs
 from cvjax.training import devices, interrupt, loop, metrics, steps, transfer
-from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
+from cvjax.training.config import (
+    RESUMABLE_KEYS,
+    RunConfig,
+    check_data,
+    complete_config,
+    parse_config,
+)
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.profiling import check_steps, open_trace
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
-from cvjax.training.state import TrainState
-from cvjax.training.trained_network import Network, complete_config, write_inputs
+from cvjax.training.state import Record, TrainState
+from cvjax.training.trained_network import Network
 
 # What the seed's key is folded with for all draws of the training; see also state.py.
 TRAIN_DRAWS = 1
@@ -249,7 +256,7 @@ def count_parameters(params: Any) -> int:
 
 def _finish(
     state: TrainState,
-    record: loop.Record,
+    record: Record,
     run: RunConfig,
     recipe: Recipe,
     statistics: Statistics,

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cvjax.report.figures import label_axes, save_figure
-from experiments.filters.figure import tile
+from cvjax.report.figures import label_axes, save_figure, tile
 
 COLORS = {"train_eval/error": "#8c8c8c", "val/error": "#1f5a99"}
 LABELS = {

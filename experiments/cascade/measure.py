@@ -11,7 +11,7 @@ import numpy as np
 
 from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
-from cvjax.evaluate import load_data
+from cvjax.evaluation.predictions import load_data
 from experiments.cascade import early_exit
 from experiments.cascade.early_exit import Plan
 from experiments.cascade.members import (

@@ -19,8 +19,8 @@ from flax import linen as nn
 from cvjax.costs.accounting import account
 from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
-from cvjax.evaluate import choose_views
 from cvjax.evaluation.multicrop import Views, create_views
+from cvjax.evaluation.predictions import choose_views
 from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 from experiments.cascade import early_exit
 from experiments.cascade.early_exit import Plan, Predict

@@ -37,12 +37,12 @@ from absl import flags, logging
 from configs import cifar10_odenet, cifar10_resnet, digits_odenet, digits_resnet
 from cvjax import cli
 from cvjax.data.normalize import normalize
+from cvjax.evaluation.predictions import first_examples
 from cvjax.storage import workdir as workdirs
-from cvjax.training import train_and_evaluate, transfer
-from cvjax.training.trained_network import draw_variables, load_network
-from experiments.continuous_limit import blocks as depth_change
-from experiments.continuous_limit import convergence, figure, tables
-from experiments.odenet_vs_resnet.figure import first_examples
+from cvjax.training import train_and_evaluate
+from cvjax.training.trained_network import load_network
+from cvjax.training.transfer import initial_variables
+from experiments.continuous_limit import blocks, convergence, figure, tables
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-6)
@@ -140,7 +140,7 @@ def main(arguments):
 def compare(
     odenet: ml_collections.ConfigDict,
     resnet: ml_collections.ConfigDict,
-    blocks: tuple[int, ...],
+    lengths: tuple[int, ...],
     examples: int,
     seeds: int,
     folder: pathlib.Path,
@@ -151,7 +151,7 @@ def compare(
         place = folder / "runs" / f"odenet-seed{seed}"
         odenets.append(measure_solvers(odenet, seed, examples, place))
         for start in tables.STARTS:
-            for n in blocks:
+            for n in lengths:
                 place = folder / "runs" / f"{start}-{n}-seed{seed}"
                 run = measure_resnet(resnet, n, start, seed, examples, place)
                 resnets.append(run)
@@ -218,20 +218,20 @@ def measure_resnet(
         images = first_examples(network, examples).images
         images = normalize(images, network.statistics)
         states = {
-            "initial": initial_variables(network, place),
+            "initial": initial_variables(network, place, place / "one"),
             "trained": network.variables,
         }
         found, thetas = {}, {}
         for when, variables in states.items():
-            sizes = depth_change.measure_blocks(network.recipe.model, variables, images)
-            thetas[when] = depth_change.stage_kernels(variables["params"])
+            sizes = blocks.measure_blocks(network.recipe.model, variables, images)
+            thetas[when] = blocks.stage_kernels(variables["params"])
             for stage, theta in thetas[when].items():
-                row = {"change": depth_change.weight_change(theta), **sizes[stage]}
+                row = {"change": blocks.weight_change(theta), **sizes[stage]}
                 found.setdefault(stage, {}).update(
                     {f"{when}/{key}": value for key, value in row.items()}
                 )
         for stage, theta in thetas["trained"].items():
-            moved = depth_change.distance_moved(theta, thetas["initial"][stage])
+            moved = blocks.distance_moved(theta, thetas["initial"][stage])
             found[stage]["trained/moved"] = moved
         workdirs.write_json(path, found)
     stages = json.loads(path.read_text())
@@ -253,8 +253,8 @@ def create_plan(
         own = config.copy_and_resolve_references()
         own.seed = seed
         # A stage's first block may halve the image and is no step.
-        blocks = (count, count + 1, count + 1)
-        own.model.update(blocks=blocks, depth=2 * sum(blocks) + 2, step_size=1 / count)
+        stages = (count, count + 1, count + 1)
+        own.model.update(blocks=stages, depth=2 * sum(stages) + 2, step_size=1 / count)
         own.model.pre_activation = True
         plan.append((own, place))
     if start == "equal":
@@ -263,16 +263,6 @@ def create_plan(
         plan[0] = (seedling, where)
         plan[1][0].init_from, plan[1][0].init_refine = str(where), n
     return plan
-
-
-def initial_variables(network, place: pathlib.Path) -> dict[str, Any]:
-    """What a run's variables were before its first step."""
-    run = network.run
-    if run.init_from:
-        return transfer.load_source(
-            place / "one", run.model, place, run.init_refine
-        ).variables
-    return draw_variables(network)
 
 
 def read_run(place: pathlib.Path) -> dict[str, Any]:

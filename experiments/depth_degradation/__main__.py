@@ -24,80 +24,23 @@ import json
 import pathlib
 from typing import Any
 
-import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
-from cvjax.training.config import parse_config
-from cvjax.training.trained_network import complete_config
+from cvjax.training.config import complete_config, parse_config
 from experiments import runner
 from experiments.depth_degradation import tables
 from experiments.depth_degradation.figure import draw_degradation
+from experiments.depth_degradation.presets import NETS, PRESETS, full, parse_depths
 
-NETS = {"plain": "none", "residual": "A"}
-SHOWN_DEPTHS = (20, 32, 44, 56)
 CURVE_POINTS = 100
 # What differs between the runs of one table.
 FREE_KEYS = ("seed", "model.depth", "model.shortcut", "optim.warmup_steps")
-
-
-def quick(depth: int) -> ml_collections.ConfigDict:
-    """The 1,797 bundled digits, narrow nets, 300 steps: minutes on two CPU cores."""
-    config = digits_resnet.get_config()
-    config.total_steps = 300
-    config.log_every = 50
-    config.eval_every = 50
-    config.checkpoint_every = 300
-    config.data.crop_padding = 0
-    config.model.depth = depth
-    config.model.width = 8
-    return config
-
-
-def cpu(depth: int) -> ml_collections.ConfigDict:
-    """5,000 images of CIFAR-10 at 16x16 pixels, width 4, 3,000 steps: an hour on two cores.
-
-    So little that shallow nets cannot fit it well and a CPU can train to the end: the
-    question is who fits better, and the images are not augmented. The optimiser is the
-    paper's, with half its batch.
-    """
-    config = cifar10_resnet.get_config()
-    config.total_steps = 3_000
-    config.eval_every = 250
-    config.train_eval_examples = -1
-    config.data.train_examples = 5_000
-    config.data.val_examples = 1_000
-    config.data.shrink = 2
-    config.data.crop_padding = 0
-    config.data.flip = False
-    config.data.batch_size = 64
-    config.model.depth = depth
-    config.model.width = 4
-    return config
-
-
-def full(depth: int) -> ml_collections.ConfigDict:
-    """The paper's recipe on CIFAR-10, 64,000 steps: for an accelerator."""
-    config = cifar10_resnet.get_config()
-    config.test_curve = True
-    config.model.depth = depth
-    if depth >= 110:
-        config.optim.warmup_steps = 400
-    return config
-
-
-PRESETS = {
-    "quick": (quick, {"plain": (8, 20, 32, 44), "residual": (8, 20, 32, 44)}),
-    "cpu": (cpu, {"plain": (20, 56), "residual": (20, 56)}),
-    # The paper trained a plain net of 110 layers too, but does not show it.
-    "full": (full, {"plain": SHOWN_DEPTHS, "residual": (*SHOWN_DEPTHS, 110)}),
-}
 
 
 def define_flags() -> None:
@@ -188,13 +131,6 @@ def plan(create_config, depths, seeds, steps: int | None):
         config.total_steps = steps or config.total_steps
         runs[f"{net}-{depth}-seed{seed}"] = config
     return runs
-
-
-def parse_depths(texts: list[str]) -> tuple[int, ...]:
-    """["20", "32"] -> (20, 32); whether they are 6n + 2 is the model's to check."""
-    if not all(text.strip().isdecimal() for text in texts):
-        raise UserError(f"--depths takes numbers such as 8,20,32, got {','.join(texts)!r}.")
-    return tuple(int(text) for text in texts)
 
 
 def report(folder: pathlib.Path, sources: list[pathlib.Path]) -> None:

@@ -40,7 +40,7 @@ from cvjax import cli
 from cvjax.data.dataset import ArraySplit
 from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError, UserError
-from cvjax.evaluate import load_data
+from cvjax.evaluation.predictions import load_data
 from cvjax.report.statistics import spread
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate

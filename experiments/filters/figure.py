@@ -2,16 +2,14 @@
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cvjax.report.figures import label_axes, save_figure
+from cvjax.report.figures import label_axes, save_figure, tile
 
 COLORS = {"trained": "#1f5a99", "untrained": "#8c8c8c"}
 BARS = {"ecolor": "#555555", "capsize": 2}
-OUTSIDE = (0.86, 0.90, 0.97)  # of the image
 RULES = {
     "gradient": "the gradient",
     "deconvolution": "deconvolution",
@@ -29,30 +27,6 @@ def as_picture(values: np.ndarray) -> np.ndarray:
         values = values.mean(axis=-1, keepdims=True)
     most = np.nanmax(np.abs(values), initial=0) or 1
     return np.broadcast_to(0.5 + 0.5 * values / most, (*values.shape[:2], 3))
-
-
-def tile(pictures: Sequence[np.ndarray], columns: int, scale: int) -> np.ndarray:
-    """Pictures of one size [height, width, 1 or 3] as a sheet.
-
-    Args:
-      pictures: in [0, 1]; NaN becomes `OUTSIDE`.
-      columns: of the sheet; the last row is filled with white.
-      scale: pixels of the sheet for a pixel of the picture; the gaps are a twentieth of a
-        picture wide.
-
-    Returns:
-      [rows, columns, 3].
-    """
-    height, width = (scale * side for side in pictures[0].shape[:2])
-    gap = max(1, round(0.05 * width))
-    rows = -(-len(pictures) // columns)
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3))
-    for number, picture in enumerate(pictures):
-        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        colored = np.where(np.isnan(picture), OUTSIDE, picture).clip(0, 1)
-        large = np.kron(colored, np.ones((scale, scale, 1)))
-        sheet[top : top + height, left : left + width] = large
-    return sheet
 
 
 def draw_filters(

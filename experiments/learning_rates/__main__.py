@@ -42,7 +42,7 @@ from cvjax.errors import DivergedError, UserError
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
-from experiments.learning_rates import figure as rates
+from experiments.learning_rates import figure, range_test, tables
 
 Config = ml_collections.ConfigDict
 Settings = dict[str, dict[str, Any]]
@@ -154,9 +154,9 @@ def main(arguments):
         tests = [measure_range(config, seed, folder) for seed in range(values.seeds)]
         title = f"{config.model.name} on {config.data.name}, {config.optim.name}"
         results = {"provenance": workdirs.provenance(), "range": tests}
-        figure = folder / "range_test.png"
-        rates.draw_range_test(tests, title, figure)
-        print(rates.describe(tests))
+        path = folder / "range_test.png"
+        figure.draw_range_test(tests, title, path)
+        print(tables.describe(tests))
     else:
         preset = PRESETS[values.preset]()
         for config in (preset.config, preset.few):
@@ -165,12 +165,12 @@ def main(arguments):
         results = {"experiment": "learning_rates", "preset": values.preset}
         results["provenance"] = workdirs.provenance()
         results |= compare(preset, ranged, values.seeds, folder)
-        figure = folder / "learning_rates.png"
-        rates.draw_learning_rates(results, figure)
-        rates.show(results)
+        path = folder / "learning_rates.png"
+        figure.draw_learning_rates(results, path)
+        tables.show(results)
     workdirs.write_json(folder / "results.json", results)
     print(f"Results: {folder / 'results.json'}")
-    print(f"Figure:  {figure}")
+    print(f"Figure:  {path}")
 
 
 def compare(
@@ -194,10 +194,10 @@ def compare(
     return {
         "data": preset.config.data.name,
         "names": preset.names,
-        "rates": rates.tabulate_rates(runs["rates"]),
+        "rates": tables.tabulate_rates(runs["rates"]),
         "range": tests,
-        "capacity": rates.tabulate_fits(runs["capacity"]),
-        "regularisation": rates.tabulate_fits(runs["regularisation"]),
+        "capacity": tables.tabulate_fits(runs["capacity"]),
+        "regularisation": tables.tabulate_fits(runs["regularisation"]),
         "runs": runs,
     }
 
@@ -241,7 +241,7 @@ def measure_range(config: Config, seed: int, folder: pathlib.Path) -> dict[str, 
     if not steps:
         told = run["diverged"]["message"]
         raise DivergedError(f"The range test gave no finite loss at all. {told}")
-    suggestion = rates.suggest(tried, losses)
+    suggestion = range_test.suggest(tried, losses)
     found = {"seed": seed, "suggested": suggestion.rate, "least": suggestion.least}
     return {**found, "rates": tried, "losses": losses, **run}
 

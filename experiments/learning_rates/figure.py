@@ -1,152 +1,18 @@
-"""Learning rates and capacity: the range test's rule, tables and figures."""
+"""Learning rates and capacity: the figures."""
 
-import math
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 
 from cvjax.report.figures import label_axes, save_figure
-from cvjax.report.statistics import spread
+from experiments.learning_rates.range_test import smooth
+from experiments.learning_rates.tables import geometric_mean
 
 RATE_COLORS = ("#2f8f83", "#1f5a99", "#d99a2b", "#c8553d", "#3d3d3d")
 RATE_MARKERS = ("^", "o", "D", "s", "v")
-FITS = ("train_eval/loss", "val/loss", "train_eval/error", "val/error")
 TRAINING, VALIDATION, GREY = "#1f5a99", "#c8553d", "#8c8c8c"
-SMOOTHING = 0.9
-DIVERGED = 4.0  # times the least smoothed loss so far
-RULE = "a tenth of the rate with the least smoothed loss"
-
-
-class Suggestion(NamedTuple):
-    """What a range test says.
-
-    Attributes:
-      rate: the learning rate to begin with.
-      least: the one at which the smoothed loss is least.
-    """
-
-    rate: float
-    least: float
-
-
-def smooth(losses: Sequence[float]) -> np.ndarray:
-    """The exponential moving average, less its bias towards the start."""
-    average, smoothed = 0.0, []
-    for i, loss in enumerate(losses, start=1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        smoothed.append(average / (1 - SMOOTHING**i))
-    return np.array(smoothed)
-
-
-def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion:
-    """The learning rate that a range test suggests: see `RULE`.
-
-    What comes after the smoothed loss has been `DIVERGED` times its least value so far does
-    not count. Smith (2017, arXiv:1506.01186) reads two rates off the curve by eye: where
-    learning begins, and where it gets worse. A tenth of the latter lies between them.
-
-    Args:
-      rates: [steps], rising.
-      losses: [steps], of the training batches.
-    """
-    smoothed = smooth(losses)
-    diverged = smoothed > DIVERGED * np.minimum.accumulate(smoothed)
-    end = int(diverged.argmax()) if diverged.any() else len(smoothed)
-    least = float(rates[int(smoothed[:end].argmin())])
-    return Suggestion(least / 10, least)
-
-
-def tabulate_rates(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a learning rate: "rate", "n" (seeds), "diverged" (how many of them), "steps".
-
-    "loss" is the mean and spread of the last logged training loss of those that did not
-    diverge, None if all did; "steps" those after which the first one diverged, or None.
-    """
-    table = []
-    for rate in dict.fromkeys(run["rate"] for run in runs):
-        own = [run for run in runs if run["rate"] == rate]
-        ended = [run["curve"][-1][1] for run in own if not run["diverged"]]
-        broken = [run["diverged"] for run in own if run["diverged"]]
-        table.append(
-            {
-                **{"rate": rate, "n": len(own), "diverged": len(broken)},
-                "steps": min((one["step"] for one in broken), default=None),
-                "loss": spread(ended) if ended else None,
-            }
-        )
-    return table
-
-
-def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each "setting": "n" (seeds), and mean and spread of each of `FITS`.
-
-    Losses are in nats, errors fractions; "gap" is the validation loss less the training
-    loss. A run that diverged has none, and its setting no row.
-    """
-    table = []
-    for setting in dict.fromkeys(run["setting"] for run in runs):
-        own = [run["summary"] for run in runs if run["setting"] == setting]
-        if not all(own):
-            continue
-        row = {"setting": setting, "n": len(own)}
-        for key in FITS:
-            row[key] = spread([summary[key] for summary in own])
-        gaps = [summary["val/loss"] - summary["train_eval/loss"] for summary in own]
-        table.append({**row, "gap": spread(gaps)})
-    return table
-
-
-def show(results: dict[str, Any]) -> None:
-    """The tables on the terminal."""
-    rates = _table("learning rates", ("rate", "last training loss", "diverged"))
-    for row in results["rates"]:
-        loss = _format(row["loss"], 3) if row["loss"] else "-"
-        when = f", step {row['steps']}" if row["steps"] else ""
-        diverged = f"{row['diverged']} of {row['n']}{when}"
-        rates.add_row(f"{row['rate']:g}", loss, diverged)
-    console = rich.console.Console()
-    console.print(rates)
-    headings = ("training loss", "validation loss", "training %", "validation error %")
-    for part in ("capacity", "regularisation"):
-        fits = _table(part, (results["names"][part].partition(",")[0], *headings))
-        for row in results[part]:
-            losses = [_format(row[key], 3) for key in FITS[:2]]
-            errors = [_format(row[key], 1, 100) for key in FITS[2:]]
-            fits.add_row(row["setting"], *losses, *errors)
-        console.print(fits)
-    print(describe(results["range"]))
-
-
-def describe(tests: list[dict[str, Any]]) -> str:
-    """What the range tests say, in a sentence."""
-    rates = [test["suggested"] for test in tests]
-    least = [test["least"] for test in tests]
-    return (
-        f"Suggested learning rate: {_geometric_mean(rates):.2g} ({RULE}, "
-        f"{_geometric_mean(least):.2g}; n = {len(tests)})"
-    )
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(np.mean(np.log(values)))
-
-
-def _table(title: str, headings: tuple[str, ...]) -> rich.table.Table:
-    box = rich.box.SIMPLE_HEAD
-    table = rich.table.Table(title=title, box=box, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _format(value: dict[str, float | None], digits: int, scale: float = 1) -> str:
-    text = f"{scale * value['mean']:.{digits}f}"
-    return text if value["std"] is None else f"{text} ± {scale * value['std']:.{digits}f}"
 
 
 def draw_learning_rates(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -223,7 +89,7 @@ def _draw_range(panel, tests: list[dict[str, Any]], marks: Sequence[float]) -> N
         smoothed = smooth(test["losses"])
         label = "smoothed" if test is tests[0] else None
         panel.plot(test["rates"], smoothed, color="#3d3d3d", lw=1.6, label=label)
-    suggested = _geometric_mean([test["suggested"] for test in tests])
+    suggested = geometric_mean([test["suggested"] for test in tests])
     panel.axvline(suggested, color=TRAINING, lw=1.6, ls="--")
     panel.set_xscale("log")
     best = min(float(smooth(test["losses"]).min()) for test in tests)

@@ -34,6 +34,7 @@ from absl import flags, logging
 from configs import cifar10_odenet, digits_odenet, mnist_odenet
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError
+from cvjax.evaluation.predictions import first_examples
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, steps, train_and_evaluate
@@ -238,7 +239,7 @@ def swap(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
     for label, fields in SWAPS.items():
         network = load_network(folder, fields=fields)
         if dataset is None:
-            dataset = figure.first_examples(network, examples)
+            dataset = first_examples(network, examples)
         try:
             values = steps.evaluate(
                 network.variables["params"],

@@ -6,19 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from cvjax import data
-from cvjax.data.dataset import ArraySplit
 from cvjax.data.normalize import normalize
+from cvjax.evaluation.predictions import first_examples
 from cvjax.report.figures import label_axes, save_figure
 from cvjax.training.trained_network import Network, load_network
 
 ROW_COLORS = ("#8c8c8c", "#c8553d", "#d99a2b", "#7a9a3a", "#2f8f83")
 ROW_COLORS += ("#1f5a99", "#5b4a9e", "#a0408a", "#3d3d3d")
-
-
-def first_examples(network: Network, count: int) -> ArraySplit:
-    """The first `count` test images of the data that a network was trained on."""
-    return data.load(**network.run.data.source).test.first(count)
 
 
 def trajectories(network: Network, images: np.ndarray) -> np.ndarray:

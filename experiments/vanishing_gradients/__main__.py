@@ -43,10 +43,9 @@ from cvjax.data.normalize import normalize
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import Network, load_network
-from experiments.continuous_limit.__main__ import initial_variables
-from experiments.depth_degradation import __main__ as depth_degradation
-from experiments.vanishing_gradients import figure as vanishing
-from experiments.vanishing_gradients import gradients
+from cvjax.training.transfer import initial_variables
+from experiments.depth_degradation import presets
+from experiments.vanishing_gradients import figure, gradients, tables
 
 PLAIN = {"shortcut": "none"}
 NETS: dict[str, dict[str, Any]] = {
@@ -61,7 +60,7 @@ BATCH = 128  # images that gradients are measured on
 
 def quick(depth: int) -> ml_collections.ConfigDict:
     """As in experiments/depth_degradation, the digits and narrow nets, but 100 steps."""
-    config = depth_degradation.quick(depth)
+    config = presets.quick(depth)
     config.total_steps = config.eval_every = 100
     config.checkpoint_every = 50
     config.model.walk = "rolled"  # short runs: compilation would take most of the time
@@ -70,7 +69,7 @@ def quick(depth: int) -> ml_collections.ConfigDict:
 
 def full(depth: int) -> ml_collections.ConfigDict:
     """The paper's recipe on CIFAR-10."""
-    config = depth_degradation.full(depth)
+    config = presets.full(depth)
     config.checkpoint_every = 16_000
     config.keep_checkpoints = 4
     return config
@@ -96,7 +95,7 @@ def main(arguments):
     values = flags.FLAGS
     create_config, depths = PRESETS[values.preset]
     if values.depths:
-        depths = depth_degradation.parse_depths(values.depths)
+        depths = presets.parse_depths(values.depths)
     folder = workdirs.check_writable(values.workdir)
     plan = [
         (net, depth, seed)
@@ -115,15 +114,15 @@ def main(arguments):
         place = folder / "runs" / f"{net}-{depth}-seed{seed}"
         train_and_evaluate(with_net(config, net), place)
         runs.append({"net": net, "depth": depth, "seed": seed, **measure(place)})
-    table = vanishing.tabulate(runs)
+    table = tables.tabulate(runs)
     results = {"experiment": "vanishing_gradients", "preset": values.preset}
     results["provenance"] = workdirs.provenance()
     workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
-    figure = folder / "vanishing_gradients.png"
-    vanishing.draw_gradients(runs, table, config.data.name, figure)
-    vanishing.show(table)
+    path = folder / "vanishing_gradients.png"
+    figure.draw_gradients(runs, table, config.data.name, path)
+    tables.show(table)
     print(f"Results: {folder / 'results.json'}")
-    print(f"Figure:  {figure}")
+    print(f"Figure:  {path}")
 
 
 def with_net(config: ml_collections.ConfigDict, net: str) -> ml_collections.ConfigDict:
