@@ -25,6 +25,7 @@ from absl import flags, logging
 
 from benchmarks import nets, report
 from cvjax import cli, timing
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
 DEPTHS = {"rolled": (20, 56, 110, 1202), "unrolled": (20, 56, 110)}
@@ -62,11 +63,11 @@ def main(arguments):
         for (walk, depth), runs in found.items()
     ]
     lines = tabulate(rows)
-    report.show("Training step of CIFAR ResNets", HEADINGS, lines)
+    tables.show("Training step of CIFAR ResNets", HEADINGS, lines)
     if folder:
         settings = {name: getattr(values, name) for name in ("batch_size", "image_size")}
         results = {"benchmark": "compile", **settings, "rows": rows}
-        report.write(folder, results, report.markdown(HEADINGS, lines))
+        report.write(folder, results, tables.markdown(HEADINGS, lines))
 
 
 def in_fresh_process(*arguments: Any) -> dict[str, float]:

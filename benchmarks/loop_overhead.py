@@ -15,12 +15,11 @@ import time
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from cvjax import cli, data
 from cvjax.data.normalize import compute_statistics
+from cvjax.report import tables
 from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
@@ -101,17 +100,16 @@ def main(arguments):
     cli.refuse_arguments(arguments)
     logging.set_verbosity(logging.WARNING)
     dataset = data.load("digits")
-    table = rich.table.Table(title="A training step on 8x8 digits, batch 128, ms")
-    for heading in ("net", "loop", "quartiles", "bare step", "quartiles", "ratio"):
-        table.add_column(heading, justify="left" if heading == "net" else "right")
+    rows = []
     for name, fields in NETS.items():
         cells = []
         for times in (timed := time_both(fields, dataset)):
             low, median, high = np.percentile(times, (25, 50, 75))
             cells += [f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
         ratio = np.median(timed[0]) / np.median(timed[1])
-        table.add_row(name, *cells, f"{ratio:.3f}")
-    rich.console.Console().print(table)
+        rows.append([name, *cells, f"{ratio:.3f}"])
+    headings = ("net", "loop", "quartiles", "bare step", "quartiles", "ratio")
+    tables.show("A training step on 8x8 digits, batch 128, ms", headings, rows)
 
 
 if __name__ == "__main__":

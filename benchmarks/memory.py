@@ -28,6 +28,7 @@ from absl import flags, logging
 from benchmarks import nets, report
 from cvjax import cli
 from cvjax.costs.compiled import COMPILER_OPTIONS
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
 DEPTHS, BATCH_SIZES = (20, 56, 110), (32, 128)
@@ -67,11 +68,11 @@ def main(arguments):
             if values.torch:
                 rows.append({**case, "side": "PyTorch", **measure_torch(model, batch)})
     lines = tabulate(rows)
-    report.show("Memory of a training step of CIFAR ResNets", HEADINGS, lines)
+    tables.show("Memory of a training step of CIFAR ResNets", HEADINGS, lines)
     if folder:
         settings = {"image_size": values.image_size, "walk": values.walk}
         results = {"benchmark": "memory", **settings, "rows": rows}
-        report.write(folder, results, report.markdown(HEADINGS, lines))
+        report.write(folder, results, tables.markdown(HEADINGS, lines))
 
 
 def measure_ours(model, batch) -> dict[str, int | None]:

@@ -16,9 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 from jax import numpy as jnp
 
@@ -26,6 +23,7 @@ from cvjax import cli, timing
 from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
@@ -137,30 +135,20 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
     """The table on the terminal."""
     title = f"Forward and gradient of an ODE block on {shape}"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
-    for heading in HEADINGS:
-        words = heading in ("solver", "walk", "gradient")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    rich.console.Console().print(table)
+    tables.show(title, HEADINGS, [cells(row) for row in rows])
 
 
 def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
     """The table for reading on the web."""
     provenance = workdirs.provenance()
     commit = (provenance["git"] or {}).get("commit", "unknown")[:8]
-    lines = [
+    head = (
         f"Forward and gradient of one ODE block, {shape} float32, on "
         f"{provenance['device']['kind']}, JAX {provenance['versions']['jax']}, commit "
         f"{commit}; median of {ROUNDS.value} runs taken in turns. Memory: XLA's plan for "
-        "temporaries.",
-        "",
-        f"| {' | '.join(HEADINGS)} |",
-        f"|{'---|' * len(HEADINGS)}",
-        *(f"| {' | '.join(cells(row))} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+        "temporaries."
+    )
+    return f"{head}\n\n{tables.markdown(HEADINGS, [cells(row) for row in rows])}"
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags, logging
 from flax import linen as nn
 from jax import numpy as jnp
@@ -35,6 +33,7 @@ from cvjax.errors import UserError
 from cvjax.models.odenet_layers import ACTIVATIONS, Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.")
@@ -294,25 +293,20 @@ def relative(a: Any, b: Any) -> float:
 
 def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
     """The tables on the terminal."""
-    table = rich.table.Table(
-        title="Forward and gradient of an ODE block; speed: torchdiffeq's is 1"
-    )
-    for heading in ("solver", "side", "NFE", "ms", "quartiles", "speed"):
-        words = heading in ("solver", "side")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    cells = []
     for row in rows:
         for name, ms in row["ms"].items():
             low, high = row["ms_quartiles"][name]
             side = "torchdiffeq" if name == "torchdiffeq" else "cvjax"
             ratio = row["times_as_fast_as_torchdiffeq"][name]
             numbers = (f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}")
-            table.add_row(row["solver"], name, str(row["nfe"][side]), *numbers)
-    console = rich.console.Console()
-    console.print(table)
-    console.print(f"Images and features: {shape}.", highlight=False)
+            cells.append([row["solver"], name, str(row["nfe"][side]), *numbers])
+    title = "Forward and gradient of an ODE block; speed: torchdiffeq's is 1"
+    tables.show(title, ("solver", "side", "NFE", "ms", "quartiles", "speed"), cells)
+    print(f"Images and features: {shape}.")
     for row in rows:
         told = ", ".join(f"{name} {value:.1e}" for name, value in row["difference"].items())
-        console.print(f"{row['solver']}: differences {told}", highlight=False)
+        print(f"{row['solver']}: differences {told}")
 
 
 if __name__ == "__main__":

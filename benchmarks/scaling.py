@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from benchmarks import nets, report
 from cvjax import cli, timing
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training import devices, steps
 
@@ -67,11 +68,11 @@ def main(arguments):
         )
         for row in rows
     ]
-    report.show(values.net, HEADINGS, cells)
+    tables.show(values.net, HEADINGS, cells)
     if folder:
         results = {"benchmark": "scaling", "net": values.net, "rows": rows}
         results |= {"batch_size": values.batch_size, "compared_steps": COMPARED_STEPS}
-        report.write(folder, results, report.markdown(HEADINGS, cells))
+        report.write(folder, results, tables.markdown(HEADINGS, cells))
 
 
 def train(net: nets.Net, batch, mesh: Mesh):

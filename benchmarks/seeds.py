@@ -26,6 +26,7 @@ from jax import numpy as jnp
 from benchmarks import nets, report
 from cvjax import cli, timing
 from cvjax.data.normalize import compute_statistics
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.state import create_train_state
@@ -89,11 +90,11 @@ def main(arguments):
         )
         for way, row in rows.items()
     ]
-    report.show(f"{seeds} seeds of {values.net}", HEADINGS, cells)
+    tables.show(f"{seeds} seeds of {values.net}", HEADINGS, cells)
     if folder:
         results: dict[str, Any] = {"benchmark": "seeds", "net": values.net, "seeds": seeds}
         results |= {"batch_size": values.batch_size, "steps": count, "ways": rows}
-        report.write(folder, results, report.markdown(HEADINGS, cells))
+        report.write(folder, results, tables.markdown(HEADINGS, cells))
 
 
 def create_vmapped(net: nets.Net, batch, seeds: int):

@@ -34,6 +34,7 @@ from jax import numpy as jnp
 from benchmarks import nets, report
 from cvjax import cli, timing
 from cvjax.costs.accounting import account
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training import devices
 
@@ -88,10 +89,10 @@ def main(arguments):
                 with_compile=values.torch_compile,
             )
             rows.append({"net": name, **row})
-            report.show(name, HEADINGS[3:], [cells[3:] for cells in tabulate(rows[-1:])])
+            tables.show(name, HEADINGS[3:], [cells[3:] for cells in tabulate(rows[-1:])])
     if folder:
         results = {"benchmark": "train_step", "rows": rows}
-        report.write(folder, results, report.markdown(HEADINGS, tabulate(rows)))
+        report.write(folder, results, tables.markdown(HEADINGS, tabulate(rows)))
 
 
 def measure(

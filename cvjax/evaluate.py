@@ -23,10 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
 from absl import flags, logging
 
 from cvjax import cli
@@ -41,6 +37,7 @@ from cvjax.evaluation.predictions import (
     measure_as_in_training,
     predict_split,
 )
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import load_network
 
@@ -194,7 +191,6 @@ def _calibration_rows(calibration: classification.Calibration) -> list[dict[str,
 
 def show(results: dict[str, Any]) -> None:
     """The results on the terminal, errors in per cent."""
-    console = rich.console.Console()
     views = results["views"]
     source = (
         f"{results['data']} {results['split']}, {results['examples']:,} examples, step "
@@ -202,32 +198,26 @@ def show(results: dict[str, Any]) -> None:
     )
     if views["count"] > 1:
         source += f", mean of {views['count']} views"
-    console.print(source, markup=False, highlight=False)
-    table = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("top-1 error", _percent(results["error"]))
+    rows = [["top-1 error", _percent(results["error"])]]
     if "top5_error" in results:
-        table.add_row("top-5 error", _percent(results["top5_error"]))
-    table.add_row("loss", f"{results['loss']:.4f}")
+        rows.append(["top-5 error", _percent(results["top5_error"])])
+    rows.append(["loss", f"{results['loss']:.4f}"])
     if "nfe" in results:
-        table.add_row("evaluations of f an image (NFE)", f"{results['nfe']:.1f}")
+        rows.append(["evaluations of f an image (NFE)", f"{results['nfe']:.1f}"])
     ece = results["expected_calibration_error"]
-    table.add_row("expected calibration error, 15 bins", _percent(ece))
-    console.print(table)
+    rows.append(["expected calibration error, 15 bins", _percent(ece)])
+    tables.show(source, ("", ""), rows)
 
     rows = [row for row in results["classes"] if row["examples"]]
     title = "Error by class"
     if len(rows) > _SHOWN_CLASSES:
         rows = sorted(rows, key=lambda row: -row["error"])[:_SHOWN_CLASSES]
         title = f"The {_SHOWN_CLASSES} classes with the most errors"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE)
-    for heading in ("class", "examples", "error"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
-    for row in rows:
-        name = rich.markup.escape(row["class"])
-        table.add_row(name, f"{row['examples']:,}", _percent(row["error"]))
-    console.print(table)
+    tables.show(
+        title,
+        ("class", "examples", "error"),
+        [[row["class"], f"{row['examples']:,}", _percent(row["error"])] for row in rows],
+    )
 
 
 def _percent(fraction: float) -> str:

@@ -92,11 +92,6 @@ def test_memory_saved_is_told_beside_the_same_net():
     ]
 
 
-def test_markdown():
-    text = report.markdown(("a", "b"), [("1", "x")])
-    assert text == "| a | b |\n| --- | --- |\n| 1 | x |\n"
-
-
 def test_unknown_net():
     with pytest.raises(
         UserError, match=r"--net must be one of .*, got 'ResNet-21'; did you"

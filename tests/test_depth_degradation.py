@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cvjax.errors import UserError
+from cvjax.report.tables import percent
 from cvjax.storage import workdir
 from cvjax.training.config import parse_config
 from cvjax.training.optim import boundary_steps
@@ -132,7 +133,7 @@ def test_table_by_hand():
         "mean": pytest.approx(0.2),
         "std": pytest.approx(0.02**0.5),
     }
-    assert tables.format_error(**row["val/error"]) == "20.00 ± 14.14"
+    assert percent(row["val/error"]) == "20.00 ± 14.14"
     (single,) = tables.tabulate(runs[:1])
     assert tables.format_error(**single["val/error"]) == "10.00"
 

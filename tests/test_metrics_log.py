@@ -116,8 +116,8 @@ def test_no_metrics_is_a_user_error(tmp_path):
 
 WRITE_AND_DIE = """
 import os, signal, sys
-from cvjax.training import logs
-with logs.open_writer(sys.argv[1]) as write:
+from cvjax.storage import metrics_log
+with metrics_log.open_writer(sys.argv[1]) as write:
     for step in (1, 2, 3):
         write(step, {"train/loss": 1 / step})
     os.kill(os.getpid(), signal.SIGKILL)
@@ -282,8 +282,9 @@ def test_tensorboard_does_not_bring_pytorch(tmp_path):
     """Its import takes seconds, which the first step would wait for; later it is there."""
     pytest.importorskip("torch", reason="needs PyTorch: pip install torch")
     script = (
-        "import sys; from cvjax.training import logs\n"
-        f"with logs.open_writer({str(tmp_path)!r}) as write: write(1, {{'loss': 0.5}})\n"
+        "import sys; from cvjax.storage import metrics_log\n"
+        f"with metrics_log.open_writer({str(tmp_path)!r}) as write:\n"
+        "    write(1, {'loss': 0.5})\n"
         "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
         "import torch; torch.zeros(1)\n"
     )

@@ -11,6 +11,7 @@ from cvjax.data.normalize import normalize
 from cvjax.errors import InterruptedRun
 from cvjax.models import create_model
 from cvjax.nn.depth import refine
+from cvjax.report.tables import percent
 from cvjax.storage import metrics_log
 from cvjax.training import default_config, loop, trainer
 from cvjax.training.trained_network import load_network
@@ -120,8 +121,7 @@ def test_table_by_hand():
     assert several["time_ratio"]["mean"] == pytest.approx((13 / 16 + 17 / 34) / 2)
     assert several["step_ratio"]["mean"] == pytest.approx((3 / 10 + 7 / 28) / 2)
     assert single["time_ratio"] == {"mean": 1, "std": 0}
-    assert multilevel.format_spread(several["test/error"], 100, 1) == "20.0 ± 14.1"
-    assert multilevel.format_spread({"mean": 0.2, "std": None}, 100, 1) == "20.0"
+    assert percent(several["test/error"], 1) == "20.0 ± 14.1"
 
 
 # Whole runs

@@ -101,8 +101,9 @@ def test_more_processes_than_cores_are_refused(monkeypatch):
 PARENT = """
 import sys, time
 from absl import flags
-from cvjax import program
-from cvjax.training import interrupt, workers
+from cvjax import cli
+from cvjax.training import interrupt
+from experiments import runner
 from cvjax.errors import InterruptedRun
 flags.DEFINE_integer("processes", 2, "")
 flags.DEFINE_string("folder", None, "")
@@ -110,7 +111,7 @@ flags.DEFINE_integer("code", 0, "")
 
 def main(arguments):
     if flags.FLAGS.processes > 1:
-        workers.run_in_processes(flags.FLAGS.processes, "--processes=1")
+        runner.run_in_processes(flags.FLAGS.processes, "--processes=1")
         print("all done")
         return
     import os, pathlib
@@ -128,7 +129,7 @@ def main(arguments):
         raise InterruptedRun("saved.")
 
 if __name__ == "__main__":
-    program.run(main)
+    cli.run(main)
 """
 
 needs_two_cores = pytest.mark.skipif(

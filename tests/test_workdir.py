@@ -25,7 +25,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 HOLD = """
 import sys, time
-from cvjax.training import workdir
+from cvjax.storage import workdir
 with workdir.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

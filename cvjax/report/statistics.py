@@ -11,11 +11,6 @@ def spread(values) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "std": std}
 
 
-def format_error(mean: float, std: float | None, scale: float = 100) -> str:
-    """An error with its spread, in per cent; `scale` is 100 for a fraction."""
-    return f"{scale * mean:.2f}" + (f" ± {scale * std:.2f}" if std is not None else "")
-
-
 def standard_error(samples: list[tuple[float | None, int]]) -> float | None:
     """Of a sum or difference of independent means (Welch).
 

@@ -30,16 +30,15 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import cli, data
 from cvjax.data.augment import compute_color_axes
 from cvjax.data.normalize import compute_statistics
-from cvjax.report.statistics import format_error, spread
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import percent
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps, train_and_evaluate
 from cvjax.training.config import DataConfig, parse_config
@@ -238,15 +237,12 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
+    rows = [
+        [row["augmentation"], str(row["n"]), *(percent(row[key]) for key in ERRORS)]
+        for row in table
+    ]
     title = "Error in %, mean ± standard deviation over the seeds"
-    shown = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("augmentation", "seeds", *ERRORS.values()):
-        left = heading == "augmentation"
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for row in table:
-        errors = [format_error(**row[key]) for key in ERRORS]
-        shown.add_row(row["augmentation"], str(row["n"]), *errors)
-    rich.console.Console().print(shown)
+    tables.show(title, ("augmentation", "seeds", *ERRORS.values()), rows)
 
 
 if __name__ == "__main__":

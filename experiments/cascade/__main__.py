@@ -29,14 +29,13 @@ import pathlib
 from typing import Any
 
 import ml_collections
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.errors import UserError
+from cvjax.report import tables
+from cvjax.report.tables import mean_std, percent
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
@@ -220,26 +219,19 @@ def measure_once(
 def show(table: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent, and what was chosen."""
     title = "Error in %, mean ± standard deviation over n seeds (layers x width)"
-    box = rich.box.SIMPLE_HEAD
-    shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=0)
-    for heading in ("net", "n", "error", "1e6 MACs", "ms/image", "speed-up"):
-        left = heading == "net"
-        # Names of workdirs may be long; numbers must not be cut.
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-    for row in table:
-        if row["kind"] == "cascade":
-            continue
-        shown.add_row(
-            *(row["name"], str(row["n"]), _format(row["error"], 100, 2)),
-            *(_format(row["macs"], 1e-6, 2), _format(row["milliseconds"], 1, 3)),
-            _format(row["speed_up"], 1, 2) if "speed_up" in row else "",
-        )
-    console = rich.console.Console()
-    console.print(shown)
+    headings = ("net", "n", "error", "1e6 MACs", "ms/image", "speed-up")
+    rows = [
+        [
+            *(row["name"], str(row["n"]), percent(row["error"])),
+            *(mean_std(row["macs"], 2, 1e-6), mean_std(row["milliseconds"], 3)),
+            mean_std(row["speed_up"]) if "speed_up" in row else "",
+        ]
+        for row in table
+        if row["kind"] != "cascade"
+    ]
+    tables.show(title, headings, rows)
     for run in runs:
-        console.print(
-            f"Seed {run['seed']}: {describe(run)}", highlight=False, soft_wrap=True
-        )
+        print(f"Seed {run['seed']}: {describe(run)}")
 
 
 def describe(run: dict[str, Any]) -> str:
@@ -259,12 +251,6 @@ def describe(run: dict[str, Any]) -> str:
         f"{chosen['macs_ratio']:.2f} of its multiply-adds, {chosen['time_ratio']:.2f} of "
         "its time."
     )
-
-
-def _format(values: dict[str, float | None], scale: float, digits: int) -> str:
-    text = f"{scale * values['mean']:.{digits}f}"
-    std = values["std"]
-    return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
 if __name__ == "__main__":

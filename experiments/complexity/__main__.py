@@ -20,14 +20,10 @@ weights IMAGENET1K_V1 (https://docs.pytorch.org/vision/stable/models.html).
 
 import ast
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from cvjax import cli
@@ -36,6 +32,7 @@ from cvjax.costs import compiled
 from cvjax.costs.accounting import Account, account
 from cvjax.errors import UserError
 from cvjax.models import create_model
+from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from experiments.complexity.figure import draw_complexity
 from experiments.complexity.zoo import ZOO, Entry
@@ -249,41 +246,31 @@ def dash(value: Any) -> str:
 
 
 def show(title: str, table: Table, note: str = "") -> None:
-    """On the terminal; as wide as it has to be where that is none."""
     headings, cells = table
-    shown = rich.table.Table(title=title, box=rich.box.SIMPLE, padding=(0, 0, 0, 1))
-    for number, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if number else "left")
-    for row in cells:
-        if row[0] == "sum":
-            shown.add_section()
-        shown.add_row(*row)
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
-    console.print(shown)
+    tables.show(title, headings, cells, total=cells[-1][0] == "sum")
     if note:
-        console.print(note)
+        print(note)
 
 
 def markdown(table: Table) -> str:
     headings, cells = table
     cells = [["**sum**", *row[1:]] if row[0] == "sum" else row for row in cells]
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return tables.markdown(headings, cells)
 
 
 def write(folder, rows: list[dict[str, Any]], counted: dict[str, Account]) -> None:
     """results.json, summary.md, NETWORK.md where layers are wanted, complexity.png."""
-    tables = {"summary.md": ("Costs for one image", tabulate_summary(rows), CONVENTIONS)}
+    files = {"summary.md": ("Costs for one image", tabulate_summary(rows), CONVENTIONS)}
     if any("compiled" in row for row in rows):
         note = COMPILED.format(device=jax.devices()[0].device_kind)
-        tables["compiled.md"] = ("Counted and compiled", tabulate_compiled(rows), note)
+        files["compiled.md"] = ("Counted and compiled", tabulate_compiled(rows), note)
     for label, network in counted.items():
         if LAYERS.value or label == "VGG-16":
             name = f"{label.lower().replace('-', '').replace(' ', '_')}.md"
             size = next(row["image_size"] for row in rows if row["label"] == label)
             title = f"{label}, layer by layer, {size}x{size}"
-            tables[name] = (title, tabulate_layers(network), describe(label, network))
-    for name, (title, table, note) in tables.items():
+            files[name] = (title, tabulate_layers(network), describe(label, network))
+    for name, (title, table, note) in files.items():
         text = f"### {title}\n\n{markdown(table)}\n{note}\n"
         workdirs.write_bytes(folder / name, text.encode())
         print(f"Table:   {folder / name}")

@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 
+from cvjax.report import tables
 from cvjax.report.statistics import spread
+from cvjax.report.tables import mean_std, percent
 from experiments.continuous_limit import convergence
 
 ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4, "dopri5": 5}
@@ -87,56 +86,51 @@ def tabulate_exponents(table: list[dict[str, Any]]) -> dict[str, dict[str, float
 def show(results: dict[str, Any]) -> None:
     """The tables on the terminal."""
     n = results["orders"][0]["n"]
-    orders = _table(
+    tables.show(
         f"order of the distance to the limit, mean ± standard deviation of n = {n} nets",
         ("method", "theory", "x(1)", "logits", "steps fitted"),
+        [
+            [
+                *(row["method"], str(row["theory"])),
+                *(mean_std(row[key], 3) for key in ("features", "logits")),
+                "-".join(map(str, row["range"] or ("none",))),
+            ]
+            for row in results["orders"]
+        ],
     )
-    for row in results["orders"]:
-        measured = [_format(row[key], "{:.3f}") for key in ("features", "logits")]
-        fitted = "-".join(map(str, row["range"] or ("none",)))
-        orders.add_row(row["method"], str(row["theory"]), *measured, fitted)
-    errors = _table("test error in %", ("solver", "NFE", "error", "distance of x(1)"))
-    for row in results["solvers"]:
-        steps = row["steps"] or f"rtol {row['rtol']:g}"
-        error = _format(row["test/error"], "{:.2f}", 100)
-        distance = f"{row['features']['mean']:.1e}"
-        errors.add_row(f"{row['method']}, {steps}", f"{row['nfe']:.0f}", error, distance)
-    changes = _table(
+    tables.show(
+        "test error in %",
+        ("solver", "NFE", "error", "distance of x(1)"),
+        [
+            [
+                f"{row['method']}, {row['steps'] or 'rtol {:g}'.format(row['rtol'])}",
+                *(f"{row['nfe']:.0f}", percent(row["test/error"])),
+                f"{row['features']['mean']:.1e}",
+            ]
+            for row in results["solvers"]
+        ],
+    )
+    changes = ("initial/change", "trained/change", "trained/change_f", "trained/moved")
+    tables.show(
         "relative change from a block to the next, and how far training moved the weights",
         ("start", "n", "weights, initial", "weights", "f", "moved"),
+        [
+            [row["start"], str(row["blocks"]), *(mean_std(row[key], 3) for key in changes)]
+            for row in results["blocks"]
+        ],
     )
-    moves = _table(
+    tables.show(
         "relative move of x by one block; test error in %",
         ("start", "n", "initial", "trained", "test error"),
+        [
+            [
+                *(row["start"], str(row["blocks"])),
+                *(mean_std(row[f"{when}/move"], 3) for when in ("initial", "trained")),
+                percent(row["test/error"]),
+            ]
+            for row in results["blocks"]
+        ],
     )
-    for row in results["blocks"]:
-        which = row["start"], str(row["blocks"])
-        keys = [f"trained/{key}" for key in ("change", "change_f", "moved")]
-        changes.add_row(
-            *which, *(_format(row[key], "{:.3f}") for key in ("initial/change", *keys))
-        )
-        keys = ("initial/move", "trained/move")
-        error = _format(row["test/error"], "{:.2f}", 100)
-        moves.add_row(*which, *(_format(row[key], "{:.3f}") for key in keys), error)
-    console = rich.console.Console()
-    for table in (orders, errors, changes, moves):
-        console.print(table)
     for start, found in results["exponents"].items():
         text = ", ".join(f"{key} {value:+.2f}" for key, value in found.items())
         print(f"powers of n, {start} start: {text}")
-
-
-def _table(title: str, headings: tuple[str, ...]) -> rich.table.Table:
-    box = rich.box.SIMPLE_HEAD
-    table = rich.table.Table(title=title, box=box, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
-def _format(value: dict[str, float | None] | None, form: str, scale: float = 1) -> str:
-    if value is None:
-        return "-"
-    mean = form.format(scale * value["mean"])
-    std = value["std"]
-    return mean if std is None else f"{mean}±{form.format(scale * std)}"

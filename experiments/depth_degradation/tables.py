@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 
-from cvjax.report.statistics import format_error, spread, standard_error
+from cvjax.report import tables
+from cvjax.report.statistics import spread, standard_error
+from cvjax.report.tables import mean_std, percent
 
 ERRORS = {
     "train_eval/error": "training",
@@ -122,34 +121,33 @@ def show(
     beside: list[dict[str, Any]],
 ) -> None:
     """All of it on the terminal, errors in per cent."""
-    shown = _new_table("Error in %, mean ± standard deviation over the seeds")
-    for heading in ("net", "layers", "n", *ERRORS.values(), "min"):
-        left = heading == "net"
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for row in table:
-        errors = [format_error(**row[key]) for key in ERRORS]
-        minutes = f"{row['training_seconds'] / 60:.1f}"
-        shown.add_row(row["net"], str(row["depth"]), str(row["n"]), *errors, minutes)
-    # Piped, rich would cut numbers off at 80 columns.
-    console = rich.console.Console()
-    console.width = max(console.width, 88)
-    console.print(shown)
-    console.print("* at the best validation error; min: of training steps, mean of a run")
+    rows = [
+        [
+            *(row["net"], str(row["depth"]), str(row["n"])),
+            *(percent(row[key]) for key in ERRORS),
+            f"{row['training_seconds'] / 60:.1f}",
+        ]
+        for row in table
+    ]
+    title = "Error in %, mean ± standard deviation over the seeds"
+    tables.show(title, ("net", "layers", "n", *ERRORS.values(), "min"), rows)
+    print("* at the best validation error; min: of training steps, mean of a run")
     for claim in claims:
-        console.print(describe(claim), highlight=False, soft_wrap=True)
+        print(describe(claim))
     if beside:
-        shown = _new_table("Test error in % beside published numbers; z in standard errors")
-        for heading in ("layers", "n", "ours", "ours*", "paper", "z", "PyTorch", "z"):
-            shown.add_column(heading, justify="right", no_wrap=True)
-        for row in beside:
-            ours = (format_error(**row[key], scale=1) for key in ("ours", "ours_best"))
-            shown.add_row(
-                *(str(row["depth"]), str(row["n"]), *ours),
+        headings = ("layers", "n", "ours", "ours*", "paper", "z", "PyTorch", "z")
+        rows = [
+            [
+                *(str(row["depth"]), str(row["n"])),
+                *(mean_std(row[key]) for key in ("ours", "ours_best")),
                 *(f"{row['paper']:.2f}", _signed(row["paper_z"])),
                 *(f"{row['pytorch']:.2f}", _signed(row["pytorch_z"])),
-            )
-        console.print(shown)
-        console.print(NOTE, highlight=False)
+            ]
+            for row in beside
+        ]
+        title = "Test error in % beside published numbers; z in standard errors"
+        tables.show(title, headings, rows)
+        print(NOTE)
 
 
 def describe(claim: dict[str, Any]) -> str:
@@ -164,9 +162,3 @@ def describe(claim: dict[str, Any]) -> str:
 
 def _signed(z: float | None) -> str:
     return "" if z is None else f"{z:+.1f}"
-
-
-def _new_table(title: str) -> rich.table.Table:
-    return rich.table.Table(
-        title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=0
-    )

@@ -30,9 +30,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from configs import cifar10_resnet, digits_resnet
@@ -41,7 +38,9 @@ from cvjax.data.dataset import ArraySplit
 from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import load_data
+from cvjax.report import tables
 from cvjax.report.statistics import spread
+from cvjax.report.tables import percent
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import Network, draw_variables, load_network
@@ -276,22 +275,16 @@ def show(results: dict[str, Any]) -> None:
         f"Of the {COUNT} images that excite a channel most, those of one class in %, by "
         f"chance {100 * results['chance']:.0f}\n(mean ± standard deviation over channels)"
     )
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("layer", "sees, pixels", "channels", "silent", "trained", "untrained"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for row in results["layers"]:
-        field = "×".join(map(str, row["field"]))
-        counts = str(row["channels"]), str(row["silent"])
-        both = (_percent(row[kind]) for kind in ("trained", "untrained"))
-        table.add_row(row["layer"], field, *counts, *both)
-    rich.console.Console().print(table)
-
-
-def _percent(value: dict[str, float | None] | None) -> str:
-    if value is None:
-        return "-"
-    std = "" if value["std"] is None else f" ± {100 * value['std']:.0f}"
-    return f"{100 * value['mean']:.0f}{std}"
+    headings = ("layer", "sees, pixels", "channels", "silent", "trained", "untrained")
+    rows = [
+        [
+            *(row["layer"], "×".join(map(str, row["field"]))),
+            *(str(row["channels"]), str(row["silent"])),
+            *(percent(row[kind], 0) for kind in ("trained", "untrained")),
+        ]
+        for row in results["layers"]
+    ]
+    tables.show(title, headings, rows)
 
 
 if __name__ == "__main__":

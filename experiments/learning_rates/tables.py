@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rich.table
 
+from cvjax.report import tables
 from cvjax.report.statistics import spread
+from cvjax.report.tables import mean_std, percent
 from experiments.learning_rates.range_test import RULE
 
 FITS = ("train_eval/loss", "val/loss", "train_eval/error", "val/error")
@@ -55,22 +56,24 @@ def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(results: dict[str, Any]) -> None:
     """The tables on the terminal."""
-    rates = _table("learning rates", ("rate", "last training loss", "diverged"))
+    rows = []
     for row in results["rates"]:
-        loss = _format(row["loss"], 3) if row["loss"] else "-"
         when = f", step {row['steps']}" if row["steps"] else ""
         diverged = f"{row['diverged']} of {row['n']}{when}"
-        rates.add_row(f"{row['rate']:g}", loss, diverged)
-    console = rich.console.Console()
-    console.print(rates)
+        rows.append([f"{row['rate']:g}", mean_std(row["loss"], 3), diverged])
+    tables.show("learning rates", ("rate", "last training loss", "diverged"), rows)
     headings = ("training loss", "validation loss", "training %", "validation error %")
     for part in ("capacity", "regularisation"):
-        fits = _table(part, (results["names"][part].partition(",")[0], *headings))
-        for row in results[part]:
-            losses = [_format(row[key], 3) for key in FITS[:2]]
-            errors = [_format(row[key], 1, 100) for key in FITS[2:]]
-            fits.add_row(row["setting"], *losses, *errors)
-        console.print(fits)
+        rows = [
+            [
+                row["setting"],
+                *(mean_std(row[key], 3) for key in FITS[:2]),
+                *(percent(row[key], 1) for key in FITS[2:]),
+            ]
+            for row in results[part]
+        ]
+        name = results["names"][part].partition(",")[0]
+        tables.show(part, (name, *headings), rows)
     print(describe(results["range"]))
 
 
@@ -86,16 +89,3 @@ def describe(tests: list[dict[str, Any]]) -> str:
 
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(np.mean(np.log(values)))
-
-
-def _table(title: str, headings: tuple[str, ...]) -> rich.table.Table:
-    box = rich.box.SIMPLE_HEAD
-    table = rich.table.Table(title=title, box=box, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _format(value: dict[str, float | None], digits: int, scale: float = 1) -> str:
-    text = f"{scale * value['mean']:.{digits}f}"
-    return text if value["std"] is None else f"{text} ± {scale * value['std']:.{digits}f}"

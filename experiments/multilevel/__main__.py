@@ -35,15 +35,14 @@ from typing import Any
 
 import jax
 import ml_collections
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli, data
 from cvjax.costs.accounting import account
 from cvjax.models.resnet_cifar import refined_fields
+from cvjax.report import tables
+from cvjax.report.tables import mean_std, percent
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps, train_and_evaluate, transfer
@@ -259,29 +258,28 @@ def show(table: list[dict[str, Any]]) -> None:
         "Error in %, mean ± standard deviation over n seeds; seconds, of these compiling;\n"
         f"time of the steps and of all, and MACs, over those of {REFERENCE}"
     )
-    box = rich.box.SIMPLE_HEAD
-    shown = rich.table.Table(title=title, box=box, pad_edge=False, padding=0)
-    headings = ("method", "layers", "n", "test", "seconds", "compile", "steps")
-    for heading in (*headings, "all", "MACs"):
-        left = heading == "method"
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    headings = (
+        "method",
+        "layers",
+        "n",
+        "test",
+        "seconds",
+        "compile",
+        "steps",
+        "all",
+        "MACs",
+    )
     whole = {row["method"]: row["macs"] for row in table}[REFERENCE]
-    for row in table:
-        shown.add_row(
-            *(row["method"], str(row["layers"]), str(row["n"])),
-            format_spread(row["test/error"], 100, 2),
-            *(format_spread(row["seconds"], 1, 0), f"{row['compile_seconds']:.0f}"),
-            *(format_spread(row[key], 1, 2) for key in ("step_ratio", "time_ratio")),
+    rows = [
+        [
+            *(row["method"], str(row["layers"]), str(row["n"]), percent(row["test/error"])),
+            *(mean_std(row["seconds"], 0), f"{row['compile_seconds']:.0f}"),
+            *(mean_std(row[key]) for key in ("step_ratio", "time_ratio")),
             f"{row['macs'] / whole:.2f}",
-        )
-    rich.console.Console().print(shown)
-
-
-def format_spread(values: dict[str, float | None], scale: float, digits: int) -> str:
-    """A mean with its standard deviation, if there is one."""
-    mean, std = values["mean"], values["std"]
-    text = f"{scale * mean:.{digits}f}"
-    return text if std is None else f"{text} ± {scale * std:.{digits}f}"
+        ]
+        for row in table
+    ]
+    tables.show(title, headings, rows)
 
 
 if __name__ == "__main__":

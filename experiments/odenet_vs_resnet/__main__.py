@@ -26,15 +26,15 @@ from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 
 from configs import cifar10_odenet, digits_odenet, mnist_odenet
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import first_examples
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import percent
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, steps, train_and_evaluate
@@ -270,7 +270,7 @@ def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
         summaries = [run["summary"] for run in own]
         nfe = [s["test/nfe"] for s in summaries if "test/nfe" in s]
         errors = {
-            key: _mean_and_std([summary[key] for summary in summaries])
+            key: spread([summary[key] for summary in summaries])
             for key in ("val/error", "test/error")
         }
         table.append(
@@ -278,7 +278,7 @@ def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
                 "row": row,
                 "n": len(own),
                 "parameters": summaries[0]["parameters"],
-                "nfe": _mean_and_std(nfe or [steps_of(own[0]["config"]["model"])]),
+                "nfe": spread(nfe or [steps_of(own[0]["config"]["model"])]),
                 **errors,
                 **costs[row],
             }
@@ -301,7 +301,7 @@ def tabulate_swaps(runs) -> list[dict[str, Any]]:
                 table.append({**entry, "nfe": None, "error": None})
                 continue
             nfe = float(np.mean([one["test/nfe"] for one in swaps]))
-            error = _mean_and_std([one["test/error"] for one in swaps])
+            error = spread([one["test/error"] for one in swaps])
             table.append({**entry, "nfe": nfe, "error": error})
     return table
 
@@ -311,36 +311,19 @@ def _groups(runs) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield row, [run for run in runs if run["row"] == row]
 
 
-def _mean_and_std(values: list[float]) -> dict[str, float | None]:
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std}
-
-
 def show(part: dict[str, Any]) -> None:
     """The table on the terminal."""
-    title = f"{part['name']}: mean ± standard deviation over the seeds"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
     headings = ("net", "seeds", "parameters", "NFE", "test error %", "step ms", "MB")
-    for heading in headings:
-        justify = "left" if heading == "net" else "right"
-        table.add_column(heading, justify=justify, no_wrap=True)
-    for row in part["table"]:
-        table.add_row(
-            row["row"],
-            str(row["n"]),
-            f"{row['parameters']:,}",
-            f"{row['nfe']['mean']:.1f}",
-            format_error(row["test/error"]),
-            f"{row['step_ms']:.0f}",
-            f"{row['memory_mb']:.0f}",
-        )
-    rich.console.Console().print(table)
-
-
-def format_error(error: dict[str, float | None]) -> str:
-    """A fraction with its spread, in per cent."""
-    spread = "" if error["std"] is None else f" ± {100 * error['std']:.2f}"
-    return f"{100 * error['mean']:.2f}{spread}"
+    rows = [
+        [
+            *(row["row"], str(row["n"]), f"{row['parameters']:,}"),
+            *(f"{row['nfe']['mean']:.1f}", percent(row["test/error"])),
+            *(f"{row['step_ms']:.0f}", f"{row['memory_mb']:.0f}"),
+        ]
+        for row in part["table"]
+    ]
+    title = f"{part['name']}: mean ± standard deviation over the seeds"
+    tables.show(title, headings, rows)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 import numpy as np
-import rich.table
 
+from cvjax.report import tables
 from cvjax.report.statistics import spread
+from cvjax.report.tables import mean_std, percent
 
 
 def padding_factor(side: int, depth: int) -> float:
@@ -83,28 +84,16 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
-    shown = rich.table.Table(
-        title="by what |dL/dx| is multiplied a layer, on its way back to the image",
-        box=rich.box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
     headings = ("net", "layers", "theory", "at start", "trained", "first/last at start")
-    for heading in (*headings, "training error %"):
-        left = heading == "net"
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    rows = []
     for row in table:
         word, value = row["theory"]
-        factors = [_format(row[f"factor/{when}"], 3) for when in ("initial", "trained")]
-        first_over_last = f"{row['ratio/initial']:.1e}"
-        error = _format(row["train/error"], 1, 100)
-        shown.add_row(
-            *(row["net"], str(row["depth"]), f"{word} {value:.3f}"),
-            *(*factors, first_over_last, error),
+        rows.append(
+            [
+                *(row["net"], str(row["depth"]), f"{word} {value:.3f}"),
+                *(mean_std(row[f"factor/{when}"], 3) for when in ("initial", "trained")),
+                *(f"{row['ratio/initial']:.1e}", percent(row["train/error"], 1)),
+            ]
         )
-    rich.console.Console(width=100).print(shown)
-
-
-def _format(value: dict[str, float | None], digits: int, scale: float = 1) -> str:
-    text = f"{scale * value['mean']:.{digits}f}"
-    return text if value["std"] is None else f"{text}±{scale * value['std']:.{digits}f}"
+    title = "by what |dL/dx| is multiplied a layer, on its way back to the image"
+    tables.show(title, (*headings, "training error %"), rows)
