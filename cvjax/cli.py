@@ -37,6 +37,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def command_name() -> str:
+    """How this program was started: "train.py", or "python -m experiments.cascade"."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        # The name alone: where somebody keeps the program is nobody's business.
+        return pathlib.Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def refuse_arguments(arguments: Sequence[str]) -> None:
     """For programs that take flags only: raises UserError for anything else."""
     if arguments:
@@ -92,8 +101,7 @@ def _check_config_exists(arguments: Sequence[str]) -> None:
 
 def _tell(message: str, code: int) -> int:
     """Prints one line with the program's name, like any Unix tool."""
-    name = pathlib.Path(sys.argv[0]).name
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{command_name()}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

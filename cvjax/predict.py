@@ -69,7 +69,8 @@ def main(arguments):
         try:
             image = load_picture(path, network.image_shape, network.run.data.streaming)
         except UserError as error:
-            print(f"predict.py: {' '.join(str(error).split())}", file=sys.stderr)
+            message = " ".join(str(error).split())
+            print(f"{cli.command_name()}: {message}", file=sys.stderr)
             failed = True
             continue
         scores = predict(network, image)

@@ -1,24 +1,25 @@
-"""Many runs shared out over processes, on one machine or on many.
+"""What experiments share: their flags, their runs, and what is read of a finished one.
 
-Nobody hands the runs out: a process trains each run that is neither finished nor in another
-process's hands, which the lock of its workdir tells. So the same command line may be given
-in any number of processes whose --workdir is one shared folder, and again after any of them
-was stopped.
+Many runs may be shared out over processes, on one machine or on many. Nobody hands them
+out: a process trains each run that is neither finished nor in another process's hands,
+which the lock of its workdir tells. So the same command line may be given in any number of
+processes whose --workdir is one shared folder, and again after any of them was stopped.
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import ml_collections
-from absl import logging
+from absl import flags, logging
 
 from cvjax.errors import (
     EXIT_CODES,
@@ -27,8 +28,42 @@ from cvjax.errors import (
     UserError,
     WorkdirInUse,
 )
+from cvjax.storage import metrics_log
+from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
 from cvjax.training.trainer import train_and_evaluate
+
+PROVENANCE = ("config", "versions", "device", "git", "command")
+
+flags.disclaim_key_flags()  # --help shows these flags as the experiment's
+
+
+def define_flags(
+    presets: Iterable[str],
+    seeds_each: str = "net",
+    steps_of: str = "",
+    least_steps: int = 1,
+) -> None:
+    """Defines --preset, --workdir, --seeds and --steps.
+
+    To be called, and not at import: all experiments have flags of these names.
+
+    Args:
+      presets: their names; "quick" is among them.
+      seeds_each: what is trained from several seeds.
+      steps_of: what --steps is about, such as " of all nets".
+      least_steps: the smallest --steps.
+    """
+    flags.DEFINE_enum("preset", "quick", list(presets), "How much to train.")
+    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    flags.DEFINE_integer("seeds", 3, f"Number of seeds per {seeds_each}.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        f"Training steps{steps_of} instead of the preset's.",
+        lower_bound=least_steps,
+    )
+    flags.mark_flag_as_required("workdir")
 
 
 def train_unclaimed(
@@ -89,6 +124,62 @@ def train_unclaimed(
 def is_finished(folder: Path) -> bool:
     """Whether a workdir has its final numbers."""
     return (folder / "summary.json").exists()
+
+
+def train_or_diverge(
+    config: ml_collections.ConfigDict, folder: Path
+) -> dict[str, Any] | None:
+    """Trains a run that may diverge, or finds it trained.
+
+    That it diverged is kept in FOLDER/diverged.json, and it is not trained again.
+
+    Returns:
+      "step" and "message" if it diverged, else None.
+    """
+    path = folder / "diverged.json"
+    known = path.exists() and not workdirs.config_differences(
+        workdirs.read_manifest(folder)["config"], config.to_dict()
+    )
+    if not known:
+        path.unlink(missing_ok=True)
+        try:
+            train_and_evaluate(config, folder)
+        except DivergedError as error:
+            logging.info("%s diverged: %s", folder.name, error)
+            rows = metrics_log.read_metrics(folder / "metrics.jsonl")
+            step = max((row["step"] for row in rows), default=0)
+            workdirs.write_json(path, {"step": step, "message": str(error)})
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What results keep of a finished run: its final numbers and its provenance."""
+    manifest = workdirs.read_manifest(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"summary": summary, **{key: manifest[key] for key in PROVENANCE}}
+
+
+def refuse_mixture(
+    configs: Iterable[tuple[Path, dict[str, Any]]], free_keys: Container[str]
+) -> None:
+    """Raises UserError if runs of one table differ in more than the free keys.
+
+    Args:
+      configs: workdirs and their configs.
+      free_keys: such as "model.depth".
+    """
+    (first, expected), *others = configs
+    for path, config in others:
+        differences = [
+            text
+            for text in workdirs.config_differences(expected, config)
+            if text.split()[0] not in free_keys
+        ]
+        if differences:
+            raise UserError(
+                f"{first} and {path} cannot stand in one table "
+                f"({'; '.join(differences)}); take another --workdir for other settings."
+            )
 
 
 def run_in_processes(count: int, last_flag: str) -> None:

@@ -471,6 +471,7 @@ def test_impossible_scales_are_refused(text):
 def test_mistakes_exit_with_2_and_help_is_there(runs):
     done = run("--workdir=/nowhere")
     assert done.returncode == 2
-    assert done.stderr.startswith("evaluate.py: /nowhere/config.json cannot be read")
+    name = "python -m cvjax.evaluate"
+    assert done.stderr.startswith(f"{name}: /nowhere/config.json cannot be read")
     assert len(done.stderr.splitlines()) == 1
     assert "--checkpoint: last, best (on validation)" in run("--help").stdout

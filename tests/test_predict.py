@@ -77,9 +77,11 @@ def test_good_files_go_on_after_bad_ones(workdir, tmp_path):
         probabilities = [entry["probability"] for entry in row["top"]]
         assert probabilities == pytest.approx(np.sort(scores)[:-3:-1].tolist())
     broken, missing, folder = done.stderr.splitlines()
-    assert broken.startswith(f"predict.py: {tmp_path}/broken.jpg is broken:")
-    assert missing == f"predict.py: {tmp_path}/missing.png does not exist."
-    assert folder.startswith(f"predict.py: {tmp_path} is a folder; name image files")
+    assert broken.startswith(f"python -m cvjax.predict: {tmp_path}/broken.jpg is broken:")
+    assert missing == f"python -m cvjax.predict: {tmp_path}/missing.png does not exist."
+    assert folder.startswith(
+        f"python -m cvjax.predict: {tmp_path} is a folder; name image files"
+    )
 
 
 def test_good_files_only_exit_with_0_and_nothing_on_stderr(workdir, tmp_path):
@@ -104,5 +106,5 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence):
     done = run(*arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("predict.py: ")
+    assert line.startswith("python -m cvjax.predict: ")
     assert sentence in line

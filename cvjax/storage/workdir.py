@@ -18,7 +18,7 @@ import filelock
 import jax
 
 import cvjax
-from cvjax import errors
+from cvjax import cli, errors
 
 Path = str | os.PathLike[str]
 
@@ -114,8 +114,7 @@ def provenance() -> dict[str, Any]:
         "threefry_partitionable": jax.config.jax_threefry_partitionable,
         "git": _git(),
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        # The name alone: where somebody keeps the program is nobody's business.
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*cli.command_name().split(), *sys.argv[1:]],
     }
 
 

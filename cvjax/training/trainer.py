@@ -17,15 +17,12 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from cvjax import data, progress
-from cvjax.data.augment import compute_color_axes
+from cvjax import progress
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.normalize import Statistics, compute_statistics
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.report.curves import draw_curves
@@ -36,7 +33,6 @@ from cvjax.training import devices, interrupt, loop, metrics, steps, transfer
 from cvjax.training.config import (
     RESUMABLE_KEYS,
     RunConfig,
-    check_data,
     complete_config,
     parse_config,
 )
@@ -45,13 +41,11 @@ from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.profiling import check_steps, open_trace
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
+from cvjax.training.run_data import load_data
 from cvjax.training.state import Record, TrainState
-from cvjax.training.trained_network import Network
 
 # What the seed's key is folded with for all draws of the training; see also state.py.
 TRAIN_DRAWS = 1
-# So many training images of a stream are taken for all of them, to normalise.
-SAMPLE = 1_000
 
 
 def train_and_evaluate(
@@ -111,7 +105,7 @@ def _run(
     started = time.perf_counter()
     resumes = devices.from_first(lambda: checkpoint.latest_step(folder) is not None)
     source, dataset, statistics, color_axes = devices.on_all(
-        lambda: _load(run, folder, resumes)
+        lambda: load_data(run, folder, resumes)
     )
     logging.info(
         "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
@@ -173,29 +167,6 @@ def _nothing(*_) -> None:
     """Writes and shows what processes but the first do."""
 
 
-def _load(run: RunConfig, folder: pathlib.Path, resumes: bool):
-    """The network to start from (None without), the data set, and what it is like.
-
-    Returns:
-      (network, data set, statistics, axes of colour or None).
-    """
-    source = None
-    if run.init_from and not resumes:
-        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
-    dataset = data.load(**run.data.source)
-    check_data(run, len(dataset.train), dataset.image_shape)
-    if isinstance(dataset.train, StreamedSplit):
-        # While an evaluation reads its batches, those of the training stay ready.
-        rows = run.data.batch_size + run.data.eval_batch_size
-        dataset.train.check_shared_memory(rows // jax.process_count())
-        images = dataset.train.sample_images(SAMPLE)
-    else:
-        images = dataset.train.images
-    statistics = _statistics(run, images, source, folder)
-    color_axes = compute_color_axes(images) if run.data.lighting else None
-    return source, dataset, statistics, color_axes
-
-
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if not (folder / "config.json").exists():
         return
@@ -222,16 +193,6 @@ def _finished(folder: pathlib.Path, run: RunConfig) -> dict[str, float] | None:
             f"total_steps {run.total_steps}; choose another --workdir."
         )
     return summary if summary["step"] == run.total_steps else None
-
-
-def _statistics(
-    run: RunConfig, images: np.ndarray, source: Network | None, folder: pathlib.Path
-) -> Statistics:
-    if run.data.normalization != transfer.NORMALIZATION:
-        return compute_statistics(images, run.data.normalization)
-    if source is None:
-        return transfer.own_statistics(folder)
-    return transfer.statistics_like(source.statistics, images.shape[1:])
 
 
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:

@@ -22,7 +22,6 @@ ResNet-20 by the paper's recipe. Each run has a folder of its own under WORKDIR/
 same command goes on where it was stopped, and what is finished is not run again.
 """
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from cvjax.report.tables import percent
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps, train_and_evaluate
 from cvjax.training.config import DataConfig, parse_config
+from experiments import runner
 from experiments.augmentation.figure import draw_augmentation
 
 ERRORS = {"train_eval/error": "training", "val/error": "validation", "test/error": "test"}
@@ -121,13 +121,7 @@ def describe(name: str, settings: dict[str, Any]) -> str:
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds an augmentation.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Training steps instead of the preset's.", lower_bound=1
-    )
-    flags.mark_flag_as_required("workdir")
+    runner.define_flags(PRESETS, "augmentation")
 
 
 def main(arguments):
@@ -157,7 +151,7 @@ def compare(
         logging.info("Run %d of %d: %s, seed %d.", number, len(plan), name, seed)
         place = folder / "runs" / f"{name.replace(' ', '-')}-seed{seed}"
         train_and_evaluate(with_augmentation(config, choices[name], seed), place)
-        runs.append({"augmentation": name, "seed": seed, **read_run(place)})
+        runs.append({"augmentation": name, "seed": seed, **runner.read_run(place)})
     results = {
         "experiment": "augmentation",
         "preset": preset,
@@ -215,14 +209,6 @@ def draw(
     statistics = constants.statistics
     seen = np.asarray(drawn * statistics.std[None] + statistics.mean[None]).clip(0, 1)
     return seen.reshape(len(images), DRAWS, *images.shape[1:])
-
-
-def read_run(place: pathlib.Path) -> dict[str, Any]:
-    """What the results keep of a finished run: provenance and final numbers."""
-    manifest = workdirs.read_manifest(place)
-    summary = json.loads((place / "summary.json").read_text())
-    kept = ("config", "versions", "device", "git", "command")
-    return {"summary": summary, **{key: manifest[key] for key in kept}}
 
 
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

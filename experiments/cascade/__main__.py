@@ -39,6 +39,7 @@ from cvjax.report.tables import mean_std, percent
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
+from experiments import runner
 from experiments.cascade import early_exit, measure
 from experiments.cascade.figure import draw_cascade, tabulate
 
@@ -85,13 +86,8 @@ PRESETS = {
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "Which nets to train.")
+    runner.define_flags(PRESETS)
     flags.DEFINE_list("members", [], "Workdirs of trained nets instead.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Steps a run instead of the preset's.", lower_bound=1
-    )
     flags.DEFINE_enum(
         "measure", "max_probability", early_exit.MEASURES, "What confidence is."
     )
@@ -109,7 +105,6 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "batch_size", 500, "Images that the first net sees at a time.", lower_bound=1
     )
-    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):

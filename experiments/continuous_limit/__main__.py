@@ -42,6 +42,7 @@ from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import load_network
 from cvjax.training.transfer import initial_variables
+from experiments import runner
 from experiments.continuous_limit import blocks, convergence, figure, tables
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -110,13 +111,7 @@ EVERYTHING = 1_000_000  # more test images than there are
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Training steps of all nets instead of the preset's.", lower_bound=1
-    )
-    flags.mark_flag_as_required("workdir")
+    runner.define_flags(PRESETS, steps_of=" of all nets")
 
 
 def main(arguments):

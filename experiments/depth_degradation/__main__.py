@@ -44,20 +44,15 @@ FREE_KEYS = ("seed", "model.depth", "model.shortcut", "optim.warmup_steps")
 
 
 def define_flags() -> None:
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS)
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
     flags.DEFINE_multi_enum("nets", list(NETS), list(NETS), "Which nets; may be repeated.")
     flags.DEFINE_integer("first_seed", 0, "The first of the seeds.", lower_bound=0)
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Steps a run instead of the preset's.", lower_bound=1
-    )
     flags.DEFINE_integer(
         "processes", 1, "How many processes share out the runs here.", lower_bound=1
     )
     flags.DEFINE_list("gather", None, "Folders whose finished runs to put together.")
-    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
@@ -78,7 +73,8 @@ def main(arguments):
     for config in runs.values():
         create_model(num_classes=1, **parse_config(config).model)
     runs = {folder / "runs" / name: config for name, config in runs.items()}
-    refuse_mixture([*configs_in(folder), *((p, c.to_dict()) for p, c in runs.items())])
+    started = [*configs_in(folder), *((p, c.to_dict()) for p, c in runs.items())]
+    runner.refuse_mixture(started, FREE_KEYS)
     elsewhere = []
     try:
         if values.processes > 1:
@@ -188,7 +184,8 @@ def collect(sources: list[pathlib.Path]) -> list[dict[str, Any]]:
             f"there is no finished run in {names}; --gather takes folders that were the "
             "--workdir of this experiment."
         )
-    refuse_mixture([(path, run["config"]) for path, run in found.values()])
+    configs = [(path, run["config"]) for path, run in found.values()]
+    runner.refuse_mixture(configs, FREE_KEYS)
     return [found[key][1] for key in sorted(found)]
 
 
@@ -209,26 +206,10 @@ def read_config(manifest: dict[str, Any], run_dir: pathlib.Path) -> dict[str, An
     return config
 
 
-def refuse_mixture(configs: list[tuple[pathlib.Path, dict[str, Any]]]) -> None:
-    """Raises UserError if runs differ in more than net, depth and seed."""
-    (first, expected), *others = configs
-    for path, config in others:
-        differences = [
-            text
-            for text in workdirs.config_differences(expected, config)
-            if text.split()[0] not in FREE_KEYS
-        ]
-        if differences:
-            raise UserError(
-                f"{first} and {path} cannot stand in one table "
-                f"({'; '.join(differences)}); take another --workdir for other settings."
-            )
-
-
 def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: provenance, final numbers, curves."""
-    manifest = workdirs.read_manifest(run_dir)
-    config = read_config(manifest, run_dir)
+    run = runner.read_run(run_dir)
+    config = read_config(run, run_dir)
     rows = metrics_log.read_metrics(run_dir / "metrics.jsonl")
     curve = [
         {key: row[key] for key in ("step", *tables.ERRORS) if key in row}
@@ -241,10 +222,9 @@ def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
         "net": shortcuts[config["model"]["shortcut"]],
         "depth": config["model"]["depth"],
         "seed": config["seed"],
-        "summary": json.loads((run_dir / "summary.json").read_text()),
+        **run,
         "training_seconds": training_seconds(rows),
         "curve": [curve[index] for index in kept],
-        **{key: manifest[key] for key in ("versions", "device", "git", "command")},
         "config": config,
     }
 

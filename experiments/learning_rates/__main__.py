@@ -33,7 +33,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from configs import cifar10_resnet, digits_mlp
@@ -41,7 +41,7 @@ from cvjax import cli
 from cvjax.errors import DivergedError, UserError
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
-from cvjax.training import train_and_evaluate
+from experiments import runner
 from experiments.learning_rates import figure, range_test, tables
 
 Config = ml_collections.ConfigDict
@@ -129,19 +129,13 @@ PRESETS = {"quick": quick, "full": full}
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
+    runner.define_flags(PRESETS, "setting", steps_of=" of all runs but the range test")
     config_flags.DEFINE_config_file(
         "config", None, "A file of configs/: the range test of this config alone."
-    )
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a setting.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Training steps of all runs but the range test.", lower_bound=1
     )
     flags.DEFINE_integer("range_steps", 100, "Steps of the range test.", lower_bound=10)
     flags.DEFINE_float("lowest", 1e-5, "Learning rate at its start.", lower_bound=0.0)
     flags.DEFINE_float("highest", 10.0, "Learning rate at its end.", lower_bound=0.0)
-    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
@@ -253,23 +247,9 @@ def train(config: Config, place: pathlib.Path) -> dict[str, Any]:
       "curve" ([step, training loss] at the log points while it was finite), "diverged"
       ("step" and "message", or None), "summary" (None if it diverged), and provenance.
     """
-    path = place / "diverged.json"
-    settings = config.to_dict()
-    known = path.exists() and not workdirs.config_differences(
-        workdirs.read_manifest(place)["config"], settings
-    )
-    if not known:
-        path.unlink(missing_ok=True)
-        try:
-            train_and_evaluate(config, place)
-        except DivergedError as error:
-            logging.info("%s diverged: %s", place.name, error)
-            rows = metrics_log.read_metrics(place / "metrics.jsonl")
-            step = max((row["step"] for row in rows), default=0)
-            workdirs.write_json(path, {"step": step, "message": str(error)})
+    diverged = runner.train_or_diverge(config, place)
     manifest = workdirs.read_manifest(place)
     rows = metrics_log.read_metrics(place / "metrics.jsonl")
-    diverged = json.loads(path.read_text()) if path.exists() else None
     summary = None if diverged else json.loads((place / "summary.json").read_text())
     return {
         "curve": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],

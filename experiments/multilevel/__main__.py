@@ -48,6 +48,7 @@ from cvjax.storage import workdir as workdirs
 from cvjax.training import steps, train_and_evaluate, transfer
 from cvjax.training.config import parse_config
 from cvjax.training.trained_network import load_network
+from experiments import runner
 from experiments.multilevel.figure import REFERENCE, draw_multilevel, measure_time, tabulate
 
 PARTS = (60, 50, 50)
@@ -103,16 +104,7 @@ def _with_steps_of_equation(config: ml_collections.ConfigDict) -> ml_collections
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a method.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps",
-        None,
-        "Steps of all levels instead of the preset's.",
-        lower_bound=len(PARTS),
-    )
-    flags.mark_flag_as_required("workdir")
+    runner.define_flags(PRESETS, "method", " of all levels", len(PARTS))
 
 
 def main(arguments):
@@ -229,8 +221,8 @@ def measure_refined(
 
 def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: costs, numbers, curve, provenance."""
-    manifest = workdirs.read_manifest(level_dir)
-    config = manifest["config"]
+    run = runner.read_run(level_dir)
+    config = run["config"]
     if config["init_from"]:
         config["init_from"] = str(pathlib.Path(config["init_from"]).relative_to(folder))
     rows = metrics_log.read_metrics(level_dir / "metrics.jsonl")
@@ -241,14 +233,12 @@ def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
         "layers": config["model"]["depth"],
         "macs": cost * config["data"]["batch_size"] * config["total_steps"],
         **measure_time(rows),
-        "summary": json.loads((level_dir / "summary.json").read_text()),
         "curve": [
             {"step": row["step"], "val/error": row["val/error"]}
             for row in rows
             if "val/error" in row
         ],
-        "config": config,
-        **{key: manifest[key] for key in ("versions", "device", "git", "command")},
+        **run,
     }
 
 

@@ -39,6 +39,7 @@ from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, steps, train_and_evaluate
 from cvjax.training.trained_network import load_network
+from experiments import runner
 from experiments.odenet_vs_resnet import figure
 from experiments.odenet_vs_resnet.step_costs import measure_steps
 
@@ -108,16 +109,10 @@ PRESETS = {
 
 
 def define_flags() -> None:
-    """The command line; not at import, as other programs have flags of the same names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a row.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Steps a run instead of the preset's.", lower_bound=1
-    )
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS, "row")
     flags.DEFINE_multi_string("row", None, "Only this row; may be given several times.")
     flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
-    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
@@ -212,17 +207,14 @@ def run_folder(folder: pathlib.Path, run: dict[str, Any]) -> pathlib.Path:
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: provenance, final numbers, NFE curve."""
-    manifest = workdirs.read_manifest(folder)
     rows = metrics_log.read_metrics(folder / "metrics.jsonl")
-    keys = ("config", "versions", "device", "git", "command")
     return {
-        "summary": json.loads((folder / "summary.json").read_text()),
+        **runner.read_run(folder),
         "curve": [
             {"step": row["step"], "loss": row["train/loss"], "nfe": row.get("train/nfe")}
             for row in rows
             if "train/loss" in row
         ],
-        **{key: manifest[key] for key in keys},
     }
 
 

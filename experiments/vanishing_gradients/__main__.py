@@ -44,6 +44,7 @@ from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import Network, load_network
 from cvjax.training.transfer import initial_variables
+from experiments import runner
 from experiments.depth_degradation import presets
 from experiments.vanishing_gradients import figure, gradients, tables
 
@@ -80,14 +81,8 @@ PRESETS = {"quick": (quick, (8, 20, 44)), "full": (full, (20, 56, 110))}
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    flags.DEFINE_enum("preset", "quick", list(PRESETS), "How much to train.")
-    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    runner.define_flags(PRESETS)
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
-    flags.DEFINE_integer("seeds", 3, "Number of seeds a net.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Training steps instead of the preset's.", lower_bound=1
-    )
-    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
