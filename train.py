@@ -1,7 +1,7 @@
 """Trains one network: python train.py --config=configs/NAME.py --workdir=DIR.
 
 Any key of the config can be set on the command line (--config.model.depth=56). The same
-line again goes on where the run stopped. For the exit codes see cvjax/program.py.
+line again goes on where the run stopped. For the exit codes see cvjax/cli.py.
 
 All devices of the machine are used. Several processes, on one machine or many, join by
 themselves under SLURM (srun) and Open MPI (mpirun); elsewhere each is given
@@ -29,17 +29,17 @@ PROFILE = flags.DEFINE_string(
 
 def main(arguments):
     # Imported here: the workers of a stream import this file too, and need no JAX.
-    from cvjax import program
-    from cvjax.training import devices, trace, train_and_evaluate
+    from cvjax import cli
+    from cvjax.training import devices, profiling, train_and_evaluate
 
-    program.refuse_arguments(arguments)
-    traced = trace.parse_steps(PROFILE.value)
+    cli.refuse_arguments(arguments)
+    traced = profiling.parse_steps(PROFILE.value)
     devices.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     train_and_evaluate(CONFIG.value, WORKDIR.value, traced)
 
 
 if __name__ == "__main__":
-    from cvjax import program
+    from cvjax import cli
 
     flags.mark_flags_as_required(["config", "workdir"])
-    program.run(main)
+    cli.run(main)

@@ -14,14 +14,14 @@ from PIL import Image, ImageOps
 
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation
-from cvjax.data.dataset import Split
-from cvjax.data.pipeline import train_batch
+from cvjax.data.dataset import ArraySplit, train_batch
+from cvjax.data.normalize import compute_statistics, normalize
 
 PADDING = 4
 
 
 def create(
-    split: Split, batch_size: int, workers: list[int]
+    split: ArraySplit, batch_size: int, workers: list[int]
 ) -> tuple[dict[str, Iterator], dict[str, str]]:
     """The iterators by name; and what is missing, with the reason."""
     sources = {
@@ -47,26 +47,26 @@ def create(
     return sources, missing
 
 
-def host_batches(split: Split, batch_size: int) -> Iterator[Any]:
+def host_batches(split: ArraySplit, batch_size: int) -> Iterator[Any]:
     """As training has them before they go to the device."""
     return (train_batch(split, batch_size, 0, step) for step in itertools.count())
 
 
-def augmented_batches(split: Split, batch_size: int) -> Iterator[Any]:
+def augmented_batches(split: ArraySplit, batch_size: int) -> Iterator[Any]:
     """And normalised, cropped and flipped, as in the training step."""
     augmentation = Augmentation(crop_padding=PADDING, flip=True)
-    statistics = augment.compute_statistics(split.images[:1000], "pixel_mean")
+    statistics = compute_statistics(split.images[:1000], "pixel_mean")
 
     @jax.jit
     def change(step, images):
         rng = jax.random.fold_in(jax.random.key(0), step)
-        return augment.augment(rng, augment.normalize(images, statistics), augmentation)
+        return augment.augment(rng, normalize(images, statistics), augmentation)
 
     for step, batch in enumerate(host_batches(split, batch_size)):
         yield jax.block_until_ready(change(step, batch["image"])), batch["label"]
 
 
-def torch_batches(split: Split, batch_size: int) -> Iterator[Any]:
+def torch_batches(split: ArraySplit, batch_size: int) -> Iterator[Any]:
     """Rows of a tensor in a random order, augmented as one batch on JAX's device."""
     import torch
 
@@ -88,7 +88,7 @@ def torch_batches(split: Split, batch_size: int) -> Iterator[Any]:
 class Pictures:
     """A data set in PyTorch's sense, with torchvision's usual transforms of a picture."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: ArraySplit):
         self.images, self.labels = np.array(split.images), np.array(split.labels)
         self.mean = mean_image(split).transpose(2, 0, 1).copy()
 
@@ -110,7 +110,7 @@ class Pictures:
         return tensor - torch.from_numpy(self.mean), int(self.labels[index])
 
 
-def loader_batches(split: Split, batch_size: int, workers: int) -> Iterator[Any]:
+def loader_batches(split: ArraySplit, batch_size: int, workers: int) -> Iterator[Any]:
     """PyTorch's DataLoader over `Pictures`."""
     from torch.utils.data import DataLoader
 
@@ -128,7 +128,7 @@ def loader_batches(split: Split, batch_size: int, workers: int) -> Iterator[Any]
         yield from loader
 
 
-def tf_batches(split: Split, batch_size: int) -> Iterator[Any]:
+def tf_batches(split: ArraySplit, batch_size: int) -> Iterator[Any]:
     """tf.data, image by image in parallel."""
     import tensorflow as tf
 
@@ -148,6 +148,6 @@ def tf_batches(split: Split, batch_size: int) -> Iterator[Any]:
     return batches.batch(batch_size).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
 
-def mean_image(split: Split) -> np.ndarray:
+def mean_image(split: ArraySplit) -> np.ndarray:
     """float32 [height, width, channels] in [0, 1]: the mean of the first thousand."""
     return split.images[:1000].mean(axis=0, dtype=np.float32) / 255

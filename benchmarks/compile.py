@@ -23,9 +23,10 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from benchmarks import nets, report, timing
-from cvjax import program
-from cvjax.training import workdir as workdirs
+from benchmarks import nets, report
+from cvjax import cli, timing
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 
 DEPTHS = {"rolled": (20, 56, 110, 1202), "unrolled": (20, 56, 110)}
 HEADINGS = ("depth", "walk", "trace s", "compile s", "from the cache: trace s", "compile s")
@@ -43,7 +44,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     rounds = range(values.rounds)
@@ -62,11 +63,11 @@ def main(arguments):
         for (walk, depth), runs in found.items()
     ]
     lines = tabulate(rows)
-    report.show("Training step of CIFAR ResNets", HEADINGS, lines)
+    tables.show("Training step of CIFAR ResNets", HEADINGS, lines)
     if folder:
         settings = {name: getattr(values, name) for name in ("batch_size", "image_size")}
         results = {"benchmark": "compile", **settings, "rows": rows}
-        report.write(folder, results, report.markdown(HEADINGS, lines))
+        report.write(folder, results, tables.markdown(HEADINGS, lines))
 
 
 def in_fresh_process(*arguments: Any) -> dict[str, float]:
@@ -127,4 +128,4 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -13,14 +13,12 @@ from functools import partial
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags
 from jax import numpy as jnp
 
-from benchmarks import timing
-from cvjax import program
+from cvjax import cli, timing
 from cvjax.nn.conv import DIMENSIONS, conv
+from cvjax.report import tables
 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
@@ -54,12 +52,8 @@ def chain(x, kernels, *, rolled: bool, ours: bool):
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
-    table = rich.table.Table(title=f"{LAYERS} layers, batch {BATCH_SIZE.value}, ms")
-    for heading in ("images", "way", "median", "quartiles", "ratio", "compile"):
-        table.add_column(
-            heading, justify="left" if heading in ("images", "way") else "right"
-        )
+    cli.refuse_arguments(arguments)
+    rows = []
     for side, channels in SHAPES:
         x_rng, kernel_rng = jax.random.split(jax.random.key(0))
         x = jax.random.normal(x_rng, (BATCH_SIZE.value, side, side, channels))
@@ -74,7 +68,7 @@ def main(arguments):
         times = timing.interleave(runs, ROUNDS.value)
         for way in WAYS:
             low, median, high = np.percentile(1000 * times[way], (25, 50, 75))
-            table.add_row(
+            cells = (
                 f"{side}x{side}x{channels}",
                 way,
                 f"{median:.1f}",
@@ -82,9 +76,11 @@ def main(arguments):
                 f"{np.median(times[way] / times['unrolled, XLA']):.1f}",
                 f"{compile_ms[way]:.0f}",
             )
-    rich.console.Console().print(table)
+            rows.append(cells)
+    headings = ("images", "way", "median", "quartiles", "ratio", "compile")
+    tables.show(f"{LAYERS} layers, batch {BATCH_SIZE.value}, ms", headings, rows)
 
 
 if __name__ == "__main__":
     jnp.zeros(())  # starts the backend, so that its start is not timed
-    program.run(main)
+    cli.run(main)

@@ -36,10 +36,11 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from benchmarks import batch_sources, report, timing
-from cvjax import data, program
+from benchmarks import batch_sources, report
+from cvjax import cli, data, timing
 from cvjax.errors import UserError
-from cvjax.training import workdir as workdirs
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEADINGS = ("what", "median (quartiles)", "n")
@@ -59,7 +60,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     rows, missing = [], {}
@@ -68,7 +69,7 @@ def main(arguments):
         rows += [{"part": part, **row} for row in found]
         missing |= absent
     lines = tabulate(rows)
-    report.show(f"Data of {values.name}", HEADINGS, lines)
+    tables.show(f"Data of {values.name}", HEADINGS, lines)
     for side, reason in missing.items():
         logging.info("Not measured: %s (%s).", side, reason)
     if folder:
@@ -77,7 +78,7 @@ def main(arguments):
         }
         results = {"benchmark": "data", **settings, "rows": rows, "not_measured": missing}
         notes = "".join(f"Not measured: {s} ({why}). " for s, why in missing.items())
-        report.write(folder, results, f"{report.markdown(HEADINGS, lines)}\n{notes}")
+        report.write(folder, results, f"{tables.markdown(HEADINGS, lines)}\n{notes}")
 
 
 def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -118,8 +119,7 @@ def measure_imports(values) -> tuple[list[dict[str, Any]], dict[str, str]]:
 FIRST_BATCH = """
 import sys, time
 from cvjax import data
-from cvjax.data.augment import compute_statistics
-from cvjax.data.pipeline import train_batch
+from cvjax.data.dataset import train_batch
 name, cache_dir, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 start = time.perf_counter()
 dataset = data.load(name, cache_dir=cache_dir)
@@ -230,4 +230,4 @@ PARTS: dict[str, Callable[[Any], tuple[list[dict[str, Any]], dict[str, str]]]] =
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

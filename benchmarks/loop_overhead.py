@@ -15,17 +15,16 @@ import time
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags, logging
 
-from cvjax import data, program
-from cvjax.data.augment import compute_statistics
+from cvjax import cli, data
+from cvjax.data.normalize import compute_statistics
+from cvjax.report import tables
 from cvjax.training import default_config, devices, interrupt, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.recipe import create_recipe
-from cvjax.training.state import create_train_state
+from cvjax.training.state import Record, create_train_state
 
 STEPS = flags.DEFINE_integer("steps", 40, "Updates in a timing.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
@@ -63,7 +62,7 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
         batch, _ = dispatch.feed(0, 1)
     compiled = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
     in_loop, bare, rows = [], [], []
-    record = loop.Record(data_fingerprint="", model={})
+    record = Record(data_fingerprint="", model={})
     with tempfile.TemporaryDirectory() as folder:
         (pathlib.Path(folder) / "metrics.jsonl").touch()
         for round in range(1, ROUNDS.value + 1):
@@ -98,21 +97,20 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     logging.set_verbosity(logging.WARNING)
     dataset = data.load("digits")
-    table = rich.table.Table(title="A training step on 8x8 digits, batch 128, ms")
-    for heading in ("net", "loop", "quartiles", "bare step", "quartiles", "ratio"):
-        table.add_column(heading, justify="left" if heading == "net" else "right")
+    rows = []
     for name, fields in NETS.items():
         cells = []
         for times in (timed := time_both(fields, dataset)):
             low, median, high = np.percentile(times, (25, 50, 75))
             cells += [f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
         ratio = np.median(timed[0]) / np.median(timed[1])
-        table.add_row(name, *cells, f"{ratio:.3f}")
-    rich.console.Console().print(table)
+        rows.append([name, *cells, f"{ratio:.3f}"])
+    headings = ("net", "loop", "quartiles", "bare step", "quartiles", "ratio")
+    tables.show("A training step on 8x8 digits, batch 128, ms", headings, rows)
 
 
 if __name__ == "__main__":
-    program.run(main)
+    cli.run(main)

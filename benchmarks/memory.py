@@ -26,9 +26,10 @@ import numpy as np
 from absl import flags, logging
 
 from benchmarks import nets, report
-from cvjax import program
-from cvjax.analysis.compiled import COMPILER_OPTIONS
-from cvjax.training import workdir as workdirs
+from cvjax import cli
+from cvjax.costs.compiled import COMPILER_OPTIONS
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 
 DEPTHS, BATCH_SIZES = (20, 56, 110), (32, 128)
 HEADINGS = ("batch", "depth", "side", "state MB", "beyond it MB", "saved by recomputing")
@@ -50,7 +51,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     if values.torch:
@@ -67,11 +68,11 @@ def main(arguments):
             if values.torch:
                 rows.append({**case, "side": "PyTorch", **measure_torch(model, batch)})
     lines = tabulate(rows)
-    report.show("Memory of a training step of CIFAR ResNets", HEADINGS, lines)
+    tables.show("Memory of a training step of CIFAR ResNets", HEADINGS, lines)
     if folder:
         settings = {"image_size": values.image_size, "walk": values.walk}
         results = {"benchmark": "memory", **settings, "rows": rows}
-        report.write(folder, results, report.markdown(HEADINGS, lines))
+        report.write(folder, results, tables.markdown(HEADINGS, lines))
 
 
 def measure_ours(model, batch) -> dict[str, int | None]:
@@ -154,4 +155,4 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

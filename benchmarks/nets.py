@@ -10,10 +10,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cvjax.data.augment import Augmentation, compute_statistics
-from cvjax.data.pipeline import Batch
+from cvjax.checks import check_choice
+from cvjax.data.augment import Augmentation
+from cvjax.data.dataset import Batch
+from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
-from cvjax.models.checks import check_choice
 from cvjax.training import devices, steps
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig

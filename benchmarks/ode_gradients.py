@@ -16,18 +16,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 from jax import numpy as jnp
 
-from benchmarks import timing
-from cvjax import program
+from cvjax import cli, timing
 from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
-from cvjax.training import workdir as workdirs
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
@@ -76,7 +73,7 @@ def prepare(solver: Solver, walk: str, x: jax.Array) -> tuple[Any, Any, float]:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     folder = workdirs.check_writable(WORKDIR.value) if WORKDIR.value else None
     shape = (BATCH_SIZE.value, SIDE.value, SIDE.value, FEATURES.value)
     x = jax.random.normal(jax.random.key(0), shape)
@@ -138,32 +135,22 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
     """The table on the terminal."""
     title = f"Forward and gradient of an ODE block on {shape}"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0)
-    for heading in HEADINGS:
-        words = heading in ("solver", "walk", "gradient")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    rich.console.Console().print(table)
+    tables.show(title, HEADINGS, [cells(row) for row in rows])
 
 
 def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
     """The table for reading on the web."""
     provenance = workdirs.provenance()
     commit = (provenance["git"] or {}).get("commit", "unknown")[:8]
-    lines = [
+    head = (
         f"Forward and gradient of one ODE block, {shape} float32, on "
         f"{provenance['device']['kind']}, JAX {provenance['versions']['jax']}, commit "
         f"{commit}; median of {ROUNDS.value} runs taken in turns. Memory: XLA's plan for "
-        "temporaries.",
-        "",
-        f"| {' | '.join(HEADINGS)} |",
-        f"|{'---|' * len(HEADINGS)}",
-        *(f"| {' | '.join(cells(row))} |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+        "temporaries."
+    )
+    return f"{head}\n\n{tables.markdown(HEADINGS, [cells(row) for row in rows])}"
 
 
 if __name__ == "__main__":
     jnp.zeros(())  # starts the backend, so that its start is not timed
-    program.run(main)
+    cli.run(main)

@@ -11,9 +11,9 @@ round. Compilation stands apart.
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
 steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
-The other sides show what nn/conv.py and nn/fixed.py are for: diffrax as it comes with
+The other sides show what nn/conv.py and nn/runge_kutta.py are for: diffrax as it comes with
 `flax.linen.Conv` (on CPU, XLA's own gradients of a convolution are slow within a loop), and
-diffrax's loop with our convolution for equal steps, which nn/fixed.py unrolls on CPU.
+diffrax's loop with our convolution for equal steps, which nn/runge_kutta.py unrolls on CPU.
 """
 
 import dataclasses
@@ -24,19 +24,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 from absl import flags, logging
 from flax import linen as nn
 from jax import numpy as jnp
 
-from benchmarks import timing
-from cvjax import program
+from cvjax import cli, timing
 from cvjax.errors import UserError
 from cvjax.models.odenet_layers import ACTIVATIONS, Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
-from cvjax.training import workdir as workdirs
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
@@ -174,14 +172,14 @@ def create_jax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray)
 
 def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray):
     """As `create_jax_side`, with diffrax's loop over equal steps."""
-    from cvjax.nn import adaptive
+    from cvjax.nn import diffrax_solve
 
     f = field()
 
     def loss(params, x):
         settings = dataclasses.asdict(solver)
         del settings["per_sample"]
-        solution = adaptive.solve(
+        solution = diffrax_solve.solve(
             lambda params, x, t: f.apply({"params": params}, x, t),
             *(params, x, 0.0, 1.0),
             **settings,
@@ -195,7 +193,7 @@ def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndar
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     try:
         import torch  # noqa: F401
         import torchdiffeq  # noqa: F401
@@ -294,26 +292,21 @@ def relative(a: Any, b: Any) -> float:
 
 def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
     """The tables on the terminal."""
-    table = rich.table.Table(
-        title="Forward and gradient of an ODE block; speed: torchdiffeq's is 1"
-    )
-    for heading in ("solver", "side", "NFE", "ms", "quartiles", "speed"):
-        words = heading in ("solver", "side")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    cells = []
     for row in rows:
         for name, ms in row["ms"].items():
             low, high = row["ms_quartiles"][name]
             side = "torchdiffeq" if name == "torchdiffeq" else "cvjax"
             ratio = row["times_as_fast_as_torchdiffeq"][name]
             numbers = (f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}")
-            table.add_row(row["solver"], name, str(row["nfe"][side]), *numbers)
-    console = rich.console.Console()
-    console.print(table)
-    console.print(f"Images and features: {shape}.", highlight=False)
+            cells.append([row["solver"], name, str(row["nfe"][side]), *numbers])
+    title = "Forward and gradient of an ODE block; speed: torchdiffeq's is 1"
+    tables.show(title, ("solver", "side", "NFE", "ms", "quartiles", "speed"), cells)
+    print(f"Images and features: {shape}.")
     for row in rows:
         told = ", ".join(f"{name} {value:.1e}" for name, value in row["difference"].items())
-        console.print(f"{row['solver']}: differences {told}", highlight=False)
+        print(f"{row['solver']}: differences {told}")
 
 
 if __name__ == "__main__":
-    program.run(main)
+    cli.run(main)

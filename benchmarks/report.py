@@ -1,18 +1,11 @@
-"""What all benchmarks leave behind: a table on the terminal, results.json and table.md."""
+"""What all benchmarks leave behind: results.json and table.md."""
 
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
-
 from cvjax.errors import UserError
-from cvjax.training import workdir as workdirs
-
-Rows = Sequence[Sequence[str]]
+from cvjax.storage import workdir as workdirs
 
 
 def import_torch():
@@ -26,23 +19,6 @@ def import_torch():
     except ImportError as error:
         raise UserError(f"{error.name} is missing; `pip install torch`.") from None
     return torch
-
-
-def show(title: str, headings: Sequence[str], rows: Rows) -> None:
-    """The table on the terminal; columns of numbers are right-aligned."""
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    for number, heading in enumerate(headings):
-        words = any(row[number][:1].isalpha() for row in rows)
-        table.add_column(heading, justify="left" if words else "right")
-    for row in rows:
-        table.add_row(*row)
-    rich.console.Console().print(table)
-
-
-def markdown(headings: Sequence[str], rows: Rows) -> str:
-    """The table for reading on the web."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def provenance() -> dict[str, Any]:

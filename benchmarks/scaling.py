@@ -15,10 +15,11 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from benchmarks import nets, report, timing
-from cvjax import program
+from benchmarks import nets, report
+from cvjax import cli, timing
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 from cvjax.training import devices, steps
-from cvjax.training import workdir as workdirs
 
 COUNTS = (1, 2, 4, 8)
 COMPARED_STEPS = 5
@@ -34,7 +35,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     jax.config.update("jax_num_cpu_devices", COUNTS[-1])
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
@@ -67,11 +68,11 @@ def main(arguments):
         )
         for row in rows
     ]
-    report.show(values.net, HEADINGS, cells)
+    tables.show(values.net, HEADINGS, cells)
     if folder:
         results = {"benchmark": "scaling", "net": values.net, "rows": rows}
         results |= {"batch_size": values.batch_size, "compared_steps": COMPARED_STEPS}
-        report.write(folder, results, report.markdown(HEADINGS, cells))
+        report.write(folder, results, tables.markdown(HEADINGS, cells))
 
 
 def train(net: nets.Net, batch, mesh: Mesh):
@@ -94,4 +95,4 @@ def difference(params, reference) -> float:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -23,11 +23,12 @@ import numpy as np
 from absl import flags, logging
 from jax import numpy as jnp
 
-from benchmarks import nets, report, timing
-from cvjax import program
-from cvjax.data.augment import compute_statistics
+from benchmarks import nets, report
+from cvjax import cli, timing
+from cvjax.data.normalize import compute_statistics
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
-from cvjax.training import workdir as workdirs
 from cvjax.training.state import create_train_state
 
 TURNS, VMAP, PROCESSES = "one after the other", "vmap", "processes"
@@ -46,7 +47,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     net = nets.NETS[values.net]
     batch = nets.random_batch(net, values.batch_size)
@@ -89,11 +90,11 @@ def main(arguments):
         )
         for way, row in rows.items()
     ]
-    report.show(f"{seeds} seeds of {values.net}", HEADINGS, cells)
+    tables.show(f"{seeds} seeds of {values.net}", HEADINGS, cells)
     if folder:
         results: dict[str, Any] = {"benchmark": "seeds", "net": values.net, "seeds": seeds}
         results |= {"batch_size": values.batch_size, "steps": count, "ways": rows}
-        report.write(folder, results, report.markdown(HEADINGS, cells))
+        report.write(folder, results, tables.markdown(HEADINGS, cells))
 
 
 def create_vmapped(net: nets.Net, batch, seeds: int):
@@ -160,4 +161,4 @@ def ask(workers: list[subprocess.Popen]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

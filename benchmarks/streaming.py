@@ -24,18 +24,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
 from absl import flags, logging
 from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
-from cvjax import data, program
-from cvjax.data.crops import center_crop, scale_crop
+from cvjax import cli, data
 from cvjax.data.dataset import Dataset
+from cvjax.data.image_files import center_crop, scale_crop
 from cvjax.data.streaming import StreamOptions
-from cvjax.training import workdir as workdirs
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 
 SETTLE_SECONDS = 3.0  # for the workers to fill their buffers
 
@@ -53,7 +51,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     with contextlib.ExitStack() as stack:
@@ -84,7 +82,7 @@ def main(arguments):
             ],
             "measured_by": workdirs.provenance(),
         }
-    rich.console.Console().print(table(results))
+    tables.show(caption(results), HEADINGS, rows(results))
     if folder:
         workdirs.write_json(folder / "results.json", results)
         (folder / "table.md").write_text(markdown(results))
@@ -243,30 +241,13 @@ def caption(results: dict[str, Any]) -> str:
     )
 
 
-def table(results: dict[str, Any]) -> rich.table.Table:
-    """The table on the terminal."""
-    drawn = rich.table.Table(title=caption(results), box=rich.box.SIMPLE_HEAD, padding=0)
-    for heading in HEADINGS:
-        words = heading in ("what", "memory")
-        drawn.add_column(heading, justify="left" if words else "right")
-    for row in rows(results):
-        drawn.add_row(*row)
-    return drawn
-
-
 def markdown(results: dict[str, Any]) -> str:
     """The table for reading on the web."""
     commit = (results["measured_by"]["git"] or {}).get("commit", "unknown")[:8]
-    lines = [
-        f"{caption(results)}; commit {commit}. See results.json.",
-        "",
-        f"| {' | '.join(HEADINGS)} |",
-        f"|{'---|' * len(HEADINGS)}",
-        *(f"| {' | '.join(row)} |" for row in rows(results)),
-    ]
-    return "\n".join(lines) + "\n"
+    head = f"{caption(results)}; commit {commit}. See results.json."
+    return f"{head}\n\n{tables.markdown(HEADINGS, rows(results))}"
 
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

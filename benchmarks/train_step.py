@@ -17,7 +17,7 @@ PyTorch.
 The peak is what the better of the two libraries reaches in a large product of square
 matrices of the same type, in the same turns. The operations of a step are 2 for each
 multiply-accumulate of the convolutions and dense layers, forward and backward
-(`cvjax.analysis.accounting`).
+(`cvjax.costs.accounting`).
 
 Without --net: on CPU two small nets, which take minutes; on an accelerator all but those of
 8 pixels.
@@ -31,11 +31,12 @@ import numpy as np
 from absl import flags, logging
 from jax import numpy as jnp
 
-from benchmarks import nets, report, timing
-from cvjax import program
-from cvjax.analysis.accounting import account
+from benchmarks import nets, report
+from cvjax import cli, timing
+from cvjax.costs.accounting import account
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
 from cvjax.training import devices
-from cvjax.training import workdir as workdirs
 
 CPU_NETS = ("ResNet-14, 8 px", "ResNet-20")
 OURS, EAGER, COMPILED = "cvjax", "PyTorch", "torch.compile"
@@ -67,7 +68,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values, torch = flags.FLAGS, report.import_torch()
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
@@ -88,10 +89,10 @@ def main(arguments):
                 with_compile=values.torch_compile,
             )
             rows.append({"net": name, **row})
-            report.show(name, HEADINGS[3:], [cells[3:] for cells in tabulate(rows[-1:])])
+            tables.show(name, HEADINGS[3:], [cells[3:] for cells in tabulate(rows[-1:])])
     if folder:
         results = {"benchmark": "train_step", "rows": rows}
-        report.write(folder, results, report.markdown(HEADINGS, tabulate(rows)))
+        report.write(folder, results, tables.markdown(HEADINGS, tabulate(rows)))
 
 
 def measure(
@@ -229,4 +230,4 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -9,40 +9,37 @@ written to WORKDIR/evaluation: a JSON file with all numbers and where they come 
 confusion matrix and the reliability diagram. Every example counts once, whatever the batch
 size. Errors are fractions in the JSON file and per cent on the terminal.
 
-With several views of an image (--crops, --scales; see cvjax/data/views.py) the class
-probabilities are averaged, and the loss is that of the average. The expected calibration
-error sorts the examples by the probability of the predicted class into 15 bins of equal
-width, and averages over the examples how far their bin's accuracy is from its mean
+With several views of an image (--crops, --scales; see cvjax/evaluation/multicrop.py) the
+class probabilities are averaged, and the loss is that of the average. The expected
+calibration error sorts the examples by the probability of the predicted class into 15 bins
+of equal width, and averages over the examples how far their bin's accuracy is from its mean
 confidence (Guo et al. 2017).
 """
 
-import contextlib
 import json
 import pathlib
 import signal
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
 from absl import flags, logging
-from flax import errors as flax_errors
 
-from cvjax import data, program
-from cvjax.analysis import classification
-from cvjax.data import augment
-from cvjax.data.dataset import Dataset, Split
-from cvjax.data.streaming import StreamedSplit
-from cvjax.data.views import CROPS, Views, create_views
+from cvjax import cli
+from cvjax.data.dataset import ArraySplit
 from cvjax.errors import UserError
-from cvjax.training import steps
-from cvjax.training import workdir as workdirs
-from cvjax.training.losses import targets
-from cvjax.training.network import Network, apply_model, load_network, probabilities
+from cvjax.evaluation import classification
+from cvjax.evaluation.multicrop import CROPS, Views
+from cvjax.evaluation.predictions import (
+    choose_views,
+    load_data,
+    measure,
+    measure_as_in_training,
+    predict_split,
+)
+from cvjax.report import tables
+from cvjax.storage import workdir as workdirs
+from cvjax.training.trained_network import load_network
 
 SPLITS = ("test", "val", "train")
 
@@ -68,9 +65,9 @@ def evaluate(
       workdir: the run's folder.
       split: one of `SPLITS`.
       checkpoint: "last", "best" or the number of a step.
-      crops, scales: see `data.views`; of streamed images the views are made of the centre
-        crop, and ten crops are refused; the padding of ten crops is what the network was
-        trained with, or if that is none, an eighth of the images' short side.
+      crops, scales: see `evaluation.multicrop`; of streamed images the views are made of
+        the centre crop, and ten crops are refused; the padding of ten crops is what the
+        network was trained with, or if that is none, an eighth of the images' short side.
       batch_size: in images; None for the run's own. It does not change the results.
       data_dir, cache_dir: where the data set is; "" for where it was at training.
       fields: of the model instead of those of the training, see `load_network`.
@@ -87,14 +84,14 @@ def evaluate(
     folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
-    if isinstance(examples, Split) and examples.labels.ndim > 1:
+    if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
         raise UserError(
             f"{dataset.name} has several classes an image; only sets with one can be "
             "evaluated here."
         )
     scores, labels = predict_split(network, examples, views, batch_size)
     if views == _ONE_VIEW:
-        errors = _as_in_training(network, examples, batch_size)
+        errors = measure_as_in_training(network, examples, batch_size)
     else:
         errors = measure(scores, labels, network.run.loss.name)
     predicted = scores.argmax(axis=-1)
@@ -144,120 +141,6 @@ def evaluate(
     return results
 
 
-def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views:
-    """The views for a network's images.
-
-    Raises:
-      UserError: if the network cannot be applied to them.
-    """
-    height, width, channels = network.image_shape
-    side = min(height, width)
-    if crops == 10:
-        if network.run.data.streaming:
-            raise UserError(
-                "--crops=10 cannot be had of streamed images: of each the centre crop "
-                "alone is read; leave it out, or resize that with --scales."
-            )
-        if scales and min(scales) <= side:
-            raise UserError(
-                f"--scales with --crops=10 must be above {side}, the images' short side, "
-                f"which is also that of a crop; got {min(scales)}."
-            )
-        if not network.run.data.flip:
-            logging.warning(
-                "Five of the ten crops are mirror images, which the network was not "
-                "trained on (data.flip is false)."
-            )
-        padding = 0 if scales else network.run.data.crop_padding or max(1, side // 8)
-        return Views(crops, scales, padding)
-    views = Views(crops, scales)
-    images = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
-    for scale in scales:
-        view = jax.eval_shape(
-            lambda images, scale=scale: next(create_views(images, Views(1, (scale,)))),
-            images,
-        )
-        _check_size(network, view)
-    return views
-
-
-def load_data(network: Network, data_dir: str, cache_dir: str) -> Dataset:
-    """The data set that the network was trained on.
-
-    Raises:
-      UserError: it cannot be loaded, or is another one by now.
-    """
-    given = {"data_dir": data_dir, "cache_dir": cache_dir}
-    given = {key: value for key, value in given.items() if value}
-    try:
-        dataset = data.load(**network.run.data.source | given)
-    except UserError as error:
-        raise UserError(
-            "the run's data set cannot be loaded; if it is elsewhere now, say where with "
-            f"--data_dir or --cache_dir ({str(error).rstrip('.')})."
-        ) from error
-    if dataset.fingerprint != network.data_fingerprint:
-        raise UserError(
-            f"the data set {dataset.name} found here is not the one that the network was "
-            "trained on (other images or other splits); name the folder where that one is "
-            "with --data_dir."
-        )
-    return dataset
-
-
-def predict_split(
-    network: Network,
-    split: Split | StreamedSplit,
-    views: Views,
-    batch_size: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Class probabilities, averaged over the views, and labels.
-
-    Returns:
-      float64 [examples, classes] and int32 [examples].
-    """
-    averages, labels = [], []
-    batches = split.eval_batches(_batch_size(network, split, batch_size))
-    with contextlib.closing(batches):
-        for batch in batches:
-            images = augment.normalize(batch["image"], network.statistics)
-            scores = 0.0
-            for view in create_views(images, views):
-                logits = apply_model(network.variables, view, model=network.recipe.model)
-                logits = np.asarray(logits)[batch["mask"]]
-                scores += probabilities(logits, network.run.loss.name)
-            averages.append(scores / views.count)
-            labels.append(batch["label"][batch["mask"]])
-    return np.concatenate(averages), np.concatenate(labels)
-
-
-def measure(scores: np.ndarray, labels: np.ndarray, loss_name: str) -> dict[str, float]:
-    """Loss and errors of class probabilities.
-
-    Args:
-      scores: float64 [n, classes].
-      labels: int [n].
-      loss_name: one of `training.losses.LOSSES`.
-
-    Returns:
-      "loss" in nats, "error" and, of more than five classes, "top5_error".
-    """
-    num_classes = scores.shape[1]
-    # Float64 ends at 1 - 2**-53 below one and at 2**-1022 above zero.
-    yes = np.log(np.maximum(scores, 2.0**-1022))
-    wanted = np.asarray(targets(labels, num_classes), np.float64)
-    losses = -(wanted * yes).sum(axis=-1)
-    if loss_name == "sigmoid":
-        no = np.log1p(-np.minimum(scores, 1 - 2.0**-53))
-        losses -= ((1 - wanted) * no).sum(axis=-1)
-    ranks = np.argsort(-scores, axis=-1, kind="stable")
-    hits = ranks == labels[:, None]
-    values = {"loss": losses.mean(), "error": (~hits[:, 0]).mean()}
-    if num_classes > 5:
-        values["top5_error"] = (~hits[:, :5].any(axis=-1)).mean()
-    return {key: float(value) for key, value in values.items()}
-
-
 def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
     changes = [
         f"{name}={value} instead of {was[name]}"
@@ -269,49 +152,6 @@ def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
             "Not the function that was trained, but another of the same parameters: %s.",
             ", ".join(changes),
         )
-
-
-def _as_in_training(
-    network: Network, split: Split | StreamedSplit, batch_size: int | None
-) -> dict[str, float]:
-    """Loss and errors by the trainer's own function: equal to summary.json, bit for bit."""
-    values = steps.evaluate(
-        network.variables["params"],
-        network.variables["batch_stats"],
-        split,
-        network.statistics,
-        recipe=network.recipe,
-        batch_size=_batch_size(network, split, batch_size),
-        prefix="",
-    )
-    return {key.removeprefix("/"): value for key, value in values.items()}
-
-
-def _batch_size(
-    network: Network, split: Split | StreamedSplit, batch_size: int | None
-) -> int:
-    if batch_size is None:
-        return network.run.data.eval_batch_size
-    return min(batch_size, len(split))
-
-
-def _check_size(network: Network, view: jax.ShapeDtypeStruct) -> None:
-    try:
-        jax.eval_shape(
-            lambda variables, images: apply_model(
-                variables, images, model=network.recipe.model
-            ),
-            network.variables,
-            view,
-        )
-    # A dense layer over pixels has weights for one size of images alone.
-    except (flax_errors.ScopeParamShapeError, UserError) as error:
-        height, width = network.image_shape[:2]
-        raise UserError(
-            f"{network.run.model['name']} takes images of {height}x{width} pixels only, "
-            f"not of {view.shape[1]}x{view.shape[2]}: --scales is for networks that end in "
-            "global pooling; leave it out, or use --crops=10 with it."
-        ) from error
 
 
 def _name(split: str, step: int, views: Views) -> str:
@@ -351,7 +191,6 @@ def _calibration_rows(calibration: classification.Calibration) -> list[dict[str,
 
 def show(results: dict[str, Any]) -> None:
     """The results on the terminal, errors in per cent."""
-    console = rich.console.Console()
     views = results["views"]
     source = (
         f"{results['data']} {results['split']}, {results['examples']:,} examples, step "
@@ -359,32 +198,26 @@ def show(results: dict[str, Any]) -> None:
     )
     if views["count"] > 1:
         source += f", mean of {views['count']} views"
-    console.print(source, markup=False, highlight=False)
-    table = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("top-1 error", _percent(results["error"]))
+    rows = [["top-1 error", _percent(results["error"])]]
     if "top5_error" in results:
-        table.add_row("top-5 error", _percent(results["top5_error"]))
-    table.add_row("loss", f"{results['loss']:.4f}")
+        rows.append(["top-5 error", _percent(results["top5_error"])])
+    rows.append(["loss", f"{results['loss']:.4f}"])
     if "nfe" in results:
-        table.add_row("evaluations of f an image (NFE)", f"{results['nfe']:.1f}")
+        rows.append(["evaluations of f an image (NFE)", f"{results['nfe']:.1f}"])
     ece = results["expected_calibration_error"]
-    table.add_row("expected calibration error, 15 bins", _percent(ece))
-    console.print(table)
+    rows.append(["expected calibration error, 15 bins", _percent(ece)])
+    tables.show(source, ("", ""), rows)
 
     rows = [row for row in results["classes"] if row["examples"]]
     title = "Error by class"
     if len(rows) > _SHOWN_CLASSES:
         rows = sorted(rows, key=lambda row: -row["error"])[:_SHOWN_CLASSES]
         title = f"The {_SHOWN_CLASSES} classes with the most errors"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE)
-    for heading in ("class", "examples", "error"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
-    for row in rows:
-        name = rich.markup.escape(row["class"])
-        table.add_row(name, f"{row['examples']:,}", _percent(row["error"]))
-    console.print(table)
+    tables.show(
+        title,
+        ("class", "examples", "error"),
+        [[row["class"], f"{row['examples']:,}", _percent(row["error"])] for row in rows],
+    )
 
 
 def _percent(fraction: float) -> str:
@@ -432,7 +265,7 @@ def define_flags() -> None:
 
 
 def main(arguments):
-    program.refuse_arguments(arguments)
+    cli.refuse_arguments(arguments)
     values = flags.FLAGS
     results = evaluate(
         values.workdir,
@@ -443,7 +276,7 @@ def main(arguments):
         batch_size=values.batch_size,
         data_dir=values.data_dir,
         cache_dir=values.cache_dir,
-        fields=program.parse_fields(values.fields),
+        fields=cli.parse_fields(values.fields),
     )
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -472,4 +305,4 @@ def parse_scales(texts: list[str]) -> tuple[int, ...]:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

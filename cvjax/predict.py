@@ -6,7 +6,7 @@
 Takes JPEG, PNG, WebP, GIF, BMP, TIFF and PPM files of any size and colour mode. Of each the
 largest centred part with the aspect ratio of the network's images is resized to their size
 (for a network trained on a stream without a border, as in its evaluation); for the details
-see cvjax/data/pictures.py. The data set is not needed.
+see cvjax/data/image_files.py. The data set is not needed.
 
 A file that cannot be read gets one line on stderr and the others go on; the exit code is
 then 2, and 0 if all were read.
@@ -22,16 +22,16 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from cvjax import program
-from cvjax.data import augment
-from cvjax.data.pictures import load_picture
+from cvjax import cli
+from cvjax.data.image_files import load_picture
+from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
-from cvjax.training.network import Network, apply_model, load_network, probabilities
+from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 
 
 def predict(network: Network, image: np.ndarray) -> np.ndarray:
     """Class probabilities, float64 [classes], of an image uint8 of the network's shape."""
-    images = augment.normalize(image[None], network.statistics)
+    images = normalize(image[None], network.statistics)
     logits = apply_model(network.variables, images, model=network.recipe.model)
     return probabilities(logits, network.run.loss.name)[0]
 
@@ -69,7 +69,8 @@ def main(arguments):
         try:
             image = load_picture(path, network.image_shape, network.run.data.streaming)
         except UserError as error:
-            print(f"predict.py: {' '.join(str(error).split())}", file=sys.stderr)
+            message = " ".join(str(error).split())
+            print(f"{cli.command_name()}: {message}", file=sys.stderr)
             failed = True
             continue
         scores = predict(network, image)
@@ -94,4 +95,4 @@ def _table(path: str, named: list[tuple[str, float]]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

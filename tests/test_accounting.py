@@ -12,13 +12,13 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import numpy as jnp
 
-from cvjax.analysis import compiled
-from cvjax.analysis.accounting import account, count
-from cvjax.analysis.zoo import ZOO
+from cvjax.costs import compiled
+from cvjax.costs.accounting import account, count
 from cvjax.errors import UserError
 from cvjax.models import MODELS, create_model
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import Conv
+from experiments.complexity.zoo import ZOO
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from cvjax.data import augment
-from cvjax.data.augment import Augmentation
-from cvjax.data.photographs import compute_color_axes
+from cvjax.data.augment import Augmentation, compute_color_axes
+from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
 from cvjax.training import default_config, loop, steps, trainer
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
-from experiments import augmentation as experiment
+from experiments.augmentation import __main__ as experiment
 
 IMAGES = np.random.default_rng(0).integers(1, 256, size=(20, 8, 8, 3)).astype(np.uint8)
 NOTHING = Augmentation(crop_padding=0, flip=False)
@@ -96,7 +96,7 @@ def test_pictures_are_what_training_draws():
     """Composed here from the parts, with the keys that a step folds."""
     settings = {"crop_padding": 1, "flip": True, "brightness": 0.4, "lighting": 0.1}
     augmentation = dataclasses.replace(NOTHING, **settings)
-    statistics = augment.compute_statistics(IMAGES, "channel")
+    statistics = compute_statistics(IMAGES, "channel")
     axes = compute_color_axes(IMAGES)
     rng = jax.random.key(5)
     constants = steps.Constants(rng, statistics, axes)
@@ -125,9 +125,7 @@ def test_a_step_trains_on_the_function_that_the_pictures_show(monkeypatch):
     state = create_train_state.eval_shape(
         jax.random.key(0), recipe=recipe, image_shape=(8, 8, 3)
     )
-    constants = steps.Constants(
-        jax.random.key(0), augment.compute_statistics(IMAGES, "none")
-    )
+    constants = steps.Constants(jax.random.key(0), compute_statistics(IMAGES, "none"))
     batch = {"image": IMAGES, "label": np.zeros(20, np.int32)}
     with pytest.raises(Called):
         jax.eval_shape(

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import batch_sources, data, memory, nets, report, timing, train_step
+from benchmarks import batch_sources, data, memory, nets, report, train_step
 from benchmarks import compile as compile_benchmark
-from cvjax.data.dataset import Split
+from cvjax import timing
+from cvjax.data.dataset import ArraySplit
 from cvjax.errors import UserError
 from cvjax.interop import torch as interop
 from cvjax.models import create_model
@@ -89,11 +90,6 @@ def test_memory_saved_is_told_beside_the_same_net():
         ("PyTorch", "1.0", "4.0", ""),
         ("PyTorch, checkpoint", "1.0", "3.0", "25%"),
     ]
-
-
-def test_markdown():
-    text = report.markdown(("a", "b"), [("1", "x")])
-    assert text == "| a | b |\n| --- | --- |\n| 1 | x |\n"
 
 
 def test_unknown_net():
@@ -201,7 +197,8 @@ def test_two_steps_of_both_sides_are_equal():
     """Same weights, no augmentation: loss falls alike, parameters stay together."""
     import dataclasses
 
-    from cvjax.data.augment import Augmentation, Statistics
+    from cvjax.data.augment import Augmentation
+    from cvjax.data.normalize import Statistics
     from cvjax.training import steps
     from cvjax.training.state import create_train_state
 
@@ -243,7 +240,7 @@ def test_two_steps_of_both_sides_are_equal():
 def random_split(count=40):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(count, 8, 8, 3), dtype=np.uint8)
-    return Split(images, np.arange(count, dtype=np.int32))
+    return ArraySplit(images, np.arange(count, dtype=np.int32))
 
 
 def test_sources_give_every_image_once_an_epoch():

@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pytest
 
-from cvjax import cascade, committee, committee_report, data
-from cvjax.analysis.cascade import pareto_front, tabulate
-from cvjax.cascade import NEVER, Plan
+from cvjax import data
 from cvjax.errors import UserError
 from cvjax.training import default_config, train_and_evaluate
-from experiments import cascade as experiment
+from experiments.cascade import __main__ as experiment
+from experiments.cascade import early_exit
+from experiments.cascade import measure as committee_report
+from experiments.cascade import members as committee
+from experiments.cascade.early_exit import NEVER, Plan
+from experiments.cascade.figure import pareto_front, tabulate
 
 
 def random_scores(members, n, classes=4, seed=0):
@@ -31,9 +34,9 @@ def test_confidence():
         ("margin", [0.2, 1, 0]),
         ("entropy", [1 - entropy / np.log(3), 1, 0]),
     ):
-        assert cascade.confidence(scores, measure) == pytest.approx(wanted, abs=1e-12)
+        assert early_exit.confidence(scores, measure) == pytest.approx(wanted, abs=1e-12)
     with pytest.raises(UserError) as caught:
-        cascade.confidence(scores, "max")
+        early_exit.confidence(scores, "max")
     assert str(caught.value) == (
         "measure must be one of max_probability, margin, entropy, got 'max'."
     )
@@ -45,7 +48,7 @@ SCORES = np.stack([FIRST, 1 - FIRST], axis=-1)
 
 
 def test_decisions():
-    outcome = cascade.decide(SCORES, (0.75, 0.75), "max_probability")
+    outcome = early_exit.decide(SCORES, (0.75, 0.75), "max_probability")
     # A confidence at the threshold is enough.
     assert outcome.exits.tolist() == [0, 1, 0, 2, 2]
     wanted = [0.75, (0.5 + 1) / 2, 0.25, 1.25 / 3, 2 / 3]
@@ -54,29 +57,29 @@ def test_decisions():
 
 
 def test_thresholds_at_the_ends():
-    everything = cascade.decide(SCORES, (0, 0), "margin")
+    everything = early_exit.decide(SCORES, (0, 0), "margin")
     assert (everything.exits == 0).all() and (everything.scores == SCORES[0]).all()
-    nothing = cascade.decide(SCORES, (NEVER, NEVER), "margin")
+    nothing = early_exit.decide(SCORES, (NEVER, NEVER), "margin")
     assert (nothing.exits == 2).all()
     assert nothing.scores == pytest.approx(SCORES.mean(axis=0))
 
 
 def test_average_cost():
     # 1 for two of them, 1 + 10 for one, 1 + 10 + 100 for two.
-    exits = cascade.decide(SCORES, (0.75, 0.75), "max_probability").exits
-    assert cascade.average_cost(exits, (1, 10, 100)) == (2 * 1 + 11 + 2 * 111) / 5
+    exits = early_exit.decide(SCORES, (0.75, 0.75), "max_probability").exits
+    assert early_exit.average_cost(exits, (1, 10, 100)) == (2 * 1 + 11 + 2 * 111) / 5
 
 
 # The work that is left out
 
 
 def test_batch_sizes():
-    assert cascade.batch_sizes(500) == (8, 16, 32, 63, 125, 250, 500)
-    assert cascade.batch_sizes(8) == (8,)
-    assert cascade.batch_sizes(1) == (1,)
+    assert early_exit.batch_sizes(500) == (8, 16, 32, 63, 125, 250, 500)
+    assert early_exit.batch_sizes(8) == (8,)
+    assert early_exit.batch_sizes(1) == (1,)
 
 
-@pytest.mark.parametrize("measure", cascade.MEASURES)
+@pytest.mark.parametrize("measure", early_exit.MEASURES)
 @pytest.mark.parametrize("batch_size", [40, 64, 103, 200])
 def test_a_run_says_the_same_and_asks_less(measure, batch_size):
     scores = random_scores(3, 103)
@@ -84,7 +87,7 @@ def test_a_run_says_the_same_and_asks_less(measure, batch_size):
 
     def net(number):
         def predict(images):
-            assert len(images) in cascade.batch_sizes(batch_size)
+            assert len(images) in early_exit.batch_sizes(batch_size)
             real = images[:, 0] > 0
             seen[number] += images[real, 0].astype(int).tolist()
             answers = np.full((len(images), 4), np.nan)
@@ -95,13 +98,13 @@ def test_a_run_says_the_same_and_asks_less(measure, batch_size):
 
     means = scores[0], (scores[0] + scores[1]) / 2
     thresholds = [
-        np.quantile(cascade.confidence(mean, measure), part)
+        np.quantile(early_exit.confidence(mean, measure), part)
         for mean, part in zip(means, (0.503, 0.703), strict=True)
     ]
     images = np.arange(1.0, 104)[:, None]
     nets = [net(number) for number in range(3)]
-    outcome = cascade.run_cascade(nets, images, thresholds, measure, batch_size)
-    wanted = cascade.decide(scores, thresholds, measure)
+    outcome = early_exit.run_cascade(nets, images, thresholds, measure, batch_size)
+    wanted = early_exit.decide(scores, thresholds, measure)
     assert (outcome.exits == wanted.exits).all()
     assert (outcome.scores == wanted.scores).all()
     for number in range(3):
@@ -113,7 +116,7 @@ def test_nobody_undecided():
     def never(images):
         raise AssertionError("nothing is left to ask")
 
-    outcome = cascade.run_cascade(
+    outcome = early_exit.run_cascade(
         [lambda images: np.full((len(images), 2), 0.5), never],
         np.ones((9, 1)),
         (0.5,),
@@ -132,38 +135,38 @@ def test_choice_by_hand():
     scores = np.stack([small, np.array([1.0, 1, 1, 0])])
     scores = np.stack([scores, 1 - scores], axis=-1)
     labels = np.array([0, 0, 0, 1])
-    candidates = cascade.try_cascades(scores, labels, (1, 10), "max_probability")
+    candidates = early_exit.try_cascades(scores, labels, (1, 10), "max_probability")
     # Of the average at the last example, (0.6 + 0) / 2, the second class is the larger.
-    assert cascade.choose(candidates, min_accuracy=1.0) == Plan(
+    assert early_exit.choose(candidates, min_accuracy=1.0) == Plan(
         (0, 1), (pytest.approx(0.65),), "max_probability"
     )
-    assert cascade.choose(candidates, min_accuracy=0.75) == Plan(
+    assert early_exit.choose(candidates, min_accuracy=0.75) == Plan(
         (0,), (), "max_probability"
     )
-    assert cascade.choose(candidates, max_cost=3.5).members == (0, 1)  # 1 + 10 / 4
-    assert cascade.choose(candidates, max_cost=3.4).members == (0,)
-    assert cascade.choose(candidates, max_cost=0.9) is None
+    assert early_exit.choose(candidates, max_cost=3.5).members == (0, 1)  # 1 + 10 / 4
+    assert early_exit.choose(candidates, max_cost=3.4).members == (0,)
+    assert early_exit.choose(candidates, max_cost=0.9) is None
     without = dataclasses.replace(candidates, accuracy=candidates.accuracy * 0.9)
-    assert cascade.choose(without, min_accuracy=0.95) is None
+    assert early_exit.choose(without, min_accuracy=0.95) is None
 
 
 def test_choice_against_brute_force():
     scores = random_scores(2, 40, seed=3)
     labels = np.random.default_rng(4).integers(4, size=40)
-    candidates = cascade.try_cascades(scores, labels, (1, 3), "margin")
+    candidates = early_exit.try_cascades(scores, labels, (1, 3), "margin")
     tried = []
     for threshold in np.linspace(0, 1.001, 2000):
-        outcome = cascade.decide(scores, (threshold,), "margin")
+        outcome = early_exit.decide(scores, (threshold,), "margin")
         right = (outcome.scores.argmax(axis=1) == labels).mean()
-        tried.append((cascade.average_cost(outcome.exits, (1, 3)), right))
+        tried.append((early_exit.average_cost(outcome.exits, (1, 3)), right))
     tried.append((1.0, (scores[0].argmax(axis=1) == labels).mean()))
     tried.append((3.0, (scores[1].argmax(axis=1) == labels).mean()))
     for limit in (1.0, 1.5, 2.0, 2.75, 3.0, 4.0):
-        plan = cascade.choose(candidates, max_cost=limit)
+        plan = early_exit.choose(candidates, max_cost=limit)
         chosen = scores[list(plan.members)]
-        outcome = cascade.decide(chosen, plan.thresholds, "margin")
+        outcome = early_exit.decide(chosen, plan.thresholds, "margin")
         costs = [(1, 3)[number] for number in plan.members]
-        assert cascade.average_cost(outcome.exits, costs) <= limit
+        assert early_exit.average_cost(outcome.exits, costs) <= limit
         found = (outcome.scores.argmax(axis=1) == labels).mean()
         assert found == max(right for cost, right in tried if cost <= limit)
 
@@ -172,7 +175,7 @@ def test_three_nets_are_not_worse_than_two():
     scores = random_scores(3, 300, seed=5)
     labels = np.random.default_rng(6).integers(4, size=300)
     two, three = (
-        cascade.try_cascades(scores[:count], labels, (1, 3, 9)[:count], "entropy")
+        early_exit.try_cascades(scores[:count], labels, (1, 3, 9)[:count], "entropy")
         for count in (2, 3)
     )
     assert set(three.members) == set(
@@ -188,10 +191,10 @@ def test_three_nets_are_not_worse_than_two():
 def test_temperature_by_hand():
     # Two classes, logits a apart, right three times in four: a / T = log(3).
     logits = np.array([[2.0, 0.0]] * 4)
-    temperature = cascade.fit_temperature(logits, np.array([0, 0, 1, 0]))
+    temperature = early_exit.fit_temperature(logits, np.array([0, 0, 1, 0]))
     assert temperature == pytest.approx(2 / np.log(3), rel=1e-9)
     # Always right: as sure as is allowed.
-    assert cascade.fit_temperature(logits, np.zeros(4, int)) == pytest.approx(0.1)
+    assert early_exit.fit_temperature(logits, np.zeros(4, int)) == pytest.approx(0.1)
 
 
 # Figures and tables

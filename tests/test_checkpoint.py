@@ -18,7 +18,7 @@ from flax import struct
 from jax import numpy as jnp
 
 from cvjax import errors
-from cvjax.training import checkpoint
+from cvjax.storage import checkpoint
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -225,7 +225,7 @@ SAVE_FOR_EVER = """
 import itertools, pathlib, sys
 sys.path.insert(0, "tests")
 import test_checkpoint
-from cvjax.training import checkpoint
+from cvjax.storage import checkpoint
 workdir = pathlib.Path(sys.argv[1])
 for step in itertools.count((checkpoint.latest_step(workdir) or 0) + 1):
     checkpoint.save(workdir, step, test_checkpoint.create_state(step), {}, keep=2)
@@ -387,7 +387,7 @@ TWO_DEVICES = """
 import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from cvjax.training import checkpoint
+from cvjax.storage import checkpoint
 workdir = sys.argv[1]
 mesh = jax.make_mesh((2,), ("data",))
 split = NamedSharding(mesh, PartitionSpec("data"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cvjax import data
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.training import train_and_evaluate
 from cvjax.training.config import parse_config
 
@@ -40,7 +40,7 @@ def load_config(name):
 def fake_dataset(name):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, *SHAPES[name])).astype(np.uint8)
-    split = Split(images, np.arange(20, dtype=np.int32) % 10)
+    split = ArraySplit(images, np.arange(20, dtype=np.int32) % 10)
     return Dataset(name, split, split, split, tuple("0123456789"), "fake")
 
 

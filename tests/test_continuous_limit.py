@@ -9,8 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.analysis import continuous_limit, convergence, depth_change, limit_tables
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError
 from cvjax.models import create_model
 from cvjax.nn import depth
@@ -18,8 +17,9 @@ from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.training import default_config
 from cvjax.training.config import parse_config
-from cvjax.training.network import Network
-from experiments import continuous_limit as experiment
+from cvjax.training.trained_network import Network
+from experiments.continuous_limit import __main__ as experiment
+from experiments.continuous_limit import blocks, convergence, figure, tables
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -70,7 +70,7 @@ def test_orders_of_a_linear_field(method):
             convergence.relative_distance(np.asarray(end), np.exp(-0.9) * x) for end in ends
         ]
     found = convergence.fit_order(STEPS, distances)
-    assert found["order"] == pytest.approx(limit_tables.ORDERS[method], rel=0.1)
+    assert found["order"] == pytest.approx(tables.ORDERS[method], rel=0.1)
 
 
 def test_exponent_of_exact_powers():
@@ -83,16 +83,16 @@ def test_exponent_of_exact_powers():
 
 def test_weight_change_by_hand():
     theta = np.array([[3.0, 4.0], [3.0, 2.0], [3.0, 2.0]])
-    assert depth_change.weight_change(theta) == pytest.approx((2 / 5 + 0) / 2)
+    assert blocks.weight_change(theta) == pytest.approx((2 / 5 + 0) / 2)
 
 
 def test_weight_change_of_draws_and_of_smooth_functions():
     draws = np.random.default_rng(0).normal(size=(6, 5000))
-    assert depth_change.weight_change(draws) == pytest.approx(np.sqrt(2), rel=0.03)
+    assert blocks.weight_change(draws) == pytest.approx(np.sqrt(2), rel=0.03)
 
     def sampled(n):
         t = np.linspace(0, 1, n, endpoint=False)
-        return depth_change.weight_change(np.stack([np.cos(t), np.sin(t)], axis=1))
+        return blocks.weight_change(np.stack([np.cos(t), np.sin(t)], axis=1))
 
     # A circle: neighbours are 2 sin(1 / 2n) apart.
     assert sampled(8) == pytest.approx(2 * np.sin(1 / 16))
@@ -102,7 +102,7 @@ def test_weight_change_of_draws_and_of_smooth_functions():
 def test_distance_moved_by_hand():
     start = np.array([[3.0, 4.0], [0.0, 1.0]])
     theta = np.array([[3.0, 4.0], [2.0, 1.0]])
-    assert depth_change.distance_moved(theta, start) == pytest.approx((0 + 2 / 1) / 2)
+    assert blocks.distance_moved(theta, start) == pytest.approx((0 + 2 / 1) / 2)
 
 
 def test_kernels_are_those_of_the_stages_block_by_block():
@@ -113,7 +113,7 @@ def test_kernels_are_those_of_the_stages_block_by_block():
         "stage2_transition": {"f": {"conv1": {"kernel": a}}},
         "head": {"kernel": np.ones((2, 2))},
     }
-    found = depth_change.stage_kernels(params)
+    found = blocks.stage_kernels(params)
     assert list(found) == ["stage1"]
     np.testing.assert_array_equal(
         found["stage1"], np.concatenate([a.reshape(3, 6), b.reshape(3, 2)], axis=1)
@@ -137,7 +137,7 @@ class Net(nn.Module):
 def test_moves_and_changes_of_f_by_hand():
     variables = {"params": {"stage1": {"blocks": {"a": jnp.array([1.0, 3.0, 2.0])}}}}
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 2, 3)), jnp.float32)
-    found = depth_change.measure_blocks(Net(), variables, x)["stage1"]
+    found = blocks.measure_blocks(Net(), variables, x)["stage1"]
     assert found["move"] == pytest.approx((1 + 3 + 2) / 4 / 3, rel=1e-5)
     assert found["change_f"] == pytest.approx((2 / 1 + 1 / 3) / 2, rel=1e-5)
 
@@ -155,7 +155,7 @@ def tiny(name, **fields):
     return config
 
 
-@pytest.mark.parametrize("start", limit_tables.STARTS)
+@pytest.mark.parametrize("start", tables.STARTS)
 def test_plan(start, tmp_path):
     plan = experiment.create_plan(tiny("resnet_cifar"), 4, start, 3, tmp_path)
     config, folder = plan[-1]
@@ -220,13 +220,13 @@ def test_blocks_that_start_equal(tmp_path, monkeypatch):
     assert found["initial/change"] == 0 == found["initial/change_f"]
     assert 0 < found["trained/change"] < 1 and found["trained/change_f"] > 0
     assert 0 < found["trained/moved"] < 1 and found["initial/move"] > 0
-    (row,) = limit_tables.tabulate_blocks([found])
+    (row,) = tables.tabulate_blocks([found])
     assert row["trained/moved"] == {"mean": found["trained/moved"], "std": None}
 
     def never(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(depth_change, "measure_blocks", never)
+    monkeypatch.setattr(blocks, "measure_blocks", never)
     assert experiment.measure_resnet(*arguments) == found
 
 
@@ -245,8 +245,8 @@ def test_all_of_it(tmp_path, monkeypatch):
     assert drawn["initial/change"]["mean"] == pytest.approx(np.sqrt(2), rel=0.2)
     assert drawn["initial/change_f"]["mean"] > 0.3 and drawn["initial/move"]["mean"] > 0
     assert 0 < drawn["trained/moved"]["mean"] < 1
-    limit_tables.show(found)
-    continuous_limit.draw_limit(found, tmp_path / "a.png")
+    tables.show(found)
+    figure.draw_limit(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert json.loads(json.dumps(experiment.compare(*arguments))) == json.loads(
         json.dumps(found)

@@ -9,7 +9,7 @@ import pytest
 from matplotlib import image
 from matplotlib.axes import Axes
 
-from cvjax.analysis import curves
+from cvjax.report import curves
 
 
 def rates(*values):
@@ -93,5 +93,5 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_importing_curves_does_not_import_matplotlib():
-    code = "import sys, cvjax.analysis.curves; assert 'matplotlib' not in sys.modules"
+    code = "import sys, cvjax.report.curves; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

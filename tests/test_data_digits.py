@@ -42,7 +42,7 @@ def test_splits_hold_every_image_once_and_undamaged(digits):
     found = []
     for split in (digits.train, digits.val, digits.test):
         intensities = np.round(split.images * (16 / 255)).astype(np.uint8)
-        found += rows(data.Split(intensities, split.labels))
+        found += rows(data.ArraySplit(intensities, split.labels))
     assert sorted(found) == sorted(expected)
     assert digits.train.images.max() == 255
 

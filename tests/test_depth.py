@@ -87,30 +87,6 @@ def test_only_a_rolled_walk_is_a_loop(length):
     assert has_loop("rolled") and not has_loop("unrolled")
 
 
-def test_blocks_are_told_whether_they_are_in_a_loop():
-    told = []
-
-    class Listening(Block):
-        def __call__(self, x):
-            told.append(self.in_loop)
-            return x * 1.0
-
-    def in_loop(walk, method):
-        told.clear()
-        stage = Stage(Listening, LENGTH, walk)
-        if method == "init":
-            stage.init(jax.random.key(0), X)
-        else:
-            stage.apply({}, X)
-        (answer,) = set(told)
-        return answer
-
-    assert in_loop("rolled", "apply") is True
-    assert in_loop("unrolled", "apply") is False
-    # Parameters are drawn in a loop always, for that compiles fast.
-    assert in_loop("unrolled", "init") is True
-
-
 def test_auto_rolls_on_accelerators_only(monkeypatch):
     for backend, rolled in (("cpu", False), ("gpu", True), ("tpu", True)):
         monkeypatch.setattr(depth.jax, "default_backend", lambda backend=backend: backend)

@@ -10,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from cvjax.analysis import degradation_tables as tables
 from cvjax.errors import UserError
-from cvjax.training import workdir
+from cvjax.report.tables import percent
+from cvjax.storage import workdir
 from cvjax.training.config import parse_config
 from cvjax.training.optim import boundary_steps
-from experiments import depth_degradation
+from experiments.depth_degradation import __main__ as depth_degradation
+from experiments.depth_degradation import presets, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -80,7 +81,7 @@ def test_mistakes_get_one_line(tmp_path):
 
 
 def test_full_preset_is_the_papers_recipe():
-    config = depth_degradation.full(56)
+    config = presets.full(56)
     assert config.total_steps == 64_000
     assert config.data.name == "cifar10"
     assert config.data.batch_size == 128
@@ -108,15 +109,15 @@ def test_full_preset_is_the_papers_recipe():
     assert (optim.learning_rate, optim.weight_decay, optim.warmup_steps) == (0.1, 1e-4, 0)
     assert (optim.schedule, optim.decay_factor) == ("step", 0.1)
     assert boundary_steps(parse_config(config).optim, 64_000) == (32_000, 48_000)
-    deep = depth_degradation.full(110).optim
+    deep = presets.full(110).optim
     assert (deep.warmup_steps, deep.warmup_learning_rate) == (400, 0.01)
-    assert depth_degradation.PRESETS["full"][1]["plain"] == (20, 32, 44, 56)
+    assert presets.PRESETS["full"][1]["plain"] == (20, 32, 44, 56)
 
 
 def test_parse_depths():
-    assert depth_degradation.parse_depths(["8", " 20"]) == (8, 20)
+    assert presets.parse_depths(["8", " 20"]) == (8, 20)
     with pytest.raises(UserError, match="got '-8'"):
-        depth_degradation.parse_depths(["-8"])
+        presets.parse_depths(["-8"])
 
 
 def a_run(net, depth, seed, error, **more):
@@ -132,7 +133,7 @@ def test_table_by_hand():
         "mean": pytest.approx(0.2),
         "std": pytest.approx(0.02**0.5),
     }
-    assert tables.format_error(**row["val/error"]) == "20.00 ± 14.14"
+    assert percent(row["val/error"]) == "20.00 ± 14.14"
     (single,) = tables.tabulate(runs[:1])
     assert tables.format_error(**single["val/error"]) == "10.00"
 
@@ -182,7 +183,7 @@ def test_published_numbers_in_standard_errors():
 
 
 def test_what_is_cut_short_is_of_use():
-    create, depths = depth_degradation.PRESETS["full"]
+    create, depths = presets.PRESETS["full"]
     names = list(depth_degradation.plan(create, depths, range(3), None))
     assert names[:4] == [
         "plain-56-seed0",
@@ -207,9 +208,9 @@ def test_time_of_training_alone():
 
 
 def write_run(folder, net, seed, **settings):
-    config = depth_degradation.quick(8)
+    config = presets.quick(8)
     config.update(seed=seed, **settings)
-    config.model.shortcut = depth_degradation.NETS[net]
+    config.model.shortcut = presets.NETS[net]
     run = a_run(net, 8, seed, 0.1 * (seed + 1))
     path = folder / "runs" / f"{net}-8-seed{seed}"
     path.mkdir(parents=True)
@@ -246,7 +247,7 @@ def test_gather(tmp_path):
 
 
 def test_papers_recipe_is_known_by_its_settings():
-    run = {"depth": 110, "config": depth_degradation.full(110).to_dict()}
+    run = {"depth": 110, "config": presets.full(110).to_dict()}
     assert depth_degradation.is_papers([run])
     run["config"]["total_steps"] = 2000
     assert not depth_degradation.is_papers([run])

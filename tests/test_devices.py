@@ -15,15 +15,9 @@ import pytest
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax.errors import UserError
-from cvjax.training import (
-    checkpoint,
-    default_config,
-    devices,
-    logs,
-    train_and_evaluate,
-    trainer,
-)
-from cvjax.training.network import load_network
+from cvjax.storage import checkpoint, metrics_log
+from cvjax.training import default_config, devices, train_and_evaluate, trainer
+from cvjax.training.trained_network import load_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS = {
@@ -106,7 +100,7 @@ def check_same_run(folder, reference, step):
 def rows(folder, last):
     """The rows of a run by their step and kind; at its end a run has one of each kind."""
     found = {}
-    for row in logs.read_metrics(folder / "metrics.jsonl"):
+    for row in metrics_log.read_metrics(folder / "metrics.jsonl"):
         timeless = {key: row[key] for key in row if not key.startswith("time/")}
         if row["step"] <= last:
             found[row["step"], "val/error" in row] = timeless

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cvjax.training import default_config, dispatch, train_and_evaluate
-from cvjax.training.network import load_network
+from cvjax.training.trained_network import load_network
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import pytest
 from jax import numpy as jnp
 
 from cvjax import data, evaluate
-from cvjax.analysis import classification
-from cvjax.data.views import Views, create_views, resize, ten_crops
 from cvjax.errors import DivergedError, UserError
+from cvjax.evaluation import classification, predictions
+from cvjax.evaluation.multicrop import Views, create_views, resize, ten_crops
+from cvjax.evaluation.predictions import choose_views
 from cvjax.models import create_model
-from cvjax.training import checkpoint, default_config, network, train_and_evaluate
+from cvjax.storage import checkpoint
+from cvjax.training import default_config, train_and_evaluate, trained_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS = {
@@ -90,10 +92,12 @@ def test_images_whose_solve_failed_have_no_answer():
     images = np.ones((2, 4, 4, 1), np.float32)
     images[1] = np.nan
     variables = model.init(jax.random.key(0), images[:1], train=False)
-    logits = network.apply_model({"params": variables["params"]}, images, model=model)
+    logits = trained_network.apply_model(
+        {"params": variables["params"]}, images, model=model
+    )
     assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
     with pytest.raises(DivergedError, match="no finite answer for 1 of 2 images"):
-        network.probabilities(logits, "softmax")
+        trained_network.probabilities(logits, "softmax")
 
 
 # Numbers
@@ -131,7 +135,7 @@ def test_calibration_has_fifteen_bins_and_passes_over_empty_ones():
 
 def test_measures_by_hand():
     scores = np.array([[0.5, 0.2, 0.1, 0.1, 0.06, 0.04]] * 3)
-    values = evaluate.measure(scores, np.array([0, 4, 5]), "softmax")
+    values = predictions.measure(scores, np.array([0, 4, 5]), "softmax")
     losses = -np.log([0.5, 0.06, 0.04])
     assert values["loss"] == pytest.approx(losses.mean())
     assert values["error"] == pytest.approx(2 / 3)
@@ -140,21 +144,23 @@ def test_measures_by_hand():
 
 def test_sigmoid_measures_by_hand():
     scores = np.array([[0.9, 0.2], [0.6, 1.0]])
-    values = evaluate.measure(scores, np.array([0, 1]), "sigmoid")
+    values = predictions.measure(scores, np.array([0, 1]), "sigmoid")
     loss = -(np.log(0.9) + np.log(0.8) + np.log(0.4) + np.log(1.0)) / 2
     assert values == {"loss": pytest.approx(loss), "error": 0.0}
 
 
 def test_probabilities_by_hand():
     logits = np.log([[1.0, 3.0, 4.0]])
-    softmax = network.probabilities(logits, "softmax")
+    softmax = trained_network.probabilities(logits, "softmax")
     np.testing.assert_allclose(softmax, [[1 / 8, 3 / 8, 4 / 8]])
-    sigmoid = network.probabilities(logits, "sigmoid")
+    sigmoid = trained_network.probabilities(logits, "sigmoid")
     np.testing.assert_allclose(sigmoid, [[1 / 2, 3 / 4, 4 / 5]])
     # Float32 would make both small ones zero, and their order a matter of chance.
-    extreme = network.probabilities(np.array([[0, -200, -300]], np.float32), "softmax")
+    extreme = trained_network.probabilities(
+        np.array([[0, -200, -300]], np.float32), "softmax"
+    )
     assert 1 == extreme[0, 0] > extreme[0, 1] > extreme[0, 2] > 0
-    large = network.probabilities(np.array([[1000.0, 1000.0]]), "softmax")
+    large = trained_network.probabilities(np.array([[1000.0, 1000.0]]), "softmax")
     np.testing.assert_allclose(large, [[0.5, 0.5]])
 
 
@@ -210,7 +216,7 @@ def test_resizing_is_antialiased():
 
 def test_probabilities_are_averaged_over_the_views(runs):
     """Pad, cut, mirror, softmax, mean: by numpy, crop by crop."""
-    net = network.load_network(runs("mlp"))
+    net = trained_network.load_network(runs("mlp"))
     images = data.load("digits").test.images[:3]
     normalised = images / np.float32(255) - np.asarray(net.statistics.mean)
     padded = np.pad(normalised, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -220,8 +226,8 @@ def test_probabilities_are_averaged_over_the_views(runs):
             crop = padded[:, y : y + 8, x : x + 8][:, :, ::mirror]
             logits = net.recipe.model.apply(net.variables, jnp.asarray(crop), train=False)
             expected += np.asarray(jax.nn.softmax(logits)) / 10
-    split = data.dataset.Split(images, np.zeros(3, np.int32))
-    scores, labels = evaluate.predict_split(net, split, Views(10, (), padding=2))
+    split = data.dataset.ArraySplit(images, np.zeros(3, np.int32))
+    scores, labels = predictions.predict_split(net, split, Views(10, (), padding=2))
     assert labels.tolist() == [0, 0, 0]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
@@ -304,11 +310,11 @@ def test_results_are_on_disk_with_their_origin(runs):
 
 
 def test_padding_of_ten_crops_is_that_of_training(runs):
-    net = network.load_network(runs("mlp"))
-    assert evaluate.choose_views(net, 10, ()).padding == 1  # an eighth of 8
+    net = trained_network.load_network(runs("mlp"))
+    assert choose_views(net, 10, ()).padding == 1  # an eighth of 8
     net.run.data.__dict__["crop_padding"] = 3
-    assert evaluate.choose_views(net, 10, ()).padding == 3
-    assert evaluate.choose_views(net, 10, (12,)).padding == 0
+    assert choose_views(net, 10, ()).padding == 3
+    assert choose_views(net, 10, (12,)).padding == 0
 
 
 def test_figure_of_many_classes(tmp_path):
@@ -331,9 +337,9 @@ def test_reading_changes_nothing_and_takes_no_lock(runs, tmp_path):
         return {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
     before = contents()
-    with network.workdirs.lock(workdir):  # as by a run that goes on
+    with trained_network.workdirs.lock(workdir):  # as by a run that goes on
         before = contents()
-        assert network.load_network(workdir).step == steps[-2]
+        assert trained_network.load_network(workdir).step == steps[-2]
         assert contents() == before
 
 
@@ -348,16 +354,18 @@ def test_checkpoint_replaced_while_it_is_read_is_no_mistake(runs, monkeypatch):
             raise UserError("No checkpoint can be read")
         return restore(*args, **kwargs)
 
-    monkeypatch.setattr(network.checkpoints, "restore_latest", restore_late)
+    monkeypatch.setattr(trained_network.checkpoints, "restore_latest", restore_late)
     with monkeypatch.context() as patch:
         listed = iter(steps)
         patch.setattr(
-            network.checkpoints, "list_steps", lambda folder: next(listed, [10, 20, 30])
+            trained_network.checkpoints,
+            "list_steps",
+            lambda folder: next(listed, [10, 20, 30]),
         )
-        assert network.load_network(runs("mlp")).step == 30
+        assert trained_network.load_network(runs("mlp")).step == 30
     calls.clear()
     with pytest.raises(UserError, match="No checkpoint can be read"):
-        network.load_network(runs("mlp"))
+        trained_network.load_network(runs("mlp"))
 
 
 def test_best_checkpoint_is_the_one_that_the_newest_names(runs, monkeypatch):
@@ -369,11 +377,11 @@ def test_best_checkpoint_is_the_one_that_the_newest_names(runs, monkeypatch):
         return state, info | {"best": best}
 
     assert checkpoint.list_steps(runs("mlp"))[-2:] == [20, 30]
-    monkeypatch.setattr(network.checkpoints, "restore_latest", restore_latest)
-    assert network.load_network(runs("mlp"), "best").step == 20
+    monkeypatch.setattr(trained_network.checkpoints, "restore_latest", restore_latest)
+    assert trained_network.load_network(runs("mlp"), "best").step == 20
     best = None
     with pytest.raises(UserError, match=r"no best checkpoint yet, .* at step 30"):
-        network.load_network(runs("mlp"), "best")
+        trained_network.load_network(runs("mlp"), "best")
 
 
 def test_run_from_before_a_setting_existed_can_be_read(runs, tmp_path):
@@ -384,7 +392,10 @@ def test_run_from_before_a_setting_existed_can_be_read(runs, tmp_path):
         manifest["config"]["loss"]["label_smoothing"],
     )
     (workdir / "config.json").write_text(json.dumps(manifest))
-    assert network.load_network(workdir).run == network.load_network(runs("mlp")).run
+    assert (
+        trained_network.load_network(workdir).run
+        == trained_network.load_network(runs("mlp")).run
+    )
 
 
 def test_other_data_than_in_training_is_refused(runs, monkeypatch):
@@ -407,14 +418,14 @@ def test_run_without_checkpoint_or_inputs(runs, tmp_path):
     workdir = shutil.copytree(runs("mlp"), tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint yet; wait"):
-        network.load_network(workdir)
+        trained_network.load_network(workdir)
     content = (workdir / "inputs.npz").read_bytes()
     (workdir / "inputs.npz").write_bytes(content[:100])
     with pytest.raises(UserError, match=r"inputs.npz cannot be read"):
-        network.load_network(workdir)
+        trained_network.load_network(workdir)
     (workdir / "inputs.npz").unlink()
     with pytest.raises(UserError, match=r"inputs.npz does not exist"):
-        network.load_network(workdir)
+        trained_network.load_network(workdir)
 
 
 # The command line
@@ -460,6 +471,7 @@ def test_impossible_scales_are_refused(text):
 def test_mistakes_exit_with_2_and_help_is_there(runs):
     done = run("--workdir=/nowhere")
     assert done.returncode == 2
-    assert done.stderr.startswith("evaluate.py: /nowhere/config.json cannot be read")
+    name = "python -m cvjax.evaluate"
+    assert done.stderr.startswith(f"{name}: /nowhere/config.json cannot be read")
     assert len(done.stderr.splitlines()) == 1
     assert "--checkpoint: last, best (on validation)" in run("--help").stdout

@@ -9,14 +9,15 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.analysis import filter_figure, filters, maps
-from cvjax.analysis.accounting import account
-from cvjax.analysis.backprojection import RULES, with_rule
+from cvjax.costs.accounting import account
 from cvjax.errors import DivergedError, UserError
 from cvjax.models import create_model
 from cvjax.nn.conv import Conv
+from cvjax.report import figures
 from cvjax.training import default_config, trainer
-from experiments import filters as experiment
+from experiments.filters import __main__ as experiment
+from experiments.filters import feature_maps, figure, top_patches
+from experiments.filters.guided_backprop import RULES, with_rule
 
 PATTERN = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 1]], np.float32)
 
@@ -37,7 +38,7 @@ class Detector(nn.Module):
 def detector_map(images, stride=1):
     kernel = np.stack([2 * PATTERN - 1, -np.ones((3, 3))], axis=-1)[:, :, None]
     variables = {"params": {"conv": {"kernel": jnp.asarray(kernel, jnp.float32)}}}
-    return nn.relu(maps.layer_map(Detector(stride), variables, images, "conv"))
+    return nn.relu(feature_maps.layer_map(Detector(stride), variables, images, "conv"))
 
 
 def image_with(top, left):
@@ -50,22 +51,22 @@ def image_with(top, left):
 def test_top_patch_is_the_pattern_at_its_place():
     images = np.stack([np.zeros((6, 7, 1)), 0.5 * image_with(3, 0), image_with(2, 4)])
     batches = [images[:2].astype(np.float32), images[2:].astype(np.float32)]
-    top = filters.find_top(detector_map, batches, 2)
+    top = top_patches.find_top(detector_map, batches, 2)
     np.testing.assert_array_equal(top.images[0], [2, 1])
     np.testing.assert_allclose(top.values[0], [5, 2.5])
     np.testing.assert_array_equal(top.places[0], [[3, 5], [4, 1]])  # of the centre
     assert top.silent.tolist() == [False, True]
-    spans = filters.receptive_spans(detector_map, (6, 7, 1))
-    patch = filters.cut_out(images[2], spans, top.places[0, 0], np.nan)
+    spans = top_patches.receptive_spans(detector_map, (6, 7, 1))
+    patch = top_patches.cut_out(images[2], spans, top.places[0, 0], np.nan)
     np.testing.assert_array_equal(patch[..., 0], PATTERN)
 
 
 def test_patch_over_the_border_is_filled():
     image = image_with(-1, 5)  # without its first row and its last column
-    top = filters.find_top(detector_map, [image[None]], 1)
+    top = top_patches.find_top(detector_map, [image[None]], 1)
     assert top.places[0, 0].tolist() == [0, 6]
-    spans = filters.receptive_spans(detector_map, (6, 7, 1))
-    patch = filters.cut_out(image, spans, top.places[0, 0], 9)
+    spans = top_patches.receptive_spans(detector_map, (6, 7, 1))
+    patch = top_patches.cut_out(image, spans, top.places[0, 0], 9)
     wanted = PATTERN.copy()
     wanted[0], wanted[:, 2] = 9, 9
     np.testing.assert_array_equal(patch[..., 0], wanted)
@@ -73,8 +74,8 @@ def test_patch_over_the_border_is_filled():
 
 def test_whole_image_where_the_field_is_as_large():
     image = np.arange(12.0).reshape(3, 4, 1)
-    spans = filters.receptive_spans(detector_map, (3, 4, 1))
-    patch = filters.cut_out(image, spans, np.array([0, 3]), 9)
+    spans = top_patches.receptive_spans(detector_map, (3, 4, 1))
+    patch = top_patches.cut_out(image, spans, np.array([0, 3]), 9)
     np.testing.assert_array_equal(patch[..., 0], [[2, 3, 9], [6, 7, 9], [10, 11, 9]])
 
 
@@ -86,12 +87,14 @@ def test_patch_holds_the_pixels_that_the_unit_sees_and_no_others(walk):
     init = partial(model.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *shape)))
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
-    apply = partial(maps.layer_map, model, variables, layer="stage2_transition")
+    apply = partial(feature_maps.layer_map, model, variables, layer="stage2_transition")
     images = np.ones((1, *shape), np.float32)
-    back = filters.project(apply, images, np.array([3]), place[None], "guided")[0, ..., 0]
+    back = top_patches.project(apply, images, np.array([3]), place[None], "guided")[
+        0, ..., 0
+    ]
     numbers = np.arange(1, 24 * 24 + 1).reshape(shape)
-    spans = filters.receptive_spans(apply, shape)
-    patch = filters.cut_out(numbers, spans, place, 0)
+    spans = top_patches.receptive_spans(apply, shape)
+    patch = top_patches.cut_out(numbers, spans, place, 0)
     assert patch.shape == (13, 13, 1) and (patch == 0).any()
     np.testing.assert_array_equal(np.unique(patch[patch > 0]), numbers[back != 0].ravel())
 
@@ -150,11 +153,11 @@ def test_projection_of_a_linear_map_is_its_kernel():
         "convnet", num_classes=2, features=(4,), kernels=(3,), strides=(2,), paddings=(1,)
     )
     variables["params"]["head"] = {"kernel": np.ones((16, 2)), "bias": np.ones(2)}
-    apply = partial(maps.layer_map, model, variables, layer="conv1")
+    apply = partial(feature_maps.layer_map, model, variables, layer="conv1")
     images = np.random.default_rng(1).normal(size=(2, 8, 8, 2)).astype(np.float32)
     places = np.array([[1, 2], [0, 3]])
     for rule in RULES:
-        back = filters.project(apply, images, np.array([3, 1]), places, rule)
+        back = top_patches.project(apply, images, np.array([3, 1]), places, rule)
         wanted = np.zeros((2, 8, 8, 2))
         wanted[0, 1:4, 3:6] = kernel[..., 3]
         wanted[1, 0:2, 5:8] = kernel[1:, :, :, 1]  # its first row lies on the padding
@@ -177,12 +180,12 @@ NETS = {
 
 
 def layers_of(name, side, fields):
-    model = maps.prepare(create_model(name, num_classes=10, **fields))
+    model = feature_maps.prepare(create_model(name, num_classes=10, **fields))
     shape = (side, side, 3)
     init = partial(model.init, train=False)
     variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *shape)))
     variables = {key: variables[key] for key in variables.keys() - {"solver"}}
-    return model, variables, maps.list_layers(model, variables, shape)
+    return model, variables, feature_maps.list_layers(model, variables, shape)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -190,7 +193,7 @@ def test_layers_of_every_network(name):
     side, fields, first, kernel = NETS[name]
     model, variables, layers = layers_of(name, side, fields)
     filled = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
-    shape = maps.first_kernel(layers, filled["params"]).shape
+    shape = feature_maps.first_kernel(layers, filled["params"]).shape
     assert shape[:3] == (kernel, kernel, 3)
     assert next(key for key in layers if layers[key].kind is Conv) == first
     # Shapes and receptive fields are those of the account, of all that both name.
@@ -199,27 +202,27 @@ def test_layers_of_every_network(name):
     assert len(both) >= 2
     for key in both:
         assert layers[key].shape == rows[key].output
-    for key in maps.choose_layers(layers, 3):
-        apply = partial(maps.layer_map, model, filled, layer=key)
-        spans = filters.receptive_spans(apply, (side, side, 3))
+    for key in feature_maps.choose_layers(layers, 3):
+        apply = partial(feature_maps.layer_map, model, filled, layer=key)
+        spans = top_patches.receptive_spans(apply, (side, side, 3))
         if key in rows:
             assert spans[0].field == rows[key].field
 
 
 def test_chosen_layers_span_the_depth():
     _, _, layers = layers_of("resnet_cifar", 16, {"depth": 14, "width": 2})
-    assert maps.choose_layers(layers, 4) == [
+    assert feature_maps.choose_layers(layers, 4) == [
         *("stem_bn", "stage1/block2", "stage2/block1", "stage3/block1")
     ]
     _, _, layers = layers_of("odenet", 28, {"width": 4, "steps": 2})
-    assert maps.choose_layers(layers, 9) == ["stem", "ode"]
+    assert feature_maps.choose_layers(layers, 9) == ["stem", "ode"]
 
 
 def test_blocks_walked_one_by_one_make_the_same_logits():
     model = create_model("resnet_cifar", num_classes=3, depth=14, width=2, walk="rolled")
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
-    run = jax.jit(partial(maps.layer_map, model, layer="stage3/block1"))
+    run = jax.jit(partial(feature_maps.layer_map, model, layer="stage3/block1"))
     last = run(variables, images)
     head = variables["params"]["head"]
     logits = last.mean(axis=(1, 2)) @ head["kernel"] + head["bias"][None]
@@ -241,13 +244,15 @@ def test_an_mlp_has_no_filters():
 
 def test_adaptive_steps_are_refused():
     with pytest.raises(UserError, match=r"adaptive steps \(dopri5\).*--fields=solver=rk4,"):
-        maps.prepare(create_model("odenet", num_classes=2, solver="dopri5", steps=0))
+        feature_maps.prepare(
+            create_model("odenet", num_classes=2, solver="dopri5", steps=0)
+        )
 
 
 def test_a_layer_that_does_not_exist():
     _, _, layers = layers_of("resnet_cifar", 16, {"depth": 14, "width": 2})
     with pytest.raises(UserError, match="got 'stage1/blok2'; did you mean 'stage1/block2'"):
-        maps.check_layers(layers, ["stage1/blok2"])
+        feature_maps.check_layers(layers, ["stage1/blok2"])
 
 
 def test_a_workdir_without_run(tmp_path):
@@ -261,19 +266,17 @@ def test_a_workdir_without_run(tmp_path):
 
 def test_agreement_by_hand():
     labels = np.array([[0, 0, 1], [2, 2, 2], [0, 1, 2]])
-    np.testing.assert_allclose(filters.class_agreement(labels), [2 / 3, 1, 1 / 3])
+    np.testing.assert_allclose(top_patches.class_agreement(labels), [2 / 3, 1, 1 / 3])
     # Of two draws out of two classes without end, half are of one class.
-    chance = filters.chance_agreement(np.arange(1_000) % 2, 2)
+    chance = top_patches.chance_agreement(np.arange(1_000) % 2, 2)
     assert chance == pytest.approx((1 + 0.5) / 2, abs=0.03)
 
 
 def test_sheet_by_hand():
-    sheet = filter_figure.tile([np.zeros((1, 1, 1)), np.full((1, 1, 1), np.nan)], 2, 2)
+    sheet = figures.tile([np.zeros((1, 1, 1)), np.full((1, 1, 1), np.nan)], 2, 2)
     assert sheet.shape == (2, 5, 3)
-    np.testing.assert_array_equal(
-        sheet[0, :, 0], [0, 0, 1, *[filter_figure.OUTSIDE[0]] * 2]
-    )
-    grey = filter_figure.as_picture(np.array([[[2.0], [0.0], [-1.0]]]))
+    np.testing.assert_array_equal(sheet[0, :, 0], [0, 0, 1, *[figures.OUTSIDE[0]] * 2])
+    grey = figure.as_picture(np.array([[[2.0], [0.0], [-1.0]]]))
     np.testing.assert_allclose(grey[0, :, 0], [1, 0.5, 0.25])
 
 

@@ -8,8 +8,8 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.analysis import gradients
-from cvjax.data.augment import Augmentation, Statistics, normalize
+from cvjax.data.augment import Augmentation
+from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.nn import depth
@@ -18,6 +18,7 @@ from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
+from experiments.vanishing_gradients import gradients
 
 SOFTMAX = LossConfig()
 # Compiling these small programs takes longer than running them.

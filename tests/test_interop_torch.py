@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax import data, program
+from cvjax import cli, data
 from cvjax.errors import UserError
 from cvjax.evaluate import evaluate
 from cvjax.interop import torch as interop
@@ -24,7 +24,7 @@ from cvjax.interop.names import Place, torch_names
 from cvjax.interop.tensors import load_tensors
 from cvjax.models import create_model
 from cvjax.training import default_config, trainer
-from cvjax.training.network import apply_model, load_network
+from cvjax.training.trained_network import apply_model, load_network
 
 try:
     import torch
@@ -502,10 +502,10 @@ def test_inputs_of_flags(tmp_path):
 
 
 def test_fields():
-    fields = program.parse_fields(["depth=20", "shortcut=A", "batch_norm=true", "h=0.5"])
+    fields = cli.parse_fields(["depth=20", "shortcut=A", "batch_norm=true", "h=0.5"])
     assert fields == {"depth": 20, "shortcut": "A", "batch_norm": True, "h": 0.5}
     with pytest.raises(UserError, match="--fields takes name=value,name=value, got 'x'"):
-        program.parse_fields(["x"])
+        cli.parse_fields(["x"])
 
 
 # With PyTorch: its nets, with random weights and averages

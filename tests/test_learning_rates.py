@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs import digits_mlp
-from cvjax.analysis import learning_rates as rates
 from cvjax.errors import UserError
 from cvjax.training.config import parse_config
 from cvjax.training.optim import create_schedule
-from experiments import learning_rates as experiment
+from experiments.learning_rates import __main__ as experiment
+from experiments.learning_rates import figure, range_test, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def test_smoothing_by_hand():
     np.testing.assert_allclose(
-        rates.smooth([1.0, 3.0, 2.0]),
+        range_test.smooth([1.0, 3.0, 2.0]),
         [1.0, (0.09 * 1 + 0.1 * 3) / 0.19, (0.081 + 0.27 + 0.2) / 0.271],
     )
 
@@ -31,7 +31,7 @@ def test_smoothing_by_hand():
 def test_suggestion_is_a_tenth_of_the_best_rate():
     tried = np.geomspace(1e-4, 10, 101)
     losses = np.abs(np.log10(tried) + 1) + 0.5  # a valley at 0.1
-    found = rates.suggest(tried, losses)
+    found = range_test.suggest(tried, losses)
     # Smoothing lags behind by some of the 20 steps that a decade has.
     assert 0.1 <= found.least < 0.3
     assert found.rate == pytest.approx(found.least / 10)
@@ -41,8 +41,10 @@ def test_what_comes_after_the_divergence_does_not_count():
     tried = np.geomspace(1e-4, 10, 101)
     losses = np.where(tried < 0.0099, 2.0 - 100 * tried, 50.0)
     losses[-55:] = 0.0  # as by chance, and long enough for the smoothed loss to follow
-    assert rates.smooth(losses).argmin() == 100
-    assert rates.suggest(tried, losses).least == pytest.approx(tried[tried < 0.0099][-1])
+    assert range_test.smooth(losses).argmin() == 100
+    assert range_test.suggest(tried, losses).least == pytest.approx(
+        tried[tried < 0.0099][-1]
+    )
 
 
 # The range test's config
@@ -88,7 +90,7 @@ def fit_of(setting, train, val):
 
 
 def test_table_of_rates_by_hand():
-    good, high = rates.tabulate_rates(RATE_RUNS)
+    good, high = tables.tabulate_rates(RATE_RUNS)
     assert good["loss"]["mean"] == pytest.approx(0.3)
     assert good["loss"]["std"] == pytest.approx(np.sqrt(0.02))
     assert (good["diverged"], good["steps"]) == (0, None)
@@ -101,7 +103,7 @@ def test_table_of_fits_by_hand():
         fit_of("4", 0.0, 0.4),
         {"setting": "8", "summary": None},
     ]
-    (row,) = rates.tabulate_fits(runs)
+    (row,) = tables.tabulate_fits(runs)
     assert (row["setting"], row["n"]) == ("4", 2)
     assert row["val/loss"]["mean"] == pytest.approx(0.3)
     assert row["train_eval/error"]["mean"] == pytest.approx(0.025)
@@ -121,17 +123,17 @@ def test_figures_from_given_numbers(tmp_path, capsys):
         }
         for suggested in (0.01, 0.04)
     ]
-    fits = rates.tabulate_fits([fit_of("1", 0.3, 0.4), fit_of("2", 0.0, 0.1)])
+    fits = tables.tabulate_fits([fit_of("1", 0.3, 0.4), fit_of("2", 0.0, 0.1)])
     results = {
         **{"data": "digits", "names": {"capacity": "units", "regularisation": "decay"}},
-        **{"rates": rates.tabulate_rates(RATE_RUNS), "runs": {"rates": RATE_RUNS}},
+        **{"rates": tables.tabulate_rates(RATE_RUNS), "runs": {"rates": RATE_RUNS}},
         **{"range": tests, "capacity": fits, "regularisation": fits},
     }
-    rates.draw_learning_rates(results, tmp_path / "all.png")
-    rates.draw_range_test(tests, "mlp on digits", tmp_path / "range.png")
+    figure.draw_learning_rates(results, tmp_path / "all.png")
+    figure.draw_range_test(tests, "mlp on digits", tmp_path / "range.png")
     for name in ("all", "range"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    rates.show(results)
+    tables.show(results)
     shown = capsys.readouterr().out
     assert "2 of 2, step 10" in shown
     assert "Suggested learning rate: 0.02 " in shown  # the geometric mean

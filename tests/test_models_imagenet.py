@@ -11,8 +11,9 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.data.augment import Augmentation, Statistics
-from cvjax.data.dataset import Split
+from cvjax.data.augment import Augmentation
+from cvjax.data.dataset import ArraySplit
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.alexnet import adaptive_average_pool, local_response_norm
@@ -730,7 +731,7 @@ def test_auxiliary_losses_are_weighted_in_training_only(weight):
     values = evaluate(
         before.params,
         before.batch_stats,
-        Split(batch["image"], batch["label"]),
+        ArraySplit(batch["image"], batch["label"]),
         PLAIN,
         recipe=recipe,
         batch_size=6,

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from cvjax import data
-from cvjax.analysis.multilevel import measure_time, tabulate
-from cvjax.data import augment, pipeline
+from cvjax.data import dataset
+from cvjax.data.normalize import normalize
 from cvjax.errors import InterruptedRun
 from cvjax.models import create_model
 from cvjax.nn.depth import refine
-from cvjax.training import default_config, logs, loop, trainer
-from cvjax.training.network import load_network
-from experiments import multilevel
+from cvjax.report.tables import percent
+from cvjax.storage import metrics_log
+from cvjax.training import default_config, loop, trainer
+from cvjax.training.trained_network import load_network
+from experiments.multilevel import __main__ as multilevel
+from experiments.multilevel.figure import measure_time, tabulate
 
 
 def tiny(total_steps=8):
@@ -118,8 +121,7 @@ def test_table_by_hand():
     assert several["time_ratio"]["mean"] == pytest.approx((13 / 16 + 17 / 34) / 2)
     assert several["step_ratio"]["mean"] == pytest.approx((3 / 10 + 7 / 28) / 2)
     assert single["time_ratio"] == {"mean": 1, "std": 0}
-    assert multilevel.format_spread(several["test/error"], 100, 1) == "20.0 ± 14.1"
-    assert multilevel.format_spread({"mean": 0.2, "std": None}, 100, 1) == "20.0"
+    assert percent(several["test/error"], 1) == "20.0 ± 14.1"
 
 
 # Whole runs
@@ -142,7 +144,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
         return multilevel.train_method("multi-level", tiny(), 0, folder)
 
     straight = train(tmp_path / "straight")
-    train_batch, calls = pipeline.train_batch, []
+    train_batch, calls = dataset.train_batch, []
 
     def patched(*args):
         calls.append(args)
@@ -151,7 +153,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
         return train_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train_batch", patched)
+        patch.setattr(dataset, "train_batch", patched)
         with pytest.raises((KeyboardInterrupt, InterruptedRun)):
             train(tmp_path / "stopped")
     second = tmp_path / "stopped" / "runs" / "multilevel-seed0" / "level2"
@@ -163,7 +165,7 @@ def test_stopped_within_a_level_it_resumes_bit_for_bit(two_levels, tmp_path, mon
     rows = [
         [
             {key: value for key, value in row.items() if not key.startswith("time/")}
-            for row in logs.read_metrics(folder / "metrics.jsonl")
+            for row in metrics_log.read_metrics(folder / "metrics.jsonl")
         ]
         for folder in (second, reference)
     ]
@@ -185,7 +187,7 @@ def refined_error(level_dir, fields):
     digits = data.load("digits").val
     logits = create_model(num_classes=10, **fields).apply(
         refine(network.variables),
-        augment.normalize(digits.images, network.statistics),
+        normalize(digits.images, network.statistics),
         train=False,
     )
     return (logits.argmax(axis=-1) != digits.labels).mean()

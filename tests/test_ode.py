@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn import adaptive, depth
+from cvjax.nn import depth, diffrax_solve
 from cvjax.nn import solver as solvers
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import METHODS, Solver
@@ -114,7 +114,7 @@ def test_own_steps_equal_diffraxs(method, float64):
 
 
 def _by_diffrax(field, theta, x, method, steps):
-    return adaptive.solve(
+    return diffrax_solve.solve(
         lambda theta, x, t: field.apply({"params": theta}, x, t),
         *(theta, x, 0.0, 1.0),
         method=method,

@@ -10,7 +10,7 @@ import pytest
 
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from experiments import odenet_vs_resnet as experiment
+from experiments.odenet_vs_resnet import __main__ as experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvjax import data, evaluate, predict
-from cvjax.data.pictures import load_picture
-from cvjax.data.views import Views
+from cvjax import data, predict
+from cvjax.data.image_files import load_picture
+from cvjax.evaluation import predictions
+from cvjax.evaluation.multicrop import Views
 from cvjax.training import default_config, train_and_evaluate
-from cvjax.training.network import load_network
+from cvjax.training.trained_network import load_network
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def run(*arguments):
 def test_prediction_of_a_file_equals_evaluation(workdir, tmp_path, monkeypatch):
     network = load_network(workdir)
     test = data.load("digits").test
-    scores, _ = evaluate.predict_split(network, test, Views())
+    scores, _ = predictions.predict_split(network, test, Views())
     monkeypatch.setattr(data, "load", None)  # not needed from here on
     for k in range(5):
         Image.fromarray(test.images[k, ..., 0]).save(tmp_path / "digit.png")
@@ -76,9 +77,11 @@ def test_good_files_go_on_after_bad_ones(workdir, tmp_path):
         probabilities = [entry["probability"] for entry in row["top"]]
         assert probabilities == pytest.approx(np.sort(scores)[:-3:-1].tolist())
     broken, missing, folder = done.stderr.splitlines()
-    assert broken.startswith(f"predict.py: {tmp_path}/broken.jpg is broken:")
-    assert missing == f"predict.py: {tmp_path}/missing.png does not exist."
-    assert folder.startswith(f"predict.py: {tmp_path} is a folder; name image files")
+    assert broken.startswith(f"python -m cvjax.predict: {tmp_path}/broken.jpg is broken:")
+    assert missing == f"python -m cvjax.predict: {tmp_path}/missing.png does not exist."
+    assert folder.startswith(
+        f"python -m cvjax.predict: {tmp_path} is a folder; name image files"
+    )
 
 
 def test_good_files_only_exit_with_0_and_nothing_on_stderr(workdir, tmp_path):
@@ -103,5 +106,5 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence):
     done = run(*arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("predict.py: ")
+    assert line.startswith("python -m cvjax.predict: ")
     assert sentence in line

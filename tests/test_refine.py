@@ -14,7 +14,7 @@ from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn.depth import Stage, coarsen, refine
-from cvjax.training import checkpoint
+from cvjax.storage import checkpoint
 from cvjax.training.config import default_config, parse_config
 from cvjax.training.optim import OptimConfig
 from cvjax.training.recipe import Recipe

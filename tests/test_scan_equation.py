@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax import numpy as jnp
 
-from cvjax.analysis.scan_equation import split_inputs
+from cvjax.costs.scan_equation import split_inputs
 
 
 def scan_equation(constants, carry, stacked):

@@ -9,9 +9,10 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.data import pipeline
-from cvjax.data.augment import Augmentation, Statistics, compute_statistics
-from cvjax.data.dataset import Split
+from cvjax.data import dataset
+from cvjax.data.augment import Augmentation
+from cvjax.data.dataset import ArraySplit
+from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.errors import DivergedError
 from cvjax.models import create_model
 from cvjax.nn import solver as solvers
@@ -105,7 +106,7 @@ def constants(seed=0, statistics=PLAIN):
 def random_split(count, seed=0):
     rng = np.random.default_rng(seed)
     images = rng.integers(256, size=(count, *SHAPE)).astype(np.uint8)
-    return Split(images, rng.integers(CLASSES, size=count).astype(np.int32))
+    return ArraySplit(images, rng.integers(CLASSES, size=count).astype(np.int32))
 
 
 def random_batch(count=8, seed=0):
@@ -205,7 +206,7 @@ def test_an_evaluation_stops_at_a_failed_solve():
 @pytest.mark.slow
 def test_adaptive_evaluation_does_not_depend_on_the_batch():
     model = create_model("odenet", 3, width=4, stem="none", solver="dopri5", steps=0)
-    split = Split(random_split(5).images, np.array([0, 1, 2, 0, 1], np.int32))
+    split = ArraySplit(random_split(5).images, np.array([0, 1, 2, 0, 1], np.int32))
     variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False)
     two, five = (
         evaluate(
@@ -358,9 +359,9 @@ def test_the_batch_size_does_not_matter():
 
 
 def test_an_evaluation_that_loses_an_example_is_refused(monkeypatch):
-    complete = pipeline.eval_batches
+    complete = dataset.eval_batches
     monkeypatch.setattr(
-        pipeline,
+        dataset,
         "eval_batches",
         lambda *arguments: iter(list(complete(*arguments))[:-1]),
     )

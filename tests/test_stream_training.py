@@ -17,15 +17,17 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data, evaluate, predict
-from cvjax.data import workers
-from cvjax.data.dataset import Split
-from cvjax.data.pictures import load_picture
+from cvjax.data import prefetch
+from cvjax.data.dataset import ArraySplit
+from cvjax.data.image_files import load_picture
 from cvjax.data.streaming import StreamedSplit
-from cvjax.data.views import Views
 from cvjax.errors import InterruptedRun, UserError
-from cvjax.training import default_config, logs, train_and_evaluate, trainer
+from cvjax.evaluation import predictions
+from cvjax.evaluation.multicrop import Views
+from cvjax.storage import metrics_log
+from cvjax.training import default_config, train_and_evaluate, trainer
 from cvjax.training.config import parse_config
-from cvjax.training.network import load_network
+from cvjax.training.trained_network import load_network
 
 TRAIN, TEST, STEPS = 30, 7, 9
 
@@ -76,7 +78,7 @@ def outcome(workdir):
     info = workdir / "checkpoints" / str(STEPS) / "info.json"
     rows = [
         {key: row[key] for key in row if not key.startswith("time/")}
-        for row in logs.read_metrics(workdir / "metrics.jsonl")
+        for row in metrics_log.read_metrics(workdir / "metrics.jsonl")
     ]
     summary = json.loads((workdir / "summary.json").read_text())
     return json.loads(info.read_text())["info"]["digest"], rows, summary
@@ -97,7 +99,7 @@ def finished(tmp_path_factory):
 def as_in_memory(split):
     """The centre crops of a streamed split."""
     batch = next(split.eval_batches(len(split)))
-    return Split(batch["image"], batch["label"])
+    return ArraySplit(batch["image"], batch["label"])
 
 
 # Training
@@ -179,7 +181,7 @@ def test_evaluation_is_the_summarys(create_config, finished, folder):
 def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
     network = load_network(finished(create_config()))
     test = data.load(**network.run.data.source).test
-    scores, _ = evaluate.predict_split(network, test, Views())
+    scores, _ = predictions.predict_split(network, test, Views())
     for (encoded, _), expected in zip(test.records.read(range(TEST)), scores, strict=True):
         (tmp_path / "picture.jpg").write_bytes(encoded)
         image = load_picture(tmp_path / "picture.jpg", network.image_shape, streamed=True)
@@ -239,7 +241,7 @@ def test_too_little_shared_memory_for_training_and_evaluation_is_told_at_start(
     """(4 x 3 + 1) batches of 8 images of 768 bytes and as many of 4 are 120 kB."""
     free = 110_000  # enough for either
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(prefetch, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"batches of 3 workers need 0 MB .* batch sizes"):
         train_and_evaluate(create_config(**{"data.num_workers": 3}), tmp_path / "run")

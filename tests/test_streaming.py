@@ -20,9 +20,8 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data
-from cvjax.data import crops, photographs, workers
-from cvjax.data.dataset import Split
-from cvjax.data.pipeline import batch_indices
+from cvjax.data import augment, image_files, prefetch
+from cvjax.data.dataset import ArraySplit, batch_indices
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 
@@ -108,12 +107,12 @@ def test_crops_are_drawn_by_seed_and_place_not_by_batch(opened):
 
 
 def test_the_crops_are_the_ones_that_old_checkpoints_were_trained_with(opened):
-    # Change these numbers only for a new rule that is wanted; see test_pipeline.
+    # Change these numbers only for a new rule that is wanted; see test_dataset.
     short, place = 113, np.array([0.9440227397817086, 0.42638952230598914])
     train = opened().train
     index = train.indices[batch_indices(23, 4, seed=3, step=2)[1]]
     picture, _ = next(train.records.decode([index]))
-    expected = crops.scale_crop(picture, SIZE, short, place)
+    expected = image_files.scale_crop(picture, SIZE, short, place)
     np.testing.assert_array_equal(take(train, 1, start=2)[0]["image"][1], expected)
 
 
@@ -150,14 +149,16 @@ def test_evaluation_covers_each_example_once_in_order(batch_size, opened):
     assert labels[mask].tolist() == [label for _, label in stored]
     for image, (encoded, _) in zip(images[mask], stored, strict=True):
         picture = Image.open(io.BytesIO(encoded))
-        np.testing.assert_array_equal(image, np.asarray(crops.center_crop(picture, SIZE)))
+        np.testing.assert_array_equal(
+            image, np.asarray(image_files.center_crop(picture, SIZE))
+        )
 
 
 def test_training_without_scales_sees_the_centre(opened):
     train = opened(StreamOptions(image_size=SIZE)).train
     batch = take(train, 1)[0]
     picture, _ = next(train.records.decode(train.indices[batch_indices(23, 4, 3, 0)]))
-    expected = np.asarray(crops.center_crop(picture, SIZE))
+    expected = np.asarray(image_files.center_crop(picture, SIZE))
     np.testing.assert_array_equal(batch["image"][0], expected)
 
 
@@ -187,17 +188,19 @@ def test_scale_crop_is_resizing_and_cutting():
         top = int(place[0] * (short - SIZE + 1))
         left = int(place[1] * (width - SIZE + 1))
         expected = np.asarray(whole.crop((left, top, left + SIZE, top + SIZE)), int)
-        crop = np.asarray(crops.scale_crop(picture, SIZE, short, np.array(place)), int)
+        crop = np.asarray(
+            image_files.scale_crop(picture, SIZE, short, np.array(place)), int
+        )
         assert np.abs(crop - expected).max() <= 1  # of 255: Pillow rounds its weights
 
 
 def test_scale_crop_is_that_of_the_device():
     picture = Image.open(io.BytesIO(photograph(0)[0])).crop((0, 0, 96, 96))
     place = np.array([0.4, 0.7])
-    crop = np.asarray(crops.scale_crop(picture, 96, 140, place), float)
+    crop = np.asarray(image_files.scale_crop(picture, 96, 140, place), float)
     image = jnp.asarray(np.asarray(picture), jnp.float32)
     place_there = jnp.asarray(place, jnp.float32)
-    expected = jax.jit(photographs.scale_crop)(image, jnp.array(140), place_there)
+    expected = jax.jit(augment.scale_crop)(image, jnp.array(140), place_there)
     assert np.abs(crop - expected).max() < 1.1
 
 
@@ -207,7 +210,7 @@ def test_each_window_can_be_drawn_up_to_the_edges():
     picture = Image.fromarray(np.stack([rows, columns, rows], -1).astype(np.uint8))
     corners = set()
     for place in itertools.product(np.linspace(0, 0.999, 30), repeat=2):
-        crop = np.asarray(crops.scale_crop(picture, 4, 7, np.array(place)))
+        crop = np.asarray(image_files.scale_crop(picture, 4, 7, np.array(place)))
         np.testing.assert_array_equal(crop[..., 0] - crop[0, 0, 0], rows[:4, :4])
         np.testing.assert_array_equal(crop[..., 1] - crop[0, 0, 1], columns[:4, :4])
         corners.add((int(crop[0, 0, 0]), int(crop[0, 0, 1])))
@@ -225,7 +228,7 @@ def test_center_crop_is_224_of_256():
         )
         left, top = (whole.width - 224) // 2, (whole.height - 224) // 2
         expected = np.asarray(whole.crop((left, top, left + 224, top + 224)), int)
-        crop = np.asarray(crops.center_crop(image, 224), int)
+        crop = np.asarray(image_files.center_crop(image, 224), int)
         assert np.abs(crop - expected).max() <= 1
 
 
@@ -296,7 +299,7 @@ def test_grey_images(opened, tmp_path):
 
 
 def test_a_split_in_memory_tells_its_image_shape():
-    split = Split(np.zeros((3, 4, 5, 1), np.uint8), np.zeros(3, np.int32))
+    split = ArraySplit(np.zeros((3, 4, 5, 1), np.uint8), np.zeros(3, np.int32))
     assert split.image_shape == (4, 5, 1)
 
 
@@ -329,7 +332,7 @@ def test_images_that_are_too_small(opened):
 
 def test_too_little_shared_memory(opened, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(prefetch, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     options = dataclasses.replace(OPTIONS, num_workers=3)
     message = r"of 3 workers need 3 MB of shared memory and .* has 1 MB; lower data\.num"

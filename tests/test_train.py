@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cvjax.training import logs
+from cvjax.storage import metrics_log
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Long enough to be caught in the middle, over in seconds all the same.
@@ -54,7 +54,7 @@ def without_time(workdir):
         json.dumps(
             {key: value for key, value in row.items() if not key.startswith("time/")}
         )
-        for row in logs.read_metrics(workdir / "metrics.jsonl")
+        for row in metrics_log.read_metrics(workdir / "metrics.jsonl")
     ]
 
 

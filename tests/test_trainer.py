@@ -10,18 +10,12 @@ import pytest
 from absl import logging
 
 from cvjax import data
-from cvjax.data import pipeline
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data import dataset as datasets
+from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.errors import DivergedError, InterruptedRun, UserError
-from cvjax.training import (
-    checkpoint,
-    default_config,
-    dispatch,
-    logs,
-    loop,
-    train_and_evaluate,
-)
-from cvjax.training.trace import parse_steps
+from cvjax.storage import checkpoint, metrics_log
+from cvjax.training import default_config, dispatch, loop, train_and_evaluate
+from cvjax.training.profiling import parse_steps
 
 TOTAL_STEPS = 12
 BATCH_SIZE = 399  # of 1,197 training digits: three batches an epoch
@@ -71,14 +65,14 @@ def create_config(model="mlp", **settings):
 
 def stop_at(monkeypatch, step, action):
     """Calls `action` when the batch after `step` updates is asked for."""
-    train_batch = pipeline.train_batch
+    train_batch = datasets.train_batch
 
     def patched(split, batch_size, seed, at, share):
         if at == step:
             action()
         return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(pipeline, "train_batch", patched)
+    monkeypatch.setattr(datasets, "train_batch", patched)
 
 
 def rows_without_time(workdir):
@@ -87,7 +81,7 @@ def rows_without_time(workdir):
         json.dumps(
             {key: value for key, value in row.items() if not key.startswith("time/")}
         )
-        for row in logs.read_metrics(workdir / "metrics.jsonl")
+        for row in metrics_log.read_metrics(workdir / "metrics.jsonl")
     ]
 
 
@@ -197,7 +191,7 @@ def test_a_trace_of_the_steps_asked_for_is_written(uninterrupted, tmp_path, monk
 
         monkeypatch.setattr(module, name, noted)
 
-    note(pipeline, "train_batch", lambda: batches.append(1))
+    note(datasets, "train_batch", lambda: batches.append(1))
     note(jax.profiler, "start_trace", lambda: moments.append(len(batches)))
     note(jax.profiler, "stop_trace", lambda: moments.append(len(batches)))
     train_and_evaluate(create_config(), tmp_path, traced=range(2, 3))
@@ -230,7 +224,8 @@ def test_run_stopped_within_an_evaluation_repeats_it_once(
         with pytest.raises(InterruptedRun, match="at step 4 of 12"):
             train_and_evaluate(create_config(), tmp_path)
     assert all(
-        "val/error" not in row for row in logs.read_metrics(tmp_path / "metrics.jsonl")
+        "val/error" not in row
+        for row in metrics_log.read_metrics(tmp_path / "metrics.jsonl")
     )
 
     # Killed after the repeated evaluation, before the next checkpoint: it comes once more.
@@ -288,12 +283,12 @@ def test_failed_evaluation_saves_the_state_and_can_be_repeated(
 
 def test_ode_runs_log_their_evaluations(uninterrupted):
     folder = uninterrupted("ode-adaptive")
-    rows = logs.read_metrics(folder / "metrics.jsonl")
+    rows = metrics_log.read_metrics(folder / "metrics.jsonl")
     assert all(row["train/nfe"] >= 15 for row in rows if "train/loss" in row)
     assert all(row["val/nfe"] >= 15 for row in rows if "val/error" in row)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test/nfe_max"] >= summary["test/nfe"] >= 15
-    rows = logs.read_metrics(uninterrupted("ode-fixed") / "metrics.jsonl")
+    rows = metrics_log.read_metrics(uninterrupted("ode-fixed") / "metrics.jsonl")
     assert {row["train/nfe"] for row in rows if "train/loss" in row} == {4.0}
 
 
@@ -308,7 +303,7 @@ def test_workdir_holds_what_the_readme_says(uninterrupted):
     assert {"config", "versions", "device", "seed", "git"} <= manifest.keys()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["step"] == TOTAL_STEPS
-    rows = logs.read_metrics(folder / "metrics.jsonl")
+    rows = metrics_log.read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8, 10, 12]
     assert [row["step"] for row in rows if "val/error" in row] == [4, 8, 12]
     first = rows[0]
@@ -336,7 +331,7 @@ def test_finished_run_can_be_made_longer(tmp_path):
     train_and_evaluate(create_config(total_steps=4), tmp_path)
     summary = train_and_evaluate(create_config(total_steps=6), tmp_path)
     assert summary["step"] == 6
-    steps = [row["step"] for row in logs.read_metrics(tmp_path / "metrics.jsonl")]
+    steps = [row["step"] for row in metrics_log.read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == [2, 4, 4, 6, 6]
     with pytest.raises(UserError, match="finished run of 6 steps, more than total_steps 4"):
         train_and_evaluate(create_config(total_steps=4), tmp_path)
@@ -438,7 +433,7 @@ def test_test_curve_changes_nothing_else(tmp_path):
     curve = train_and_evaluate(create_config(test_curve=True), tmp_path / "curve")
     assert {**curve, **plain} == curve
     assert curve.keys() - plain.keys() <= {"test/loss", "test/accuracy"}
-    rows = logs.read_metrics(tmp_path / "curve" / "metrics.jsonl")
+    rows = metrics_log.read_metrics(tmp_path / "curve" / "metrics.jsonl")
     measured = [row for row in rows if "val/error" in row]
     assert len(measured) > 1 and all("test/error" in row for row in measured)
     assert measured[-1]["test/error"] == plain["test/error"]
@@ -468,7 +463,7 @@ def test_sigmoid_loss_trains_on_multi_label_data(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 4, 4, 1)).astype(np.uint8)
     labels = (images.reshape(60, 16)[:, :3] > 127).astype(np.int32)  # three yes-no pixels
-    split = Split(images, labels)
+    split = ArraySplit(images, labels)
     dataset = Dataset("pixels", split, split, split, ("a", "b", "c"), "0")
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: dataset)
     settings = {

@@ -12,21 +12,15 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from cvjax import data
-from cvjax.data import pipeline
-from cvjax.data.augment import Statistics, compute_statistics
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data import dataset
+from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.errors import InterruptedRun, UserError
 from cvjax.models import create_model
-from cvjax.training import (
-    checkpoint,
-    default_config,
-    loop,
-    train_and_evaluate,
-    trainer,
-    transfer,
-)
-from cvjax.training.network import load_network
+from cvjax.storage import checkpoint
+from cvjax.training import default_config, loop, train_and_evaluate, trainer, transfer
 from cvjax.training.optim import OptimConfig, create_optimizer, is_frozen
+from cvjax.training.trained_network import load_network
 
 STEPS = 6
 
@@ -76,7 +70,7 @@ def six_classes(monkeypatch):
 
     def some(split):
         few = split.labels < 6
-        return Split(split.images[few], split.labels[few])
+        return ArraySplit(split.images[few], split.labels[few])
 
     few = Dataset(
         name="digits",
@@ -97,14 +91,14 @@ def arrays(workdir, step="last"):
 
 
 def stop_at(monkeypatch, step):
-    train_batch = pipeline.train_batch
+    train_batch = dataset.train_batch
 
     def patched(split, batch_size, seed, at, share):
         if at == step:
             raise KeyboardInterrupt
         return train_batch(split, batch_size, seed, at, share)
 
-    monkeypatch.setattr(pipeline, "train_batch", patched)
+    monkeypatch.setattr(dataset, "train_batch", patched)
 
 
 def final_digest(workdir):
@@ -353,7 +347,7 @@ def test_source_of_other_images(source, tmp_path, monkeypatch):
     digits = data.load("digits")
 
     def tripled(split):
-        return Split(np.repeat(split.images, 3, axis=-1), split.labels)
+        return ArraySplit(np.repeat(split.images, 3, axis=-1), split.labels)
 
     colour = Dataset(
         name="digits",

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from cvjax.analysis import vanishing_gradients as vanishing
 from cvjax.training.config import parse_config
-from experiments import vanishing_gradients as experiment
+from experiments.vanishing_gradients import __main__ as experiment
+from experiments.vanishing_gradients import figure, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -32,24 +32,24 @@ def test_padding_factor_counts_taps(side):
     strides += [(side // 2, 2)] + [(side // 4, 1)] * 3
     parts = [taps_on_the_image(*place) for place in strides]
     wanted = np.prod(np.sqrt(parts)) ** (1 / 12)
-    assert vanishing.padding_factor(side, depth=14) == pytest.approx(wanted)
+    assert tables.padding_factor(side, depth=14) == pytest.approx(wanted)
 
 
 def test_theory_by_hand():
-    assert vanishing.theory("plain", 8, 44) == ("at most", pytest.approx(1.2111, abs=1e-4))
+    assert tables.theory("plain", 8, 44) == ("at most", pytest.approx(1.2111, abs=1e-4))
     # The docstring of the experiment says 0.8 and 0.95.
-    assert round(vanishing.theory("relu", 8, 44)[1], 1) == 0.8
-    assert vanishing.theory("relu", 32, 44)[1] == pytest.approx(0.95, abs=0.005)
-    word, sigmoid = vanishing.theory("sigmoid", 10**6, 44)
+    assert round(tables.theory("relu", 8, 44)[1], 1) == 0.8
+    assert tables.theory("relu", 32, 44)[1] == pytest.approx(0.95, abs=0.005)
+    word, sigmoid = tables.theory("sigmoid", 10**6, 44)
     assert (word, round(sigmoid, 3)) == ("at most", 0.354)
 
 
 def test_factor_by_hand():
     """Three blocks of two layers: 8 = sqrt(2)^6."""
-    assert vanishing.ratio([8.0, 5.0, 2.0, 1.0]) == 8.0
-    assert vanishing.factor([8.0, 5.0, 2.0, 1.0]) == pytest.approx(np.sqrt(2))
+    assert tables.ratio([8.0, 5.0, 2.0, 1.0]) == 8.0
+    assert tables.factor([8.0, 5.0, 2.0, 1.0]) == pytest.approx(np.sqrt(2))
     for dead in ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0]):
-        assert vanishing.ratio(dead) == vanishing.factor(dead) == 0.0
+        assert tables.ratio(dead) == tables.factor(dead) == 0.0
 
 
 # Table and figure
@@ -65,7 +65,7 @@ def canned_run(net, depth, seed, first):
 
 def test_table_by_hand():
     runs = [canned_run("plain", 8, seed, first) for seed, first in ((0, 1.0), (1, 64.0))]
-    (row,) = vanishing.tabulate(runs)
+    (row,) = tables.tabulate(runs)
     assert (row["net"], row["depth"], row["n"]) == ("plain", 8, 2)
     assert row["ratio/initial"] == pytest.approx(8.0)  # geometric mean of 1 and 64
     assert row["factor/initial"]["mean"] == pytest.approx(1.5)  # of 1 and 2
@@ -80,17 +80,17 @@ def test_table_by_hand():
 def test_figure_from_given_numbers(tmp_path, seeds, capsys):
     runs = [
         canned_run(net, depth, seed, first=1e-3 + seed)
-        for net in vanishing.STYLES
+        for net in figure.STYLES
         for depth in (8, 14)
         for seed in range(seeds)
     ]
     # A net that is dead after its training.
     runs[0]["gradients"][-1]["states"][0] = runs[0]["gradients"][-1]["kernels"][0] = 0.0
-    table = vanishing.tabulate(runs)
+    table = tables.tabulate(runs)
     assert table[0]["ratio/trained"] == 0.0
-    vanishing.draw_gradients(runs, table, "digits", tmp_path / "figure.png")
+    figure.draw_gradients(runs, table, "digits", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 20_000
-    vanishing.show(table)
+    tables.show(table)
     shown = capsys.readouterr().out
     assert "at most 1.211" in shown and ("±" in shown) == (seeds > 1)
 

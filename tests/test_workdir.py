@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from cvjax import errors
-from cvjax.training import interrupt, workdir
+from cvjax import cli, errors
+from cvjax.storage import workdir
+from cvjax.training import interrupt
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -24,7 +25,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 HOLD = """
 import sys, time
-from cvjax.training import workdir
+from cvjax.storage import workdir
 with workdir.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -122,7 +123,7 @@ def test_manifest(tmp_path):
     assert set(read["versions"]) >= {"cvjax", "jaxlib", "flax", "optax", "orbax"}
     assert read["device"]["platform"] == "cpu" and read["device"]["count"] == 1
     assert read["prng_impl"] == "threefry2x32"
-    assert read["command"] == [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+    assert read["command"] == [*cli.command_name().split(), *sys.argv[1:]]
     assert read["created"][4] == "-" and read["created"][-6] in "+-"
 
 

@@ -16,11 +16,10 @@ import re
 from absl import logging
 
 from cvjax.data import cache, tfds
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.digits import load_digits
 from cvjax.data.prepare import PREPARABLE, prepare
-from cvjax.data.reduce import reduced
-from cvjax.data.splits import check_val_examples, stratified
+from cvjax.data.splits import check_val_examples, reduced, stratified
 from cvjax.data.streaming import StreamOptions, open_stream
 from cvjax.errors import UserError
 
@@ -88,9 +87,9 @@ def load(
     digest.update(val.tobytes())
     dataset = Dataset(
         name=base,
-        train=Split(images[train], labels[train]),
-        val=Split(images[val], labels[val]),
-        test=Split(decoded.images[test], decoded.labels[test]),
+        train=ArraySplit(images[train], labels[train]),
+        val=ArraySplit(images[val], labels[val]),
+        test=ArraySplit(decoded.images[test], decoded.labels[test]),
         class_names=decoded.class_names,
         fingerprint=digest.hexdigest(),
     )

@@ -1,38 +1,20 @@
-"""From uint8 to what a network sees: normalisation and augmentation, on the device.
+"""Random changes of training images, traced into the training step.
 
-Everything here is traced into the training step: images travel as uint8, the random draws
-come from the step's key.
+All is batched: each example has draws of its own, from the step's key, and no draw compiles
+anything anew. The scale augmentation of the ImageNet era is that of Simonyan and Zisserman
+2014 (arXiv:1409.1556, section 3.1) and He et al. 2015 (section 3.4): the short side of each
+image is drawn, between 256 and 480 pixels say, the image is resized to it, and a window of
+the network's input size is cut out at random. Lighting as in Krizhevsky et al. 2012
+(section 4.1), brightness and contrast as in fb.resnet.torch.
 """
 
 import dataclasses
 
 import jax
 import numpy as np
-from flax import struct
 from jax import numpy as jnp
 
-from cvjax.data.photographs import (
-    jitter_brightness,
-    jitter_contrast,
-    jitter_lighting,
-    random_scale_crop,
-)
-from cvjax.errors import UserError
-
-NORMALIZATIONS = ("pixel_mean", "channel", "none")
-
-
-@struct.dataclass
-class Statistics:
-    """What is subtracted from, and divided out of, images in [0, 1].
-
-    Attributes:
-      mean: float32 [height, width, channels].
-      std: float32 [height, width, channels].
-    """
-
-    mean: jax.Array
-    std: jax.Array
+GREY = (0.299, 0.587, 0.114)  # the weights of ITU-R BT.601, as Pillow's mode "L" has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,57 +41,6 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     lighting: float = 0.0
-
-
-def compute_statistics(images: np.ndarray, normalization: str) -> Statistics:
-    """Statistics of the training split (validation and test stay unseen).
-
-    Args:
-      images: uint8 [n, height, width, channels].
-      normalization: "pixel_mean" subtracts the mean image (He et al. 2015; no division);
-        "channel" subtracts each channel's mean and divides by its standard deviation;
-        "none" leaves [0, 1].
-    """
-    shape = images.shape[1:]
-    mean, std = np.zeros(shape), np.ones(shape)
-    if normalization == "pixel_mean":
-        mean = images.mean(axis=0, dtype=np.float64) / 255
-    elif normalization == "channel":
-        # Exact, and without a float copy of the images: from the counts of the 256 values.
-        counts = [
-            np.bincount(images[..., c].ravel(), minlength=256) for c in range(shape[2])
-        ]
-        values = np.arange(256) / 255
-        means = [np.average(values, weights=count) for count in counts]
-        variances = [
-            np.average((values - m) ** 2, weights=count)
-            for m, count in zip(means, counts, strict=True)
-        ]
-        if min(variances) == 0:
-            raise UserError(
-                "data.normalization 'channel' cannot be used: a channel of the training "
-                "images is constant; use 'pixel_mean' or 'none'."
-            )
-        mean, std = (
-            np.broadcast_to(means, shape),
-            np.broadcast_to(np.sqrt(variances), shape),
-        )
-    return Statistics(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
-
-
-def to_unit(images: jax.Array) -> jax.Array:
-    """uint8 in [0, 255] -> float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
-
-
-def standardize(images: jax.Array, statistics: Statistics) -> jax.Array:
-    """Floats in [0, 1], [batch, height, width, channels] -> normalised floats."""
-    return (images - statistics.mean[None]) / statistics.std[None]
-
-
-def normalize(images: jax.Array, statistics: Statistics) -> jax.Array:
-    """uint8 [batch, height, width, channels] -> float32 of the same shape."""
-    return standardize(to_unit(images), statistics)
 
 
 def random_crop(rng: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -145,7 +76,7 @@ def augment_colors(
       rng: the key of the draws.
       images: floats in [0, 1], [batch, height, width, channels], not normalised yet.
       augmentation: what is asked for.
-      color_axes: see `photographs.compute_color_axes`; needed for lighting.
+      color_axes: see `compute_color_axes`; needed for lighting.
     """
     brightness_rng, contrast_rng, lighting_rng = jax.random.split(rng, 3)
     if augmentation.brightness:
@@ -169,3 +100,108 @@ def augment(rng: jax.Array, images: jax.Array, augmentation: Augmentation) -> ja
     if augmentation.flip:
         images = random_flip(flip_rng, images)
     return images
+
+
+def random_scale_crop(
+    rng: jax.Array, images: jax.Array, scale_min: int, scale_max: int
+) -> jax.Array:
+    """A window of the original size from each image, resized before.
+
+    The short side becomes a whole number of pixels, drawn evenly from `scale_min` to
+    `scale_max` (inclusive), the long side keeps the proportion, rounded. Then every window
+    that lies within the image is equally likely.
+
+    Args:
+      rng: draws scales and windows.
+      images: floats [batch, height, width, channels].
+      scale_min: at least the short side of the images.
+      scale_max: at least `scale_min`.
+
+    Returns:
+      Floats of the same shape.
+    """
+    scale_rng, window_rng = jax.random.split(rng)
+    shorts = jax.random.randint(scale_rng, (len(images),), scale_min, scale_max + 1)
+    places = jax.random.uniform(window_rng, (len(images), 2))
+    return jax.vmap(scale_crop)(images, shorts, places)
+
+
+def scale_crop(image: jax.Array, short: jax.Array, place: jax.Array) -> jax.Array:
+    """Resizes one image to a short side and cuts out a window of the original size.
+
+    Args:
+      image: floats [height, width, channels].
+      short: pixels of the resized short side, an integer.
+      place: [2] in [0, 1): where among its possible places the window lies.
+
+    Returns:
+      [height, width, channels]. The resizing is bilinear, and antialiased where it shrinks,
+      as Pillow's.
+    """
+    size = jnp.array(image.shape[:2])
+    resized = jnp.round(size * short / size.min())
+    offset = jnp.floor(place * (resized - size + 1))
+    return jax.image.scale_and_translate(
+        image,
+        image.shape,
+        (0, 1),
+        scale=resized / size,
+        translation=-offset,
+        method="bilinear",
+    )
+
+
+def jitter_brightness(rng: jax.Array, images: jax.Array, most: float) -> jax.Array:
+    """Images in [0, 1], each multiplied by 1 + u, u even in [-most, most]."""
+    return images * _factors(rng, images, most)
+
+
+def jitter_contrast(rng: jax.Array, images: jax.Array, most: float) -> jax.Array:
+    """Each image's distance from its mean grey multiplied by 1 + u, u in [-most, most]."""
+    if images.shape[-1] == 3:
+        grey = (images * jnp.array(GREY).reshape(1, 1, 1, 3)).sum(axis=-1, keepdims=True)
+    else:
+        grey = images.mean(axis=-1, keepdims=True)
+    mean = grey.mean(axis=(1, 2), keepdims=True)
+    return mean + (images - mean) * _factors(rng, images, most)
+
+
+def jitter_lighting(
+    rng: jax.Array, images: jax.Array, color_axes: jax.Array, spread: float
+) -> jax.Array:
+    """To every pixel of an image the same colour is added, drawn along the colour axes.
+
+    Args:
+      rng: draws one number an image and axis, normal with standard deviation `spread`.
+      images: floats in [0, 1], [batch, height, width, channels].
+      color_axes: see `compute_color_axes`.
+      spread: 0.1 in the paper.
+    """
+    draws = spread * jax.random.normal(rng, (len(images), color_axes.shape[0]))
+    return images + (draws @ color_axes)[:, None, None, :]
+
+
+def compute_color_axes(images: np.ndarray, examples: int = 5_000) -> jax.Array:
+    """The principal axes of the training images' colours, for `jitter_lighting`.
+
+    Args:
+      images: uint8 [n, height, width, channels].
+      examples: how many of them, evenly spaced, are looked at; of large images some five
+        million pixels in all.
+
+    Returns:
+      float32 [channels, channels]: an axis a row, as long as the standard deviation of the
+      pixels along it, in [0, 1]. (The paper writes eigenvalue for that length; but then the
+      effect would depend on the unit of the pixels.)
+    """
+    pixels = images[:: max(1, len(images) // examples)].reshape(-1, images.shape[-1])
+    pixels = pixels[:: max(1, len(pixels) // 5_000_000)] / 255
+    covariance = np.atleast_2d(np.cov(pixels, rowvar=False, bias=True))
+    variances, axes = np.linalg.eigh(covariance)
+    lengths = np.sqrt(variances.clip(min=0))
+    return jnp.asarray(lengths[:, None] * axes.T, jnp.float32)
+
+
+def _factors(rng: jax.Array, images: jax.Array, most: float) -> jax.Array:
+    shape = (len(images), 1, 1, 1)
+    return jax.random.uniform(rng, shape, minval=1 - most, maxval=1 + most)

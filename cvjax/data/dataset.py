@@ -1,21 +1,50 @@
-"""What a data set is, once it is loaded: three splits of uint8 images."""
+"""What a data set is, once it is loaded: three splits, and how they become batches.
+
+Batch k of a run is a pure function of (seed, k), so there is nothing to save but k. The
+epochs' permutations stand one after the other in one endless sequence, and batch k is its
+k-th slice: every epoch visits every example once, no batch is partial, none is dropped, and
+a batch may end one epoch and begin the next.
+"""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from cvjax.data import pipeline
-from cvjax.data.pipeline import ALL, Batch
+Batch = dict[str, np.ndarray]
+ALL = slice(None)
 
-if TYPE_CHECKING:
-    from cvjax.data.streaming import StreamedSplit
+
+class Split(Protocol):
+    """A part of a data set: images in memory (`ArraySplit`), or read while training
+    (`streaming.StreamedSplit`)."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+
+    def __len__(self) -> int: ...
+
+    def first(self, count: int) -> "Split":
+        """The first `count` of its examples."""
+
+    def train_batches(
+        self, batch_size: int, seed: int, start: int = 0, share: slice = ALL
+    ) -> Iterator[Batch]:
+        """Yields the batches `start`, `start + 1`, ... of a run, see `train_batch`.
+
+        Close the iterator (`contextlib.closing`) when it is no longer needed.
+        """
+
+    def eval_batches(self, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
+        """Yields every example once, in order, see `eval_batches`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class ArraySplit:
     """Images and their labels, in memory.
 
     Attributes:
@@ -34,20 +63,20 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def first(self, count: int) -> "Split":
+    def first(self, count: int) -> "ArraySplit":
         """The first `count` of its examples."""
-        return Split(self.images[:count], self.labels[:count])
+        return ArraySplit(self.images[:count], self.labels[:count])
 
     def train_batches(
         self, batch_size: int, seed: int, start: int = 0, share: slice = ALL
     ) -> Iterator[Batch]:
-        """Yields the batches `start`, `start + 1`, ... of a run, see `pipeline`."""
+        """Yields the batches `start`, `start + 1`, ... of a run, see `train_batch`."""
         for step in itertools.count(start):
-            yield pipeline.train_batch(self, batch_size, seed, step, share)
+            yield train_batch(self, batch_size, seed, step, share)
 
     def eval_batches(self, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
-        """Yields every example once, in order, see `pipeline`."""
-        return pipeline.eval_batches(self, batch_size, share)
+        """Yields every example once, in order, see `eval_batches`."""
+        return eval_batches(self, batch_size, share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +93,9 @@ class Dataset:
     """
 
     name: str
-    train: "Split | StreamedSplit"
-    val: "Split | StreamedSplit"
-    test: "Split | StreamedSplit"
+    train: Split
+    val: Split
+    test: Split
     class_names: tuple[str, ...]
     fingerprint: str
 
@@ -79,3 +108,56 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.train.image_shape
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of `size` examples are in batch number `step` (from 0) of a run.
+
+    Returns:
+      int64 [batch_size].
+    """
+    indices = []
+    position, wanted = step * batch_size, batch_size
+    while wanted:
+        epoch, offset = divmod(position, size)
+        taken = _permutation(size, seed, epoch)[offset : offset + wanted]
+        indices.append(taken)
+        position, wanted = position + len(taken), wanted - len(taken)
+    return np.concatenate(indices)
+
+
+def train_batch(
+    split: ArraySplit, batch_size: int, seed: int, step: int, share: slice = ALL
+) -> Batch:
+    """Batch number `step` (from 0) of a run, or the rows of it that are `share`.
+
+    Returns:
+      "image" uint8 [batch_size, height, width, channels] and "label" [batch_size].
+    """
+    indices = batch_indices(len(split), batch_size, seed, step)[share]
+    return {"image": split.images[indices], "label": split.labels[indices]}
+
+
+def eval_batches(split: ArraySplit, batch_size: int, share: slice = ALL) -> Iterator[Batch]:
+    """Every example once, in order, in batches of one shape, or `share` of their rows.
+
+    Yields:
+      As `train_batch`, and "mask" bool [batch_size]: False for the rows (zeros) that fill
+      up the last batch.
+    """
+    for start in range(0, len(split), batch_size):
+        rows = range(start, start + batch_size)[share]
+        images = split.images[rows.start : rows.stop]
+        labels = split.labels[rows.start : rows.stop]
+        count = len(labels)
+        fill = [(0, len(rows) - count)]
+        yield {
+            "image": np.pad(images, fill + [(0, 0)] * (images.ndim - 1)),
+            "label": np.pad(labels, fill + [(0, 0)] * (labels.ndim - 1)),
+            "mask": np.arange(len(rows)) < count,
+        }

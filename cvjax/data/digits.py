@@ -8,7 +8,7 @@ import hashlib
 
 import numpy as np
 
-from cvjax.data.dataset import Dataset, Split
+from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.splits import check_val_examples, stratified
 
 TEST_EXAMPLES = 300
@@ -46,9 +46,9 @@ def load_digits(val_examples: int = -1) -> Dataset:
         digest.update(array.tobytes())
     return Dataset(
         name="digits",
-        train=Split(images[train], labels[train]),
-        val=Split(images[val], labels[val]),
-        test=Split(images[test], labels[test]),
+        train=ArraySplit(images[train], labels[train]),
+        val=ArraySplit(images[val], labels[val]),
+        test=ArraySplit(images[test], labels[test]),
         class_names=tuple("0123456789"),
         fingerprint=digest.hexdigest(),
     )

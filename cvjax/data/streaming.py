@@ -1,12 +1,12 @@
 """A data set that does not fit in memory: read, decoded and cropped while training.
 
-As in `data.pipeline`, batch k of a run is a pure function of (seed, k): the order is that
-of `pipeline.batch_indices`, and the crop of an example is drawn from the seed and from the
+As in `data.dataset`, batch k of a run is a pure function of (seed, k): the order is that
+of `dataset.batch_indices`, and the crop of an example is drawn from the seed and from the
 example's place in that endless sequence. So the position of a run is the number of its
 next batch, which every checkpoint has as its step; nothing else is saved, and neither the
 number of worker processes nor that of the job's processes changes a byte.
 
-Who makes the batches is the concern of `data.workers`.
+Who makes the batches is the concern of `data.prefetch`.
 """
 
 import dataclasses
@@ -20,11 +20,10 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image
 
+from cvjax.data import prefetch
 from cvjax.data import records as record_files
-from cvjax.data import workers
-from cvjax.data.crops import center_crop, scale_crop
-from cvjax.data.dataset import Dataset
-from cvjax.data.pipeline import ALL, Batch, batch_indices
+from cvjax.data.dataset import ALL, Batch, Dataset, batch_indices
+from cvjax.data.image_files import center_crop, scale_crop
 from cvjax.data.records import Records
 from cvjax.data.splits import SPLIT_SEED, check_val_examples
 from cvjax.data.tfds import Source
@@ -71,7 +70,7 @@ class StreamOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StreamedSplit:
-    """A part of the records: what `dataset.Split` is to images in memory.
+    """A part of the records: what `dataset.ArraySplit` is to images in memory.
 
     Attributes:
       records: of the TFDS split.
@@ -156,13 +155,13 @@ class StreamedSplit:
 
     def check_shared_memory(self, rows: int) -> None:
         """Raises UserError if the workers cannot hold batches of `rows` rows in all."""
-        workers.check_shared_memory(self._bytes(rows), self.options.num_workers)
+        prefetch.check_shared_memory(self._bytes(rows), self.options.num_workers)
 
     def _make(
         self, load: Callable[[int], Batch], steps: range, rows: range
     ) -> Iterator[Batch]:
         size = self._bytes(len(rows))
-        return workers.make_batches(load, steps, self.options.num_workers, size)
+        return prefetch.make_batches(load, steps, self.options.num_workers, size)
 
     def _bytes(self, rows: int) -> int:
         return rows * int(np.prod(self.image_shape))

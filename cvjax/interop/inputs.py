@@ -4,8 +4,8 @@ import dataclasses
 import pathlib
 
 from cvjax import data
+from cvjax.checks import check_positive
 from cvjax.errors import UserError
-from cvjax.models.checks import check_positive
 
 # Mean and standard deviation of each channel, of images in [0, 1].
 NORMALIZATIONS = {

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from cvjax.errors import UserError
-from cvjax.training import workdir as workdirs
+from cvjax.storage import workdir as workdirs
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")

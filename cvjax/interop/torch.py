@@ -38,20 +38,20 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import numpy as jnp
 
-from cvjax import program
-from cvjax.data.augment import Statistics
+from cvjax import cli
+from cvjax.checks import check_choice
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
 from cvjax.interop.names import torch_names
 from cvjax.interop.tensors import load_tensors
 from cvjax.models import MODELS, create_model
-from cvjax.models.checks import check_choice
-from cvjax.training import checkpoint, loop
-from cvjax.training import workdir as workdirs
+from cvjax.storage import checkpoint
+from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import write_inputs
 from cvjax.training.config import default_config, parse_config
-from cvjax.training.network import write_inputs
 from cvjax.training.optim import create_optimizer
-from cvjax.training.state import TrainState, create_monitor
+from cvjax.training.state import Record, TrainState, create_monitor
 
 NAMED = 3  # differences of each kind in a message
 
@@ -152,7 +152,7 @@ def write_workdir(
     )
     free = ("walk", "remat")
     same_net = {key: run.model[key] for key in run.model if key not in free}
-    record = loop.Record(data_fingerprint=inputs.fingerprint, model=same_net)
+    record = Record(data_fingerprint=inputs.fingerprint, model=same_net)
     statistics = Statistics(
         mean=jnp.broadcast_to(jnp.asarray(inputs.mean, jnp.float32), inputs.image_shape),
         std=jnp.broadcast_to(jnp.asarray(inputs.std, jnp.float32), inputs.image_shape),
@@ -222,7 +222,7 @@ def main(arguments):
             f"got {', '.join(arguments) or 'none'}."
         )
     values = flags.FLAGS
-    fields = program.parse_fields(values.fields)
+    fields = cli.parse_fields(values.fields)
     inputs = create_inputs(values)
     if values.model == "googlenet" and values.normalization == "imagenet":
         logging.warning(
@@ -237,4 +237,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     define_flags()
-    program.run(main)
+    cli.run(main)

@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import linen as nn
 
+from cvjax.checks import as_type, check_choice
 from cvjax.errors import UserError
 from cvjax.models.alexnet import AlexNet
-from cvjax.models.checks import as_type, check_choice
 from cvjax.models.convnet import ConvNet
 from cvjax.models.googlenet import GoogLeNet
 from cvjax.models.mlp import MLP

@@ -34,8 +34,8 @@ from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, Conv, he_normal
 
 

@@ -12,8 +12,8 @@ Each side shrinks as W2 = (W1 - F + 2P) / S + 1 (`nn.conv.out_size`).
 import jax
 from flax import linen as nn
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, Conv
 
 POOLS = {"max": nn.max_pool, "average": nn.avg_pool}

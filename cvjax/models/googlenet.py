@@ -41,12 +41,12 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.models.alexnet import (
     adaptive_average_pool,
     check_dropout,
     local_response_norm,
 )
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, Conv, he_normal
 from cvjax.nn.norm import BatchNorm
 

@@ -7,7 +7,7 @@ by a softmax (one class) or by sigmoids (each class for itself) is the loss's ch
 import jax
 from flax import linen as nn
 
-from cvjax.models.checks import check_choice, check_positive
+from cvjax.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, he_normal
 
 

@@ -29,8 +29,8 @@ from functools import partial
 import jax
 from flax import linen as nn
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.models.odenet_layers import (
     ACTIVATIONS,
     NORMS,

@@ -33,8 +33,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.models.resnet_layers import ModuleDef, PostActivation, Shortcut, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv

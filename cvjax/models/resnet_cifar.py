@@ -20,7 +20,7 @@ statistics are taken over the whole batch (the paper: over each of two GPUs, whi
 (the paper moves the first activation of the net in front of its first shortcut).
 
 Nets without BatchNorm, or with sigmoids, are in neither paper. They show what gradients do
-without these (experiments/vanishing_gradients.py); convolutions then have biases instead.
+without these (experiments/vanishing_gradients); convolutions then have biases instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,8 +30,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.models.resnet_layers import Activation, Block, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv

@@ -27,9 +27,9 @@ from functools import partial
 import jax
 from flax import linen as nn
 
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
 from cvjax.models.alexnet import DenseHead, check_dropout
-from cvjax.models.checks import check_choice, check_positive
 from cvjax.nn.conv import DTYPES, Conv
 from cvjax.nn.norm import BatchNorm
 

@@ -17,11 +17,9 @@ arrays: what `vmap` over kernels makes. `vmap` over images alone makes a larger 
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
@@ -208,11 +206,17 @@ def _kernel_gradient(x, y, shape, strides, padding):
     return jnp.stack([jnp.stack([tap(i, j) for j in range(width)]) for i in range(height)])
 
 
-def _lower_on_cpu(ctx, a, b, *, wanted, shape, strides, padding, groups):
-    settings = {"strides": strides, "padding": padding, "groups": groups}
-    shapes = [aval.shape for aval in ctx.avals_in] + [shape]
-    if onednn.takes(ctx.avals_in[0].dtype, shapes, padding):
-        return onednn.lower(ctx, a, b, wanted=ROLES.index(wanted), **settings)
+def _lower_on_cpu(ctx, a, b, *, wanted, shape, **settings):
+    arrays = dict(
+        zip(_operands(wanted), (aval.shape for aval in ctx.avals_in), strict=True)
+    )
+    shapes = tuple((arrays | {wanted: shape})[role] for role in ROLES)
+    dtype = ctx.avals_in[0].dtype.name
+    call = onednn.Call(ROLES.index(wanted), dtype, shapes, **settings)
+    # XLA cuts its own convolutions up among devices, but no foreign call.
+    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+    if devices == 1 and onednn.takes(call):
+        return onednn.lower(ctx, a, b, call)
     rule = functools.partial(_by_xla, channels_last=True)
     lower = mlir.lower_fun(rule, multiple_results=False)
     return lower(ctx, a, b, wanted=wanted, shape=shape, **settings)

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn.fixed import recompute
+from cvjax.nn.remat import recompute
 
 WALKS = ("auto", "rolled", "unrolled")
 FILLINGS = ("repeat", "linear")
@@ -51,7 +51,7 @@ class Stage(nn.Module):
     Each block is initialised by a key of its own. A stage of length 0 is the identity.
 
     Attributes:
-      block: makes one block, called as `block(name=...)`, which maps x to an array of the same
+      block: makes one block, called as `block(name=...)`; it maps x to an array of the same
         shape.
       length: number of blocks.
       walk: one of `WALKS`, see `is_rolled`.

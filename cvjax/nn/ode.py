@@ -6,8 +6,8 @@ Time runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) i
 of that axis, or the line between two. With Euler's method, a step a piece and theta
 piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
-Equal steps are walked as a stage is (nn/fixed.py: unrolled on CPU, a loop elsewhere),
-adaptive ones are diffrax's (nn/adaptive.py); nn/solver.py has the settings.
+Equal steps are walked as a stage is (nn/runge_kutta.py: unrolled on CPU, a loop elsewhere),
+adaptive ones are diffrax's (nn/diffrax_solve.py); nn/solver.py has the settings.
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
 "kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral
@@ -24,7 +24,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn import depth, fixed
+from cvjax.nn import depth, runge_kutta
 from cvjax.nn.solver import NOT_FINITE, SUCCESSFUL, Solver, Stats
 
 THETAS = ("constant", "piecewise_constant", "piecewise_linear")
@@ -127,17 +127,19 @@ class ODEBlock(nn.Module):
 
     def _equal_steps(self, f, theta, x, rolled: bool):
         solver = self.solver
-        if solver.method in fixed.TABLEAUS:
-            tableau = fixed.TABLEAUS[solver.method]
+        if solver.method in runge_kutta.TABLEAUS:
+            tableau = runge_kutta.TABLEAUS[solver.method]
         else:
-            from cvjax.nn.adaptive import tableau_of
+            from cvjax.nn.diffrax_solve import tableau_of
 
             tableau = tableau_of(solver.method)
         h, steps_a_piece = 1 / solver.steps, solver.steps // self.pieces
 
         def one_step(theta, x, number):
             piece = number // steps_a_piece if self.pieces > 1 else 0
-            return fixed.step(tableau, lambda x, t: f(theta, x, t, piece), x, number * h, h)
+            return runge_kutta.step(
+                tableau, lambda x, t: f(theta, x, t, piece), x, number * h, h
+            )
 
         if self.is_mutable_collection("trajectory"):
             x, path = jax.lax.scan(
@@ -149,7 +151,7 @@ class ODEBlock(nn.Module):
             self.sow("trajectory", "x", path, reduce_fn=lambda _, new: new)
         else:
             checkpoint = solver.gradient == "checkpoint"
-            x = fixed.walk(
+            x = runge_kutta.walk(
                 one_step, theta, x, solver.steps, rolled=rolled, checkpoint=checkpoint
             )
         batch = len(jax.tree.leaves(x)[0])
@@ -177,11 +179,11 @@ class ODEBlock(nn.Module):
 
 def _solve_pieces(f, theta, solver: Solver, pieces: int, x):
     """One solve a piece, as theta(t) is smooth only within them."""
-    from cvjax.nn import adaptive
+    from cvjax.nn import diffrax_solve
 
     def one_piece(carry, piece):
         x, before = carry
-        solution = adaptive.solve(
+        solution = diffrax_solve.solve(
             lambda theta, x, t: f(theta[0], x, t, theta[1]),
             (theta, piece),
             x,

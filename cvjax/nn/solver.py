@@ -89,7 +89,7 @@ class Solver:
 
     @property
     def unrolls(self) -> bool:
-        """Whether its steps are those of nn/fixed.py, and may be unrolled."""
+        """Whether its steps are those of nn/runge_kutta.py, and may be unrolled."""
         return bool(
             self.steps and self.gradient != "backsolve" and self.method != "reversible_heun"
         )

@@ -13,11 +13,12 @@ from typing import Any
 
 import ml_collections
 
-from cvjax.data.augment import NORMALIZATIONS, Augmentation
+from cvjax.checks import as_type, check_choice
+from cvjax.data.augment import Augmentation
+from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 from cvjax.models import MODELS, model_fields
-from cvjax.models.checks import as_type, check_choice
 from cvjax.nn import solver
 from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig
@@ -354,3 +355,13 @@ def _typed(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
         else:
             raise UserError(f"{name} is a group of settings, got {values[name]!r}.")
     return typed
+
+
+def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a run from its config.json.
+
+    Settings that are newer than the run get their defaults, which change nothing."""
+    complete = default_config(config["model"]["name"]).to_dict()
+    for key, value in config.items():
+        complete[key] = complete[key] | value if isinstance(value, dict) else value
+    return ml_collections.ConfigDict(complete)

@@ -16,9 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cvjax.data.dataset import Split
-from cvjax.data.pipeline import batch_indices
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.dataset import ArraySplit, Split, batch_indices
 from cvjax.training import devices, steps
 from cvjax.training.config import RunConfig
 
@@ -55,7 +53,7 @@ def steps_per_dispatch(asked: int, image_bytes: int) -> int:
 
 @contextlib.contextmanager
 def open_dispatch(
-    split: Split | StreamedSplit,
+    split: Split,
     run: RunConfig,
     constants: steps.Constants,
     mesh: Mesh,
@@ -71,7 +69,7 @@ def open_dispatch(
       start: the number of completed updates.
     """
     longest = 1
-    if isinstance(split, Split):
+    if isinstance(split, ArraySplit):
         longest = steps_per_dispatch(run.steps_per_dispatch, split.images.nbytes)
     if longest > 1:
         yield _resident(split, run, constants, mesh, longest)
@@ -87,7 +85,7 @@ def open_dispatch(
 
 
 def _resident(
-    split: Split, run: RunConfig, constants: steps.Constants, mesh: Mesh, longest: int
+    split: ArraySplit, run: RunConfig, constants: steps.Constants, mesh: Mesh, longest: int
 ) -> Dispatch:
     batch_size = run.data.batch_size
     share = devices.share(batch_size, mesh)

@@ -6,45 +6,25 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from cvjax.data.augment import Statistics
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, InterruptedRun
-from cvjax.training import checkpoint, devices, interrupt, logs, metrics, steps
+from cvjax.storage import checkpoint, metrics_log
+from cvjax.training import devices, interrupt, metrics, steps
 from cvjax.training.config import RunConfig
 from cvjax.training.dispatch import Dispatch
 from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import NEVER, TrainState, create_monitor
+from cvjax.training.state import NEVER, Record, TrainState, create_monitor
 
 RESUME = (
     "What concerns the solver may be changed in this workdir, the rest is for another one."
 )
-
-
-@dataclasses.dataclass
-class Record:
-    """What a run remembers beside its state; saved with each checkpoint.
-
-    Attributes:
-      data_fingerprint: of the data set.
-      model: name and fields of the network, which its arrays do not tell: a plain net has
-        the same ones as a residual net. A checkpoint of other data or of another network
-        is refused.
-      last: the last evaluation: its "step" and its row of metrics.
-      best: the one with the lowest validation error so far, the earliest of equals.
-    """
-
-    data_fingerprint: str
-    model: dict[str, Any]
-    last: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
 
 
 class Clock:
@@ -100,7 +80,7 @@ def train(
       InterruptedRun: when `stop` was requested and the state has been saved.
     """
 
-    def evaluate(split: Split | StreamedSplit, prefix: str) -> dict[str, float] | None:
+    def evaluate(split: Split, prefix: str) -> dict[str, float] | None:
         return steps.evaluate(
             state.params,
             state.batch_stats,
@@ -268,5 +248,5 @@ def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:
     """
     if not devices.is_first():
         return set()
-    rows = logs.read_metrics(folder / "metrics.jsonl")
+    rows = metrics_log.read_metrics(folder / "metrics.jsonl")
     return {row["step"] for row in rows if "val/error" in row}

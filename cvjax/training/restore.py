@@ -10,11 +10,11 @@ from absl import logging
 from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
 from cvjax.nn import solver
-from cvjax.training import checkpoint, devices
+from cvjax.storage import checkpoint
+from cvjax.training import devices
 from cvjax.training.config import RunConfig
-from cvjax.training.loop import Record
 from cvjax.training.recipe import Recipe
-from cvjax.training.state import TrainState, create_train_state, initial_rng
+from cvjax.training.state import Record, TrainState, create_train_state, initial_rng
 
 
 def initial_or_restored(

@@ -1,5 +1,6 @@
 """All that changes while a network trains."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -98,3 +99,22 @@ def create_train_state(
 def initial_rng(seed: int) -> jax.Array:
     """The key from which a run draws its parameters."""
     return jax.random.fold_in(jax.random.key(seed), INIT_DRAWS)
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run remembers beside its state; saved with each checkpoint.
+
+    Attributes:
+      data_fingerprint: of the data set.
+      model: name and fields of the network, which its arrays do not tell: a plain net has
+        the same ones as a residual net. A checkpoint of other data or of another network
+        is refused.
+      last: the last evaluation: its "step" and its row of metrics.
+      best: the one with the lowest validation error so far, the earliest of equals.
+    """
+
+    data_fingerprint: str
+    model: dict[str, Any]
+    last: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None

@@ -18,10 +18,9 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from cvjax.data import augment
-from cvjax.data.augment import Augmentation, Statistics
-from cvjax.data.dataset import Split
-from cvjax.data.pipeline import Batch
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.augment import Augmentation
+from cvjax.data.dataset import Batch, Split
+from cvjax.data.normalize import Statistics, normalize, standardize, to_unit
 from cvjax.errors import DivergedError
 from cvjax.nn import solver as solvers
 from cvjax.training import devices, metrics
@@ -63,11 +62,11 @@ def training_images(
     """
     images = augment.augment_colors(
         jax.random.fold_in(rng, COLOR_DRAWS),
-        augment.to_unit(images),
+        to_unit(images),
         augmentation,
         constants.color_axes,
     )
-    images = augment.standardize(images, constants.statistics)
+    images = standardize(images, constants.statistics)
     return augment.augment(rng, images, augmentation)
 
 
@@ -178,7 +177,7 @@ def eval_step(
     loss: LossConfig,
 ) -> metrics.Sums:
     """Sums over one batch of "image" (uint8), "label" and "mask", in evaluation mode."""
-    images = augment.normalize(batch["image"], statistics)
+    images = normalize(batch["image"], statistics)
     variables = {"params": params, "batch_stats": batch_stats}
     logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
     plain = dataclasses.replace(loss, label_smoothing=0.0)
@@ -191,7 +190,7 @@ def eval_step(
 def evaluate(
     params,
     batch_stats,
-    split: Split | StreamedSplit,
+    split: Split,
     statistics: Statistics,
     *,
     recipe: Recipe,
@@ -235,9 +234,7 @@ def evaluate(
     return metrics.means(sums, recipe.model.num_classes, prefix, len(split))
 
 
-def _eval_batches(
-    split: Split | StreamedSplit, batch_size: int, mesh: Mesh | None
-) -> Iterator[Batch]:
+def _eval_batches(split: Split, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:
     if mesh is None:
         yield from split.eval_batches(batch_size)
         return

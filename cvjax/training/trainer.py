@@ -17,42 +17,35 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from cvjax import data, progress
-from cvjax.analysis.curves import draw_curves
-from cvjax.data.augment import Statistics, compute_statistics
+from cvjax import progress
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.photographs import compute_color_axes
-from cvjax.data.streaming import StreamedSplit
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
-from cvjax.training import (
-    checkpoint,
-    devices,
-    interrupt,
-    logs,
-    loop,
-    metrics,
-    steps,
-    transfer,
+from cvjax.report.curves import draw_curves
+from cvjax.storage import checkpoint, metrics_log
+from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import write_inputs
+from cvjax.training import devices, interrupt, loop, metrics, steps, transfer
+from cvjax.training.config import (
+    RESUMABLE_KEYS,
+    RunConfig,
+    complete_config,
+    parse_config,
 )
-from cvjax.training import workdir as workdirs
-from cvjax.training.config import RESUMABLE_KEYS, RunConfig, check_data, parse_config
 from cvjax.training.dispatch import open_dispatch
-from cvjax.training.network import Network, complete_config, write_inputs
 from cvjax.training.optim import boundary_steps, create_schedule
+from cvjax.training.profiling import check_steps, open_trace
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
-from cvjax.training.state import TrainState
-from cvjax.training.trace import check_steps, open_trace
+from cvjax.training.run_data import load_data
+from cvjax.training.state import Record, TrainState
 
 # What the seed's key is folded with for all draws of the training; see also state.py.
 TRAIN_DRAWS = 1
-# So many training images of a stream are taken for all of them, to normalise.
-SAMPLE = 1_000
 
 
 def train_and_evaluate(
@@ -66,7 +59,7 @@ def train_and_evaluate(
       config: see `training.config`; the same one when a run is resumed, but for
         `RESUMABLE_KEYS`.
       workdir: the run's folder, created if it does not exist.
-      traced: steps of which a profiler's trace is written, see `training.trace`.
+      traced: steps of which a profiler's trace is written, see `training.profiling`.
 
     Returns:
       The content of summary.json: "step", "parameters", and the loss (nats) and errors
@@ -112,7 +105,7 @@ def _run(
     started = time.perf_counter()
     resumes = devices.from_first(lambda: checkpoint.latest_step(folder) is not None)
     source, dataset, statistics, color_axes = devices.on_all(
-        lambda: _load(run, folder, resumes)
+        lambda: load_data(run, folder, resumes)
     )
     logging.info(
         "%s: %d training, %d validation, %d test images of %s, ready in %.1f s.",
@@ -141,7 +134,7 @@ def _run(
             write_inputs(folder, statistics, dataset.class_names)
             workdirs.write_manifest(folder, config.to_dict())
             _log_plan(run, state, trained)
-            write = stack.enter_context(logs.open_writer(folder, start or None))
+            write = stack.enter_context(metrics_log.open_writer(folder, start or None))
             show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
             trace = stack.enter_context(open_trace(folder / "profile", traced))
 
@@ -174,29 +167,6 @@ def _nothing(*_) -> None:
     """Writes and shows what processes but the first do."""
 
 
-def _load(run: RunConfig, folder: pathlib.Path, resumes: bool):
-    """The network to start from (None without), the data set, and what it is like.
-
-    Returns:
-      (network, data set, statistics, axes of colour or None).
-    """
-    source = None
-    if run.init_from and not resumes:
-        source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
-    dataset = data.load(**run.data.source)
-    check_data(run, len(dataset.train), dataset.image_shape)
-    if isinstance(dataset.train, StreamedSplit):
-        # While an evaluation reads its batches, those of the training stay ready.
-        rows = run.data.batch_size + run.data.eval_batch_size
-        dataset.train.check_shared_memory(rows // jax.process_count())
-        images = dataset.train.sample_images(SAMPLE)
-    else:
-        images = dataset.train.images
-    statistics = _statistics(run, images, source, folder)
-    color_axes = compute_color_axes(images) if run.data.lighting else None
-    return source, dataset, statistics, color_axes
-
-
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if not (folder / "config.json").exists():
         return
@@ -225,16 +195,6 @@ def _finished(folder: pathlib.Path, run: RunConfig) -> dict[str, float] | None:
     return summary if summary["step"] == run.total_steps else None
 
 
-def _statistics(
-    run: RunConfig, images: np.ndarray, source: Network | None, folder: pathlib.Path
-) -> Statistics:
-    if run.data.normalization != transfer.NORMALIZATION:
-        return compute_statistics(images, run.data.normalization)
-    if source is None:
-        return transfer.own_statistics(folder)
-    return transfer.statistics_like(source.statistics, images.shape[1:])
-
-
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
     parameters = count_parameters(state.params)
     schedule = create_schedule(run.optim, run.total_steps)
@@ -257,7 +217,7 @@ def count_parameters(params: Any) -> int:
 
 def _finish(
     state: TrainState,
-    record: loop.Record,
+    record: Record,
     run: RunConfig,
     recipe: Recipe,
     statistics: Statistics,
@@ -267,9 +227,7 @@ def _finish(
 ) -> dict[str, float]:
     """The only place where the test images are looked at, but for `test_curve`."""
 
-    def evaluate(
-        state: TrainState, split: Split | StreamedSplit, prefix: str
-    ) -> dict[str, float]:
+    def evaluate(state: TrainState, split: Split, prefix: str) -> dict[str, float]:
         return steps.evaluate(
             state.params,
             state.batch_stats,
@@ -297,7 +255,7 @@ def _finish(
     summary |= {f"best/{key}": value for key, value in best.items()}
 
     def write() -> None:
-        rows = logs.read_metrics(folder / "metrics.jsonl")
+        rows = metrics_log.read_metrics(folder / "metrics.jsonl")
         title = f"{run.model['name']} on {dataset.name}"
         draw_curves(rows, folder / "curves.png", title)
         workdirs.write_json(folder / "summary.json", summary)

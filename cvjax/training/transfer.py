@@ -28,17 +28,18 @@ from absl import logging
 from flax import traverse_util
 from jax import numpy as jnp
 
-from cvjax.data.augment import Statistics
+from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn import solver
 from cvjax.nn.depth import refine
-from cvjax.training import network as networks
-from cvjax.training import workdir as workdirs
-from cvjax.training.network import Network
+from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import read_inputs
+from cvjax.training import trained_network as networks
 from cvjax.training.optim import is_frozen
 from cvjax.training.state import TrainState
+from cvjax.training.trained_network import Network
 
 # What may differ: none of it changes what parameters mean.
 FREE_FIELDS = ("walk", "remat", "dtype", "dropout", "auxiliary_dropout")
@@ -189,7 +190,7 @@ def statistics_like(source: Statistics, image_shape: tuple[int, ...]) -> Statist
 
 def own_statistics(folder: pathlib.Path) -> Statistics:
     """Those that a run was started with, for when it is resumed."""
-    statistics, _ = networks.read_inputs(folder)
+    statistics, _ = read_inputs(folder)
     return statistics
 
 
@@ -224,3 +225,20 @@ def _paths(params: Any) -> list[str]:
 def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:
     fields = {key: model[key] for key in model if key not in FREE_FIELDS}
     return {"model": fields}
+
+
+def initial_variables(
+    network: Network, folder: pathlib.Path, source: workdirs.Path = ""
+) -> dict[str, Any]:
+    """What the variables of the run in `folder` were before its first step.
+
+    Args:
+      network: of that run.
+      folder: its workdir.
+      source: where the run that it started from is now; "" for where it was.
+    """
+    run = network.run
+    if not run.init_from:
+        return networks.draw_variables(network)
+    source = source or run.init_from
+    return load_source(source, run.model, folder, run.init_refine).variables

@@ -1,15 +1,15 @@
 """oneDNN's convolutions, called by XLA on the CPU.
 
-conv.cc has the kernels' side. Here it is found, built and registered: at the first use, or
-ahead of it by `python -m cvjax.nn.onednn`, which `make` runs at set-up. What was built is
-kept in cvjax/native of the user's cache folder, under a name made of all that it depends on.
+conv.cc calls oneDNN. Here it is found, built and registered: at the first use, or ahead of
+it by `python -m cvjax.nn.onednn`, which `make` runs at set-up. What was built is kept in
+cvjax/native of the user's cache folder, under a name made of all that it depends on.
 
 oneDNN 3 is looked for in $DNNLROOT, in what pkg-config says, in the environment of this
-Python (conda-forge; the PyPI packages onednn-devel-cpu-gomp and onednn-cpu-gomp, which
+Python (conda-forge, or the PyPI packages onednn-devel-cpu-gomp and onednn-cpu-gomp that
 requirements.txt names for Linux on x86-64), and where Homebrew and Debian put it. A C++
-compiler is $CXX, c++, g++ or clang++. Where one of both is missing, one line of the log says
-so and XLA's own kernels take over. The environment variable CVJAX_CONV decides instead:
-"xla" never looks for oneDNN, "onednn" fails where it cannot be used.
+compiler is $CXX, c++, g++ or clang++. Where one of both is missing, one line of the log
+says so and XLA's own kernels take over. The environment variable CVJAX_CONV decides
+instead: "xla" never looks for oneDNN, "onednn" fails where it cannot be used.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import filelock
@@ -59,31 +59,52 @@ def kernels() -> str:
     Raises:
       UserError: CVJAX_CONV is none of `CHOICES`, or asks for oneDNN and there is none.
     """
-    target = _registered()
-    return "XLA" if target is None else f"oneDNN {target[1]}"
+    library = _registered()
+    return "XLA" if library is None else f"oneDNN {library.version}"
 
 
-def takes(dtype, shapes: Sequence[tuple[int, ...]], padding) -> bool:
-    """Whether oneDNN computes this product: of float32 or bfloat16, nothing empty."""
-    return (
-        np.dtype(dtype).name in TYPES
-        and all(math.prod(shape) for shape in shapes)
-        and all(low >= 0 and high >= 0 for low, high in padding)
-        and _registered() is not None
-    )
+class Call(NamedTuple):
+    """A product of nn/conv.py: which of the three arrays is wanted, and how it is made.
+
+    Shapes are those of x, y and kernel, with or without members.
+    """
+
+    wanted: int
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    groups: int
 
 
-def lower(ctx, a, b, *, wanted: int, strides, padding, groups: int):
-    """The lowering of a product (see nn/conv.py): a call of conv.cc."""
-    target, _ = _registered()
-    return jax.ffi.ffi_lowering(target)(
+@functools.cache
+def takes(call: Call) -> bool:
+    """Whether oneDNN has fast kernels for this on this machine's processor.
+
+    It takes float32 and, where the processor does, bfloat16; nothing empty.
+    """
+    if call.dtype not in TYPES or not all(math.prod(shape) for shape in call.shapes):
+        return False
+    library = _registered()
+    if library is None or min(sum(call.padding, ())) < 0:
+        return False
+    x, y, kernel = (shape[-4:] for shape in call.shapes)
+    pads = sum(call.padding, ())
+    sizes = [*x, *kernel[:2], *y[1:], *call.strides, *pads, call.groups]
+    asked = (ctypes.c_int64 * len(sizes))(*sizes)
+    return bool(library.can(call.wanted, call.dtype == "float32", asked))
+
+
+def lower(ctx, a, b, call: Call):
+    """The lowering of a product: a call of conv.cc."""
+    return jax.ffi.ffi_lowering(_registered().target)(
         ctx,
         a,
         b,
-        wanted=np.int64(wanted),
-        strides=np.array(strides, np.int64),
-        padding=np.array(padding, np.int64).ravel(),
-        groups=np.int64(groups),
+        wanted=np.int64(call.wanted),
+        strides=np.array(call.strides, np.int64),
+        padding=np.array(call.padding, np.int64).ravel(),
+        groups=np.int64(call.groups),
         most_threads=np.int64(cpu_limit()),
     )
 
@@ -105,9 +126,17 @@ def cpu_limit(folder: str = "/sys/fs/cgroup") -> int:
         return 0
 
 
+class Library(NamedTuple):
+    """What was built: XLA's name for it, oneDNN's version, and the test of a call."""
+
+    target: str
+    version: str
+    can: Callable[..., int]
+
+
 @functools.cache
-def _registered() -> tuple[str, str] | None:
-    """The name under which XLA knows the kernels, and oneDNN's version; None without."""
+def _registered() -> Library | None:
+    """The kernels, known to XLA; None without oneDNN."""
     choice = os.environ.get("CVJAX_CONV", "auto")
     if choice not in CHOICES:
         raise UserError(f"CVJAX_CONV must be one of {', '.join(CHOICES)}, got {choice!r}.")
@@ -116,18 +145,20 @@ def _registered() -> tuple[str, str] | None:
     try:
         found = find()
         path = build(found)
-        handler = ctypes.CDLL(str(path)).cvjax_convolve
-    except (Unavailable, OSError) as reason:
+        loaded = ctypes.CDLL(str(path))
+        handler, can = loaded.cvjax_convolve, loaded.cvjax_can_convolve
+    except (Unavailable, OSError, AttributeError) as reason:
         if choice == "onednn":
             raise UserError(f"CVJAX_CONV is 'onednn', but {reason}") from None
         logging.warning(
             "Convolutions run on XLA's own kernels, half as fast as oneDNN's: %s", reason
         )
         return None
+    can.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
     # Named after its build: a program in JAX's compilation cache never meets another one.
-    name = f"cvjax_convolve_{path.stem.rpartition('-')[2]}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
-    return name, found.version
+    target = f"cvjax_convolve_{path.stem.rpartition('-')[2]}"
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    return Library(target, found.version, can)
 
 
 def find() -> OneDNN:

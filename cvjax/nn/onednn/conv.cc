@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -160,6 +161,8 @@ struct Product {
   memory::desc scratch;
   std::optional<dnnl::reorder> pack;  // between the two kernels, if they differ
 
+  std::string kernels;            // the name of what oneDNN has chosen
+
   bool packs() const { return pack.has_value(); }
 };
 
@@ -194,18 +197,21 @@ Product Create(Wanted wanted, const Shape& s) {
     product.convolve = dnnl::convolution_forward(forward);
     product.kernel = forward.weights_desc();
     product.scratch = forward.scratchpad_desc();
+    product.kernels = forward.impl_info_str();
   } else if (wanted == kX) {
     dnnl::convolution_backward_data::primitive_desc backward(
         Engine(), algorithm, x, any, y, strides, low, high, forward, attr);
     product.convolve = dnnl::convolution_backward_data(backward);
     product.kernel = backward.weights_desc();
     product.scratch = backward.scratchpad_desc();
+    product.kernels = backward.impl_info_str();
   } else {
     dnnl::convolution_backward_weights::primitive_desc backward(
         Engine(), algorithm, x, any, y, strides, low, high, forward, attr);
     product.convolve = dnnl::convolution_backward_weights(backward);
     product.kernel = backward.diff_weights_desc();
     product.scratch = backward.scratchpad_desc();
+    product.kernels = backward.impl_info_str();
   }
   if (product.kernel != plain) {
     const bool back = wanted == kKernel;
@@ -392,6 +398,21 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
 }
 
 }  // namespace
+
+// Whether oneDNN has fast kernels for a product on this machine.
+//
+// `sizes` are the integers of Shape, in its order.
+extern "C" __attribute__((visibility("default"))) int cvjax_can_convolve(
+    int64_t wanted, int64_t is_float, const int64_t* sizes) {
+  Shape shape{};
+  std::memcpy(&shape, sizes, offsetof(Shape, type));
+  shape.type = is_float ? memory::data_type::f32 : memory::data_type::bf16;
+  try {
+    return Find(static_cast<Wanted>(wanted), shape)->kernels.rfind("ref", 0) != 0;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cvjax_convolve, Convolve,
                               ffi::Ffi::Bind()

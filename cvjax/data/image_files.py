@@ -1,0 +1,145 @@
+"""Image files of any size and kind -> what a network takes; crops made on the host.
+
+In training, scale augmentation as in Simonyan and Zisserman 2014 (arXiv:1409.1556, section
+3.1) and He et al. 2015 (section 3.4); in evaluation the centre crop of the same papers, 224
+pixels of an image whose short side is 256. Resizing is bilinear, and antialiased where it
+shrinks; only the part that is kept is resized.
+"""
+
+import os
+import pathlib
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cvjax.errors import UserError
+
+# PPM stands for PBM and PGM too. EPS is left out: Pillow would run a PostScript program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Where Pillow too refuses: a file of some kilobytes can unfold into that many pixels.
+MAX_PIXELS = 178_956_970
+# What evaluation cuts off at each end of the short side: 16 of 256 pixels.
+BORDER = 1 / 16
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def load_picture(
+    path: str | os.PathLike[str],
+    image_shape: tuple[int, int, int],
+    streamed: bool = False,
+) -> np.ndarray:
+    """Reads one image file.
+
+    The picture is turned as its EXIF orientation says, laid on white where it is
+    transparent, and made grey (ITU-R 601 luma) or RGB, as the network has one or three
+    channels; colour profiles are not applied. Its largest centred part with the aspect
+    ratio of the network's images is resized to their size, antialiased (bicubic): the short
+    side is resized and the ends of the long side are cut off. A picture of that very size
+    stays as it is. Of moving pictures the first frame is taken.
+
+    Args:
+      path: of a file in one of `FORMATS`.
+      image_shape: (height, width, channels) of the network's images.
+      streamed: whether these came from a stream; then the picture is cropped as they were
+        in evaluation, see `center_crop`.
+
+    Returns:
+      uint8 of that shape.
+
+    Raises:
+      UserError: there is no such file, it is no image or a broken one, or it has more than
+        `MAX_PIXELS` pixels.
+    """
+    height, width, channels = image_shape
+    if channels not in _MODES:
+        raise UserError(
+            f"the network takes images with {channels} channels; image files give 1 or 3."
+        )
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name image files, for example {path}/*.png.")
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file.")
+    try:
+        image = _decode(path, _MODES[channels])
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(path) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path} is not an image in one of the formats {', '.join(FORMATS)}."
+        ) from None
+    except PermissionError:
+        raise UserError(f"{path} cannot be opened: permission denied.") from None
+    # Pillow's decoders meet broken files with errors of any kind.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is broken: {reason}.") from error
+    if streamed:
+        image = center_crop(image, height)
+    else:
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image_shape)
+
+
+def _decode(path: pathlib.Path, mode: str) -> Image.Image:
+    with warnings.catch_warnings():
+        # Of files that are large (checked here) or have odd metadata (of no interest).
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(path)
+            return _convert(ImageOps.exif_transpose(image), mode, path)
+
+
+def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65_535:
+            raise UserError(
+                f"{path} has pixels of more than 16 bits; save it with 8 or 16."
+            )
+        # Pillow would cut off everything above 255.
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise UserError(f"{path} has floating-point pixels; save it with 8 or 16 bits.")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert(mode)
+
+
+def _too_large(path: pathlib.Path) -> UserError:
+    return UserError(f"{path} has more than {MAX_PIXELS:,} pixels; make it smaller.")
+
+
+def scale_crop(image: Image.Image, size: int, short: int, place: np.ndarray) -> Image.Image:
+    """Resizes to a short side and cuts out a square; as `augment.scale_crop`.
+
+    Args:
+      image: of any size.
+      size: the side of the square.
+      short: pixels of the resized short side, `size` or more; the long side keeps the
+        proportion, rounded.
+      place: [2] in [0, 1): where (down, right) among its possible places the square lies.
+    """
+    original = np.array([image.height, image.width])
+    resized = np.round(original * short / original.min())
+    offset = np.floor(place * (resized - size + 1))
+    scale = original / resized
+    top, left = offset * scale
+    # Pillow refuses a box that rounding has moved out of the image.
+    bottom, right = np.minimum((offset + size) * scale, original)
+    box = (left, top, right, bottom)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square, without 1/16 of the short side at each end, resized to `size`."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=BORDER)

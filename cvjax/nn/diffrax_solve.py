@@ -1,0 +1,286 @@
+"""Solves of dx/dt = f(x, t) by diffrax: adaptive steps, and the continuous adjoint.
+
+Imported where such a solve is asked for, as diffrax takes a while to import.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import diffrax
+import jax
+import numpy as np
+import optimistix
+from jax import numpy as jnp
+
+from cvjax.nn.runge_kutta import TABLEAUS, Tableau
+from cvjax.nn.solver import MAX_STEPS, NOT_FINITE, SUCCESSFUL, UNDERFLOW
+
+PyTree = Any
+
+
+class RK4(diffrax.AbstractERK):
+    """The classical method of order 4, which diffrax lacks; it estimates no error."""
+
+    tableau: ClassVar[diffrax.ButcherTableau] = diffrax.ButcherTableau(
+        a_lower=tuple(np.array(row) for row in TABLEAUS["rk4"].a),
+        b_sol=np.array(TABLEAUS["rk4"].b),
+        b_error=np.zeros(4),
+        c=np.array(TABLEAUS["rk4"].c[1:]),
+    )
+    interpolation_cls: ClassVar[Callable] = (
+        diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+    )
+
+    def order(self, terms):
+        return 4
+
+
+SOLVERS = {
+    "euler": diffrax.Euler,
+    "midpoint": diffrax.Midpoint,
+    "heun": diffrax.Heun,
+    "rk4": RK4,
+    "tsit5": diffrax.Tsit5,
+    "dopri5": diffrax.Dopri5,
+    "reversible_heun": diffrax.ReversibleHeun,
+}
+
+
+class Solution(NamedTuple):
+    """What a solve gave.
+
+    Attributes:
+      x: at the end, or where the solve failed.
+      evaluations: of f, int32 scalar.
+      steps: tried, rejected ones included, int32 scalar.
+      rejected: of these, int32 scalar.
+      result: one of `SUCCESSFUL`, `MAX_STEPS`, `UNDERFLOW`, `NOT_FINITE` (x, theta or f at
+        the start), int32 scalar.
+    """
+
+    x: PyTree
+    evaluations: jax.Array
+    steps: jax.Array
+    rejected: jax.Array
+    result: jax.Array
+
+
+def tableau_of(name: str) -> Tableau:
+    """A method's tableau for equal steps, without its error estimate."""
+    if name in TABLEAUS:
+        return TABLEAUS[name]
+    full = SOLVERS[name].tableau
+    stages = int(np.flatnonzero(full.b_sol)[-1]) + 1
+    return Tableau(
+        a=tuple(tuple(map(float, row)) for row in full.a_lower[: stages - 1]),
+        b=tuple(map(float, full.b_sol[:stages])),
+        c=(0.0, *map(float, full.c[: stages - 1])),
+    )
+
+
+class Counted(diffrax.AbstractStepSizeController):
+    """A step-size controller that counts the evaluations of f on the way.
+
+    It is asked once for each step tried, accepted or not. A method whose last stage is the
+    next step's first evaluates one stage less from the first accepted step on.
+    """
+
+    inner: diffrax.AbstractStepSizeController
+    at_start: int  # before the first step
+    first: int  # each step, until one is accepted
+    later: int  # each step after that
+
+    def wrap(self, direction):
+        wrapped = self.inner.wrap(direction)
+        return Counted(wrapped, self.at_start, self.first, self.later)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        next_t, state = self.inner.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        return next_t, (state, jnp.asarray(self.at_start, jnp.int32), jnp.asarray(False))
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        state, count, started = controller_state
+        keep, next_t0, next_t1, jump, state, result = self.inner.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, state
+        )
+        count += jnp.where(started, self.later, self.first)
+        return keep, next_t0, next_t1, jump, (state, count, started | keep), result
+
+
+def solve(
+    f: Callable[[PyTree, PyTree, jax.Array], PyTree],
+    theta: PyTree,
+    x: PyTree,
+    t0: jax.Array | float,
+    t1: jax.Array | float,
+    *,
+    gradient: str,
+    **settings: Any,
+) -> Solution:
+    """Solves dx/dt = f(theta, x, t) from t0 to t1.
+
+    The steps adapt to x itself: a tuple's other parts (the kinetic energy) follow.
+
+    Args:
+      f: the vector field; it must not close over what is to be differentiated.
+      theta: its parameters; those that are whole numbers have no gradient.
+      x: an array, or a tuple that begins with one.
+      t0, t1: begin and end.
+      gradient: "checkpoint", "direct" or "backsolve", see `nn.solver.Solver`.
+      **settings: "method", a key of `SOLVERS`; "steps", the number of equal ones, or 0;
+        "rtol", "atol" and "max_steps" of adaptive ones.
+    """
+
+    def controlled(x):
+        return x[0] if isinstance(x, tuple) else x
+
+    if gradient == "backsolve":
+        return _solve_with_adjoint(f, theta, x, t0, t1, controlled, settings)
+    adjoints = {
+        "checkpoint": diffrax.RecursiveCheckpointAdjoint,
+        "direct": diffrax.DirectAdjoint,
+    }
+    return _solve(f, theta, x, t0, t1, controlled, adjoints[gradient](), **settings)
+
+
+def _solve(
+    f, theta, x, t0, t1, controlled, adjoint, *, method, steps, rtol, atol, max_steps
+) -> Solution:
+    """By diffrax; `controlled` picks what adaptive steps look at."""
+    solver = SOLVERS[method]()
+    if steps:
+        controller = diffrax.ConstantStepSize()
+        dt0, at_start = (t1 - t0) / steps, 0
+        sound = jnp.asarray(True)
+    else:
+        # Float32 cannot tell times apart that are nearer than this.
+        shortest = 10 * float(jnp.finfo(jax.tree.leaves(x)[0].dtype).eps)
+        controller = diffrax.PIDController(
+            rtol=rtol,
+            atol=atol,
+            dtmin=shortest,
+            force_dtmin=False,
+            norm=lambda x: optimistix.rms_norm(controlled(x)),
+        )
+        order = solver.order(None)
+        dt0 = first_step(f, theta, x, t0, t1, controlled, order, rtol, atol)
+        at_start = 2
+        sound = jnp.isfinite(dt0)
+    if isinstance(solver, diffrax.AbstractERK):
+        first = solver.tableau.num_stages
+        later = first - bool(solver.tableau.fsal)
+    else:
+        first = later = 1
+        at_start += isinstance(solver, diffrax.ReversibleHeun)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, x, theta: f(theta, x, t)),
+        solver,
+        t0,
+        t1,
+        dt0,
+        x,
+        args=theta,
+        saveat=diffrax.SaveAt(t1=True, controller_state=True),
+        stepsize_controller=Counted(controller, at_start, first, later),
+        adjoint=adjoint,
+        max_steps=steps or max_steps,
+        throw=False,
+    )
+    ok = solution.result == diffrax.RESULTS.successful
+    full = solution.result == diffrax.RESULTS.max_steps_reached
+    result = jnp.where(ok, SUCCESSFUL, jnp.where(full, MAX_STEPS, UNDERFLOW))
+    return Solution(
+        x=jax.tree.map(lambda leaf: leaf[-1], solution.ys),
+        evaluations=solution.controller_state[1],
+        steps=jnp.asarray(solution.stats["num_steps"], jnp.int32),
+        rejected=jnp.asarray(solution.stats["num_rejected_steps"], jnp.int32),
+        result=jnp.where(sound, result, NOT_FINITE).astype(jnp.int32),
+    )
+
+
+def _solve_with_adjoint(f, theta, x, t0, t1, controlled, settings) -> Solution:
+    """Chen et al. 2018, Algorithm 1: gradients by a second solve, from t1 back to t0.
+
+    In s = t1 - t, with the cotangent a of x: dx/ds = -f, da/ds = a df/dx, and the integral
+    of a df/dtheta. Steps adapt to x and a (Kidger et al. 2021, arXiv:2009.09457). diffrax's
+    own adjoint does not tell whether the second solve reached t0; here its gradients are
+    NaN if it did not.
+    """
+    leaves, structure = jax.tree.flatten(theta)
+    inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def split(theta):
+        leaves = jax.tree.leaves(theta)
+        return [leaf for leaf, has in zip(leaves, inexact, strict=True) if has]
+
+    def merge(weights, others):
+        weights, others = iter(weights), iter(others)
+        return structure.unflatten([next(weights if has else others) for has in inexact])
+
+    others = [leaf for leaf, has in zip(leaves, inexact, strict=True) if not has]
+    forget = diffrax.RecursiveCheckpointAdjoint()
+
+    @jax.custom_vjp
+    def run(weights, others, x, t0, t1):
+        theta = merge(weights, others)
+        return _solve(f, theta, x, t0, t1, controlled, forget, **settings)
+
+    def forward(weights, others, x, t0, t1):
+        solution = run(weights, others, x, t0, t1)
+        return solution, (weights, others, solution.x, t0, t1)
+
+    def backward(residuals, cotangent):
+        weights, others, x, t0, t1 = residuals
+
+        def back(arguments, state, s):
+            weights, others, t1 = arguments
+            x, a, _ = state
+            slope, pull_back = jax.vjp(
+                lambda weights, x: f(merge(weights, others), x, t1 - s), weights, x
+            )
+            by_weights, by_x = pull_back(a)
+            return jax.tree.map(jnp.negative, slope), by_x, by_weights
+
+        start = (x, cotangent.x, jax.tree.map(jnp.zeros_like, weights))
+        end = _solve(
+            back,
+            (weights, others, t1),
+            start,
+            *(jnp.zeros_like(t0), t1 - t0),
+            lambda state: (controlled(state[0]), controlled(state[1])),
+            forget,
+            **settings,
+        )
+        _, by_x, by_weights = jax.tree.map(
+            lambda leaf: jnp.where(end.result == SUCCESSFUL, leaf, jnp.nan), end.x
+        )
+        return by_weights, None, by_x, jnp.zeros_like(t0), jnp.zeros_like(t1)
+
+    run.defvjp(forward, backward)
+    return run(split(theta), others, x, *map(jnp.asarray, (t0, t1)))
+
+
+def first_step(f, theta, x, t0, t1, controlled, order, rtol, atol) -> jax.Array:
+    """The length of the first adaptive step, from two evaluations of f.
+
+    Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4. Given here
+    as diffrax 0.7 takes 0.01 for every equation. The whole way, if nothing moves.
+    """
+
+    def scaled(tree):
+        return optimistix.rms_norm(jax.tree.map(jnp.divide, controlled(tree), scale))
+
+    scale = jax.tree.map(lambda leaf: atol + rtol * jnp.abs(leaf), controlled(x))
+    slope = f(theta, x, t0)
+    size, rate = scaled(x), scaled(slope)
+    small = (size < 1e-5) | (rate < 1e-5)
+    trial = jnp.where(small, 1e-6, 0.01 * size / jnp.where(small, 1.0, rate))
+    ahead = jax.tree.map(lambda x, k: x + trial * k, x, slope)
+    there = f(theta, ahead, t0 + trial)
+    bend = scaled(jax.tree.map(jnp.subtract, there, slope)) / trial
+    most = jnp.maximum(rate, bend)
+    fits = (0.01 / jnp.maximum(most, 1e-15)) ** (1 / order)
+    length = jnp.minimum(jnp.minimum(100 * trial, fits), t1 - t0)
+    return jax.lax.stop_gradient(jnp.where(most <= 1e-15, t1 - t0, length))

@@ -1,0 +1,182 @@
+"""A trained network, read back from the folder of its run.
+
+Nothing is changed and no lock is taken here: the run may be going on.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import numpy as jnp
+
+from cvjax.data.normalize import Statistics
+from cvjax.errors import DivergedError, UserError
+from cvjax.models import model_fields
+from cvjax.nn import solver as solvers
+from cvjax.storage import checkpoint as checkpoints
+from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import read_inputs
+from cvjax.training import metrics
+from cvjax.training.config import RunConfig, complete_config, parse_config
+from cvjax.training.recipe import Recipe, create_recipe
+from cvjax.training.state import create_train_state, initial_rng
+
+CHOICES = ("last", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network and what is needed to use it.
+
+    Attributes:
+      run: the config that it was trained with.
+      recipe: the model and the loss are in it.
+      variables: "params" and "batch_stats".
+      statistics: of the training images.
+      class_names: one a class.
+      step: the number of updates that it has seen.
+      data_fingerprint: of the data set.
+    """
+
+    run: RunConfig
+    recipe: Recipe
+    variables: dict[str, Any]
+    statistics: Statistics
+    class_names: tuple[str, ...]
+    step: int
+    data_fingerprint: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.statistics.mean.shape
+
+
+def load_network(
+    workdir: workdirs.Path,
+    checkpoint: str = "last",
+    fields: Mapping[str, Any] | None = None,
+) -> Network:
+    """Reads the network of a run, finished or going on.
+
+    Args:
+      workdir: the run's folder.
+      checkpoint: "last", "best" (on validation) or the number of a step.
+      fields: of the model, to use its parameters with other ones than it was trained with,
+        such as another solver for an ODE-net.
+
+    Raises:
+      UserError: the folder has no run, no such checkpoint, or one whose parameters do not
+        fit these fields.
+    """
+    if checkpoint not in CHOICES and not checkpoint.isdecimal():
+        raise UserError(
+            f"--checkpoint takes last, best or the number of a step, got {checkpoint!r}."
+        )
+    folder = pathlib.Path(workdir).absolute()
+    run = parse_config(complete_config(workdirs.read_manifest(folder)["config"]))
+    for field in {"name", "num_classes"} & set(fields or {}):
+        raise UserError(
+            f"{field} is no field that can be changed, only "
+            f"{', '.join(model_fields(run.model['name']))}."
+        )
+    run = dataclasses.replace(run, model=run.model | dict(fields or {}))
+    statistics, class_names = read_inputs(folder)
+    recipe = create_recipe(run, len(class_names))
+    abstract_state = create_train_state.eval_shape(
+        jax.random.key(0), recipe=recipe, image_shape=statistics.mean.shape
+    )
+    state, info = _restore(folder, checkpoint, abstract_state)
+    return Network(
+        run=run,
+        recipe=recipe,
+        variables={"params": state.params, "batch_stats": state.batch_stats},
+        statistics=statistics,
+        class_names=class_names,
+        step=info["step"],
+        data_fingerprint=info["data_fingerprint"],
+    )
+
+
+def draw_variables(network: Network) -> dict[str, Any]:
+    """What the variables were before the first step of a run without `init_from`."""
+    state = create_train_state(
+        initial_rng(network.run.seed),
+        recipe=network.recipe,
+        image_shape=network.image_shape,
+    )
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def apply_model(variables: Any, images: jax.Array, *, model: nn.Module) -> jax.Array:
+    """Normalised images -> logits [batch, classes], in evaluation mode.
+
+    NaN for images for which the solver of an ODE block failed. Not every failure would show
+    by itself: on CPU, XLA's ReLU takes NaN for zero.
+    """
+    logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
+    for stats in metrics.solver_stats(sown.get("solver")).values():
+        solved = (stats.result == solvers.SUCCESSFUL)[:, None]
+        logits = jnp.where(solved, logits, jnp.nan)
+    return logits
+
+
+def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
+    """Logits -> float64 of the same shape: what the loss took them for.
+
+    A softmax over the classes, or one sigmoid a class (they do not add up to one). Float64,
+    as in float32 a sure network's less probable classes would all be zero.
+
+    Raises:
+      DivergedError: for logits that are not finite.
+    """
+    logits = np.asarray(logits, np.float64)
+    broken = int((~np.isfinite(logits)).any(axis=-1).sum())
+    if broken:
+        raise DivergedError(
+            f"The network gives no finite answer for {broken} of {logits[..., 0].size} "
+            "images; if it has ODE blocks with adaptive steps, these may be too many: "
+            "evaluate it with --fields=max_steps=1000, or with looser tolerances."
+        )
+    if loss_name == "sigmoid":
+        return np.exp(-np.logaddexp(0, -logits))
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _restore(folder: pathlib.Path, choice: str, abstract_state: Any) -> tuple[Any, dict]:
+    while True:
+        steps = checkpoints.list_steps(folder)
+        try:
+            return _restore_once(folder, choice, abstract_state)
+        except UserError:
+            # The run may have replaced the checkpoint while it was read.
+            if checkpoints.list_steps(folder) == steps:
+                raise
+
+
+def _restore_once(
+    folder: pathlib.Path, choice: str, abstract_state: Any
+) -> tuple[Any, dict]:
+    if choice.isdecimal():
+        return checkpoints.restore_step(folder, int(choice), abstract_state)
+    restored = checkpoints.restore_latest(folder, abstract_state, set_aside=False)
+    if restored is None:
+        raise UserError(
+            f"{folder} has no checkpoint yet; wait until the run has written its first one."
+        )
+    state, info = restored
+    if choice == "last":
+        return state, info
+    if info["best"] is None:
+        raise UserError(
+            f"{folder} has no best checkpoint yet, as nothing has been evaluated at step "
+            f"{info['step']}; take --checkpoint=last."
+        )
+    return checkpoints.restore_step(folder, info["best"]["step"], abstract_state)

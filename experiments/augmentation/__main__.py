@@ -1,0 +1,236 @@
+"""What each augmentation does to images, and to the errors of a net trained with it.
+
+    python -m experiments.augmentation --preset=quick --workdir=runs/augmentation
+
+The pictures are drawn by the function that training calls (`steps.training_images`), from
+the same images again and again, and the normalisation is taken back for the eye. Then a net
+is trained without augmentation, with each one alone, and with the usual pair of crop and
+flip (He et al. 2015, section 4.2), from several seeds.
+
+What is predicted: an augmentation that keeps the class of an image is as good as more
+images. It makes the training images harder to learn, so their error rises, and the error
+on unseen images falls, as long as the net is trained for long enough to fit its images. One
+that does not keep the class costs both: a mirrored 2 or 5 is no digit. Of changes that
+the data does not have (colours, of digits that are grey on black), nothing is expected.
+
+The training set is kept small, so that there is something to gain in minutes; all else is
+validation (looked at once, at the end). Training error is that of the images as they are.
+
+Presets: quick (300 digits, minutes on a CPU) and medium (5,000 images of CIFAR-10, for a
+quiet CPU; not yet run) train two convolutions, full (45,000 images, for a GPU; not yet run)
+ResNet-20 by the paper's recipe. Each run has a folder of its own under WORKDIR/runs; the
+same command goes on where it was stopped, and what is finished is not run again.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags, logging
+
+from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
+from cvjax import cli, data
+from cvjax.data.augment import compute_color_axes
+from cvjax.data.normalize import compute_statistics
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import percent
+from cvjax.storage import workdir as workdirs
+from cvjax.training import steps, train_and_evaluate
+from cvjax.training.config import DataConfig, parse_config
+from experiments import runner
+from experiments.augmentation.figure import draw_augmentation
+
+ERRORS = {"train_eval/error": "training", "val/error": "validation", "test/error": "test"}
+PLAIN = {"crop_padding": 0, "flip": False, "scale_min": 0, "scale_max": 0}
+DRAWS = 6  # of each image, in the figure
+
+
+def quick() -> ml_collections.ConfigDict:
+    """300 of the bundled digits, two convolutions of 3x3."""
+    config = mnist_convnet.get_config()
+    config.total_steps = config.eval_every = config.checkpoint_every = 400
+    config.train_eval_examples = -1
+    config.data.update(name="digits", val_examples=1_197, batch_size=60)
+    config.optim.schedule = "cosine"
+    config.optim.learning_rate = 0.03
+    config.model.update(features=(16, 32), kernels=(3, 3), paddings=(1, 1))
+    return config
+
+
+def medium() -> ml_collections.ConfigDict:
+    """5,000 images of CIFAR-10, two convolutions of 5x5 with stride 2."""
+    config = cifar10_convnet.get_config()
+    config.total_steps = config.eval_every = config.checkpoint_every = 1_500
+    config.train_eval_examples = -1
+    config.data.val_examples = 45_000
+    config.data.batch_size = 100
+    config.optim.schedule = "cosine"
+    config.optim.learning_rate = 0.03
+    config.model.update(features=(32, 64), strides=(2, 2))
+    return config
+
+
+def full() -> ml_collections.ConfigDict:
+    """CIFAR-10 by the paper's recipe, but for the augmentation."""
+    return cifar10_resnet.get_config()
+
+
+class Preset(NamedTuple):
+    """What a preset trains, and the training images that are shown."""
+
+    config: Callable[[], ml_collections.ConfigDict]
+    images: tuple[int, ...]
+
+
+PRESETS = {
+    "quick": Preset(quick, (2, 5)),
+    "medium": Preset(medium, (0, 1)),
+    "full": Preset(full, (0, 1)),
+}
+
+
+def augmentations(side: int) -> dict[str, dict[str, Any]]:
+    """By name, the settings of `data.augment.Augmentation` for images of a side."""
+    crop = {"crop_padding": side // 8}
+    return {
+        "none": {},
+        "crop": crop,
+        "flip": {"flip": True},
+        "scale": {"scale_min": side, "scale_max": side + side // 4},
+        "brightness": {"brightness": 0.4},
+        "contrast": {"contrast": 0.4},
+        "lighting": {"lighting": 0.1},
+        "crop and flip": {**crop, "flip": True},
+    }
+
+
+def describe(name: str, settings: dict[str, Any]) -> str:
+    """A name with its size, for the figure."""
+    if name == "crop":
+        return f"crop, padded by {settings['crop_padding']}"
+    if name == "scale":
+        return f"scale, to {settings['scale_min']}-{settings['scale_max']} px"
+    if name in ("brightness", "contrast"):
+        return f"{name}, ±{settings[name]:.0%}"
+    return f"lighting, {settings[name]}" if name == "lighting" else name
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS, "augmentation")
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values = flags.FLAGS
+    folder = workdirs.check_writable(values.workdir)
+    preset = PRESETS[values.preset]
+    config = preset.config()
+    config.total_steps = values.steps or config.total_steps
+    compare(config, values.preset, preset.images, values.seeds, folder)
+
+
+def compare(
+    config: ml_collections.ConfigDict,
+    preset: str,
+    images: tuple[int, ...],
+    seeds: int,
+    folder: pathlib.Path,
+) -> None:
+    """Trains with all augmentations; writes, draws and prints."""
+    dataset = data.load(**parse_config(config).data.source)
+    choices = augmentations(min(dataset.image_shape[:2]))
+    # Seed by seed, so that what is finished early can be compared early.
+    plan = [(seed, name) for seed in range(seeds) for name in choices]
+    runs = []
+    for number, (seed, name) in enumerate(plan, start=1):
+        logging.info("Run %d of %d: %s, seed %d.", number, len(plan), name, seed)
+        place = folder / "runs" / f"{name.replace(' ', '-')}-seed{seed}"
+        train_and_evaluate(with_augmentation(config, choices[name], seed), place)
+        runs.append({"augmentation": name, "seed": seed, **runner.read_run(place)})
+    results = {
+        "experiment": "augmentation",
+        "preset": preset,
+        "data": config.data.name,
+        "train_examples": len(dataset.train.labels),
+        "steps": config.total_steps,
+        "told": {name: describe(name, choices[name]) for name in choices},
+        "table": tabulate(runs),
+        "runs": runs,
+    }
+    workdirs.write_json(folder / "results.json", results)
+    shown = dataset.train.images[np.array(images)]
+    draws = {
+        name: draw(shown, dataset.train.images, with_augmentation(config, choices[name], 0))
+        for name in choices
+    }
+    draw_augmentation(results, shown / 255, draws, folder / "augmentation.png")
+    show(results["table"])
+    print(f"Results: {folder / 'results.json'}")
+    print(f"Figure:  {folder / 'augmentation.png'}")
+
+
+def with_augmentation(
+    config: ml_collections.ConfigDict, settings: dict[str, Any], seed: int
+) -> ml_collections.ConfigDict:
+    """The config with these augmentations and no others."""
+    own = config.copy_and_resolve_references()
+    own.seed = seed
+    own.data.update({**PLAIN, **settings})
+    return own
+
+
+def draw(
+    images: np.ndarray, train_images: np.ndarray, config: ml_collections.ConfigDict
+) -> np.ndarray:
+    """`DRAWS` of each image as training sees them, the normalisation taken back.
+
+    Args:
+      images: uint8 [images, height, width, channels].
+      train_images: uint8, all of them, for their statistics.
+      config: its "data" is used.
+
+    Returns:
+      float32 [images, DRAWS, height, width, channels], clipped to [0, 1].
+    """
+    settings = DataConfig(**config.data)
+    constants = steps.Constants(
+        rng=jax.random.key(0),
+        statistics=compute_statistics(train_images, settings.normalization),
+        color_axes=compute_color_axes(train_images),
+    )
+    repeated = np.repeat(images, DRAWS, axis=0)
+    draw_all = jax.jit(steps.training_images, static_argnames="augmentation")
+    drawn = draw_all(constants.rng, repeated, constants, augmentation=settings.augmentation)
+    statistics = constants.statistics
+    seen = np.asarray(drawn * statistics.std[None] + statistics.mean[None]).clip(0, 1)
+    return seen.reshape(len(images), DRAWS, *images.shape[1:])
+
+
+def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row an augmentation: "n" (seeds), and mean and sample deviation of each error."""
+    table = []
+    for name in dict.fromkeys(run["augmentation"] for run in runs):
+        own = [run["summary"] for run in runs if run["augmentation"] == name]
+        errors = {key: spread([summary[key] for summary in own]) for key in ERRORS}
+        table.append({"augmentation": name, "n": len(own), **errors})
+    return table
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """The table on the terminal, errors in per cent."""
+    rows = [
+        [row["augmentation"], str(row["n"]), *(percent(row[key]) for key in ERRORS)]
+        for row in table
+    ]
+    title = "Error in %, mean ± standard deviation over the seeds"
+    tables.show(title, ("augmentation", "seeds", *ERRORS.values()), rows)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,253 @@
+"""A cascade keeps the accuracy of its largest net for less (Wang et al. 2022).
+
+    python -m experiments.cascade --preset=quick --workdir=runs/cascade
+    python -m experiments.cascade --members=runs/a,runs/b@20,runs/b --workdir=runs/cascade
+
+Trains a few nets of one data set with several seeds, or takes trained ones: any workdirs,
+each with "@20" to have its images resized to 20 pixels. The cheapest net sees every image,
+a costlier one only where the average of the probabilities so far is not sure enough
+(`early_exit`, arXiv:2012.01988). The paper finds cascades that are several times as fast as
+the best single net of equal accuracy.
+
+On validation: temperatures if asked for (--calibrate), the nets and thresholds that reach
+the target for the least multiply-adds, and whether this is also faster on this machine; if
+it is not, the largest net alone is taken, and that is said. The target is the largest net's
+own validation accuracy, less --tolerance times its standard error; or --target_accuracy; or
+the best accuracy for --target_cost, a part of the largest net's multiply-adds. On test:
+everything that is reported. The fewer images there are to choose by, the more the choice is
+luck: the 300 of the digits (quick) show how it works and no more.
+
+Times are medians over rounds in which all candidates take turns on the same images, with
+all that a cascade costs besides its nets. Of ensembles, and of the cascades that were not
+chosen (small points), the time is computed from those of their nets.
+
+Trained nets and measured seeds are found again when the same command is given again.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+from absl import flags, logging
+
+from configs import cifar10_resnet, digits_resnet
+from cvjax import cli
+from cvjax.errors import UserError
+from cvjax.report import tables
+from cvjax.report.tables import mean_std, percent
+from cvjax.storage import checkpoint
+from cvjax.storage import workdir as workdirs
+from cvjax.training import train_and_evaluate
+from experiments import runner
+from experiments.cascade import early_exit, measure
+from experiments.cascade.figure import draw_cascade, tabulate
+
+
+def quick() -> ml_collections.ConfigDict:
+    """The 1,797 bundled digits: minutes on two CPU cores."""
+    config = digits_resnet.get_config()
+    config.total_steps = 300
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 300
+    config.data.crop_padding = 0
+    return config
+
+
+def medium() -> ml_collections.ConfigDict:
+    """MNIST, 19,200 images a net: a quarter of an hour on two CPU cores."""
+    config = quick()
+    config.train_eval_examples = 0
+    config.data.name = "mnist"
+    config.data.normalization = "channel"
+    return config
+
+
+def full() -> ml_collections.ConfigDict:
+    """CIFAR-10 with the recipe of He et al. 2015: for an accelerator."""
+    return cifar10_resnet.get_config()
+
+
+SETTINGS = (
+    "measure",
+    "calibrate",
+    "tolerance",
+    "target_accuracy",
+    "target_cost",
+    "batch_size",
+)
+# The config and (depth, width) of the nets.
+PRESETS = {
+    "quick": (quick, ((8, 4), (8, 8), (20, 8))),
+    "medium": (medium, ((8, 8), (20, 8), (20, 16))),
+    "full": (full, ((8, 16), (20, 16), (56, 16), (110, 16))),
+}
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS)
+    flags.DEFINE_list("members", [], "Workdirs of trained nets instead.")
+    flags.DEFINE_enum(
+        "measure", "max_probability", early_exit.MEASURES, "What confidence is."
+    )
+    flags.DEFINE_boolean("calibrate", False, "Fit temperatures on validation.")
+    flags.DEFINE_float(
+        "tolerance",
+        0.0,
+        "How far below the largest net the target is, in standard errors on validation.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_float("target_accuracy", None, "Instead: on validation.")
+    flags.DEFINE_float(
+        "target_cost", None, "Instead: a part of the largest net's multiply-adds."
+    )
+    flags.DEFINE_integer(
+        "batch_size", 500, "Images that the first net sees at a time.", lower_bound=1
+    )
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values = flags.FLAGS
+    check_targets(values.target_accuracy, values.target_cost)
+    given = [parse_member(text) for text in values.members]
+    folder = workdirs.check_writable(values.workdir)
+    settings = {key: getattr(values, key) for key in SETTINGS}
+    runs = []
+    for seed in range(1 if given else values.seeds):
+        members = given or train_members(values.preset, values.steps, seed, folder)
+        runs.append(measure_once(members, settings, folder, seed))
+    report(runs, {"preset": None if given else values.preset, **settings}, folder)
+
+
+def report(
+    runs: list[dict[str, Any]], settings: dict[str, Any], folder: pathlib.Path
+) -> None:
+    """Writes, draws and prints what has been measured, a run for each seed."""
+    table = tabulate(runs)
+    results = {"experiment": "cascade", **settings, "table": table, "runs": runs}
+    workdirs.write_json(folder / "results.json", results)
+    title = (
+        f"{runs[0]['data']} test, {runs[0]['examples']:,} images, mean and standard "
+        f"deviation of {len(runs)} seed{'s' * (len(runs) > 1)}; net: layers x width"
+    )
+    draw_cascade(table, title, folder / "cascade.png")
+    show(table, runs)
+    print(f"Results: {folder / 'results.json'}")
+    print(f"Figure:  {folder / 'cascade.png'}")
+
+
+def check_targets(accuracy: float | None, cost: float | None) -> None:
+    """Refuses targets that cannot be met or exclude each other.
+
+    Raises:
+      UserError: says which.
+    """
+    if accuracy is not None and cost is not None:
+        raise UserError(
+            "--target_accuracy and --target_cost exclude each other; give one of them."
+        )
+    if accuracy is not None and not 0 < accuracy <= 1:
+        raise UserError(
+            f"--target_accuracy is a fraction above 0 and up to 1, got {accuracy}."
+        )
+    if cost is not None and not 0 < cost <= 1:
+        raise UserError(f"--target_cost is a part, above 0 and up to 1, got {cost}.")
+
+
+def parse_member(text: str) -> tuple[str, pathlib.Path, int]:
+    """ "runs/a@20" -> a name, the workdir, the size of its images (0 for their own)."""
+    place, at, size = text.strip().rpartition("@")
+    if not at:
+        place, size = size, "0"
+    if not size.isdecimal() or (at and int(size) < 1):
+        raise UserError(
+            f"--members takes workdirs, each with @ and a size in pixels if its images are "
+            f"to be resized, got {text!r}."
+        )
+    return text.strip(), pathlib.Path(place), int(size)
+
+
+def train_members(
+    preset: str, total_steps: int | None, seed: int, folder: pathlib.Path
+) -> list[tuple[str, pathlib.Path, int]]:
+    """Trains the nets of a preset, or finds them trained; as from `parse_member`."""
+    create_config, nets = PRESETS[preset]
+    members = []
+    for depth, width in nets:
+        config = create_config()
+        config.seed = seed
+        config.total_steps = total_steps or config.total_steps
+        config.model.depth, config.model.width = depth, width
+        if depth >= 110:
+            config.optim.warmup_steps = 400
+        run_dir = folder / "runs" / f"{depth}-width{width}-seed{seed}"
+        logging.info("%d layers, width %d, seed %d.", depth, width, seed)
+        train_and_evaluate(config, run_dir)
+        members.append((f"{depth}x{width}", run_dir, 0))
+    return members
+
+
+def measure_once(
+    members: list[tuple[str, pathlib.Path, int]],
+    settings: dict[str, Any],
+    folder: pathlib.Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Measures the cascades of some nets, or finds them measured with these settings."""
+    path = folder / f"measured-seed{seed}.json"
+    steps = [checkpoint.latest_step(place) for _, place, _ in members]
+    names = [[name, str(place)] for name, place, _ in members]
+    key = {**settings, "members": names, "steps": steps}
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["key"] == key:
+            logging.info("Seed %d was measured already, see %s.", seed, path)
+            return found["run"]
+    measured = measure.measure(members, **settings)
+    run = {"seed": seed, **measured, **workdirs.provenance()}
+    workdirs.write_json(path, {"key": key, "run": run})
+    return run
+
+
+def show(table: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
+    """The table on the terminal, errors in per cent, and what was chosen."""
+    title = "Error in %, mean ± standard deviation over n seeds (layers x width)"
+    headings = ("net", "n", "error", "1e6 MACs", "ms/image", "speed-up")
+    rows = [
+        [
+            *(row["name"], str(row["n"]), percent(row["error"])),
+            *(mean_std(row["macs"], 2, 1e-6), mean_std(row["milliseconds"], 3)),
+            mean_std(row["speed_up"]) if "speed_up" in row else "",
+        ]
+        for row in table
+        if row["kind"] != "cascade"
+    ]
+    tables.show(title, headings, rows)
+    for run in runs:
+        print(f"Seed {run['seed']}: {describe(run)}")
+
+
+def describe(run: dict[str, Any]) -> str:
+    """What was chosen for a seed, and how it compares with the largest net."""
+    chosen = run["chosen"]
+    text = run["note"] + " " if run["note"] else ""
+    if len(chosen["members"]) > 1:
+        parts = [
+            f"{100 * part:.1f} % of the images reach {name}"
+            for name, part in zip(chosen["members"], chosen["reached"], strict=True)
+        ]
+        text += ", ".join(parts) + "; "
+    return text + (
+        f"accuracy {100 * chosen['difference']:+.2f} ± "
+        f"{100 * chosen['difference_standard_error']:.2f} % against the largest net (whose "
+        f"own standard error is {100 * run['standard_error']:.2f} %), "
+        f"{chosen['macs_ratio']:.2f} of its multiply-adds, {chosen['time_ratio']:.2f} of "
+        "its time."
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

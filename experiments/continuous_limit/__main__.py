@@ -1,0 +1,280 @@
+"""More layers and smaller steps: what nets with h = 1/n tend to.
+
+    python -m experiments.continuous_limit --preset=quick --workdir=runs/continuous_limit
+
+Solvers. An ODE-net with a smooth f is trained once a seed and then walked by Euler,
+midpoint, RK4 and Dopri5 with 1, 2, 4, ..., 64 equal steps, and by Dopri5 with adaptive
+ones. Theory: the distance to the solution falls as steps**-p with p = 1, 2, 4, 5, once
+steps are small and as long as f is smooth (which it is not with relu). The solution is 128
+steps of Dopri5; distances are taken in float64, of x(1) and of the logits; p is fitted to
+the finest four numbers of steps that rounding leaves (`convergence.fit_order`).
+Test errors are in float32, as anywhere else.
+
+Blocks. Residual nets of n blocks a stage x + h f(x), h = 1/n, beside those that halve the
+image, are trained from two starts: all blocks drawn independently, or those of a stage
+equal (a net of one block a stage, taken after its first step and refined). If they become
+an ODE, theta[l] is a smooth function sampled at n points and neighbours differ by O(1/n).
+Independent draws differ by sqrt(2) and, as each block gets a gradient of O(1/n), may stay
+so. For the same reason blocks that start equal can differ by less than 1/n: the learning
+rate is the same for all n, and so it is also measured how far weights have moved. Cohen et
+al. 2021 (arXiv:2105.12245) find trained weights that have no smooth limit; Marion et al.
+2023 (arXiv:2309.01213) prove that a smooth start stays smooth.
+
+Presets: quick (digits, two CPU cores), full (CIFAR-10, for a GPU; not yet run at full
+length). Each run has a folder of its own under WORKDIR/runs; the same command goes on where
+it was stopped, and what is finished is not run again.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import flags, logging
+
+from configs import cifar10_odenet, cifar10_resnet, digits_odenet, digits_resnet
+from cvjax import cli
+from cvjax.data.normalize import normalize
+from cvjax.evaluation.predictions import first_examples
+from cvjax.storage import workdir as workdirs
+from cvjax.training import train_and_evaluate
+from cvjax.training.trained_network import load_network
+from cvjax.training.transfer import initial_variables
+from experiments import runner
+from experiments.continuous_limit import blocks, convergence, figure, tables
+
+STEPS = (1, 2, 4, 8, 16, 32, 64)
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-6)
+SOLVERS: tuple[dict[str, Any], ...] = (
+    *({"solver": method, "steps": n} for method in tables.ORDERS for n in STEPS),
+    *(
+        {"solver": "dopri5", "steps": 0, "rtol": tol, "atol": tol, "max_steps": 1024}
+        for tol in TOLERANCES
+    ),
+)
+REFERENCE = {"solver": "dopri5", "steps": 128}
+
+
+def quick_odenet() -> ml_collections.ConfigDict:
+    """The 1,797 bundled digits at their full size, so that the ODE does the work."""
+    config = digits_odenet.get_config()
+    config.train_eval_examples = 0
+    config.model.update(stem="none", width=16, activation="tanh")
+    config.optim.update(name="adam", learning_rate=0.01, weight_decay=0.0)
+    config.optim.schedule = "cosine"
+    return config
+
+
+def full_odenet() -> ml_collections.ConfigDict:
+    """CIFAR-10 with a smooth activation."""
+    config = cifar10_odenet.get_config()
+    config.model.activation = "softplus"
+    return config
+
+
+def quick_resnet() -> ml_collections.ConfigDict:
+    """The digits, narrow nets."""
+    config = digits_resnet.get_config()
+    config.total_steps = 240
+    config.eval_every = config.checkpoint_every = 120
+    config.train_eval_examples = 0
+    config.data.crop_padding = 0
+    config.optim.schedule = "cosine"
+    config.model.walk = "rolled"  # short runs: compilation would take most of the time
+    return config
+
+
+def full_resnet() -> ml_collections.ConfigDict:
+    """CIFAR-10, nets of the paper's width."""
+    config = cifar10_resnet.get_config()
+    config.optim.schedule = "cosine"
+    return config
+
+
+class Preset(NamedTuple):
+    """What a preset trains, and how many test images are looked at in float64."""
+
+    odenet: Callable[[], ml_collections.ConfigDict]
+    resnet: Callable[[], ml_collections.ConfigDict]
+    blocks: tuple[int, ...]
+    examples: int
+
+
+PRESETS = {
+    "quick": Preset(quick_odenet, quick_resnet, (2, 4, 8), 60),
+    "full": Preset(full_odenet, full_resnet, (2, 4, 8, 16), 250),
+}
+EVERYTHING = 1_000_000  # more test images than there are
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS, steps_of=" of all nets")
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values = flags.FLAGS
+    folder = workdirs.check_writable(values.workdir)
+    preset = PRESETS[values.preset]
+    configs = preset.odenet(), preset.resnet()
+    for config in configs:
+        config.total_steps = values.steps or config.total_steps
+    results = {"experiment": "continuous_limit", "preset": values.preset}
+    results["provenance"] = workdirs.provenance()
+    results |= compare(*configs, preset.blocks, preset.examples, values.seeds, folder)
+    workdirs.write_json(folder / "results.json", results)
+    figure.draw_limit(results, folder / "continuous_limit.png")
+    tables.show(results)
+    print(f"Results: {folder / 'results.json'}")
+    print(f"Figure:  {folder / 'continuous_limit.png'}")
+
+
+def compare(
+    odenet: ml_collections.ConfigDict,
+    resnet: ml_collections.ConfigDict,
+    lengths: tuple[int, ...],
+    examples: int,
+    seeds: int,
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    """Trains and measures all nets, seed by seed; tables and what they are made of."""
+    odenets, resnets = [], []
+    for seed in range(seeds):
+        place = folder / "runs" / f"odenet-seed{seed}"
+        odenets.append(measure_solvers(odenet, seed, examples, place))
+        for start in tables.STARTS:
+            for n in lengths:
+                place = folder / "runs" / f"{start}-{n}-seed{seed}"
+                run = measure_resnet(resnet, n, start, seed, examples, place)
+                resnets.append(run)
+    rows = tables.tabulate_solvers(odenets)
+    table = tables.tabulate_blocks(resnets)
+    return {
+        "data": odenet.data.name,
+        "solvers": rows,
+        "orders": tables.tabulate_orders(odenets),
+        "blocks": table,
+        "exponents": tables.tabulate_exponents(table),
+        "runs": {"odenet": odenets, "resnet": resnets},
+    }
+
+
+def measure_solvers(
+    config: ml_collections.ConfigDict, seed: int, examples: int, place: pathlib.Path
+) -> dict[str, Any]:
+    """Trains an ODE-net, or finds it trained, and walks it by each of `SOLVERS`."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    train_and_evaluate(config, place)
+    path = place / "solvers.json"
+    if not path.exists():
+        logging.info("Other solvers for %s.", place.name)
+        network = load_network(place)
+        test = first_examples(network, EVERYTHING)
+        few = test.images[:examples]
+        rolled = {"walk": "rolled"}
+        exact = convergence.solve(network, few, {**REFERENCE, **rolled})
+        found = []
+        for fields in SOLVERS:
+            near = convergence.solve(network, few, {**fields, **rolled})
+            usual = convergence.solve(
+                network, test.images, {**fields, **rolled}, np.float32
+            )
+            wrong = usual.logits.argmax(axis=-1) != test.labels
+            row = {
+                "features": convergence.relative_distance(near.features, exact.features),
+                "logits": convergence.relative_distance(near.logits, exact.logits),
+                "taken": float(near.steps.mean()),
+                "nfe": float(usual.evaluations.mean()),
+                "test/error": float(wrong.mean()),
+            }
+            found.append({**fields, **row})
+        workdirs.write_json(path, found)
+    return {"seed": seed, **read_run(place), "solvers": json.loads(path.read_text())}
+
+
+def measure_resnet(
+    config: ml_collections.ConfigDict,
+    n: int,
+    start: str,
+    seed: int,
+    examples: int,
+    place: pathlib.Path,
+) -> dict[str, Any]:
+    """Trains a residual net, or finds it trained, and compares its blocks."""
+    for own, where in create_plan(config, n, start, seed, place):
+        train_and_evaluate(own, where)
+    path = place / "blocks.json"
+    if not path.exists():
+        network = load_network(place)
+        images = first_examples(network, examples).images
+        images = normalize(images, network.statistics)
+        states = {
+            "initial": initial_variables(network, place, place / "one"),
+            "trained": network.variables,
+        }
+        found, thetas = {}, {}
+        for when, variables in states.items():
+            sizes = blocks.measure_blocks(network.recipe.model, variables, images)
+            thetas[when] = blocks.stage_kernels(variables["params"])
+            for stage, theta in thetas[when].items():
+                row = {"change": blocks.weight_change(theta), **sizes[stage]}
+                found.setdefault(stage, {}).update(
+                    {f"{when}/{key}": value for key, value in row.items()}
+                )
+        for stage, theta in thetas["trained"].items():
+            moved = blocks.distance_moved(theta, thetas["initial"][stage])
+            found[stage]["trained/moved"] = moved
+        workdirs.write_json(path, found)
+    stages = json.loads(path.read_text())
+    keys = stages[min(stages)]
+    return {
+        **{"blocks": n, "start": start, "seed": seed},
+        **{key: float(np.mean([row[key] for row in stages.values()])) for key in keys},
+        "stages": stages,
+        **read_run(place),
+    }
+
+
+def create_plan(
+    config: ml_collections.ConfigDict, n: int, start: str, seed: int, place: pathlib.Path
+) -> list[tuple[ml_collections.ConfigDict, pathlib.Path]]:
+    """The config and the workdir of each run: one, or two for blocks that start equal."""
+    plan = []
+    for count in (n,) if start == "independent" else (1, n):
+        own = config.copy_and_resolve_references()
+        own.seed = seed
+        # A stage's first block may halve the image and is no step.
+        stages = (count, count + 1, count + 1)
+        own.model.update(blocks=stages, depth=2 * sum(stages) + 2, step_size=1 / count)
+        own.model.pre_activation = True
+        plan.append((own, place))
+    if start == "equal":
+        seedling, where = plan[0][0], place / "one"
+        seedling.total_steps = 1
+        plan[0] = (seedling, where)
+        plan[1][0].init_from, plan[1][0].init_refine = str(where), n
+    return plan
+
+
+def read_run(place: pathlib.Path) -> dict[str, Any]:
+    """What the results keep of a finished run: provenance and final numbers."""
+    manifest = workdirs.read_manifest(place)
+    config = manifest["config"]
+    if config["init_from"]:
+        config["init_from"] = pathlib.Path(config["init_from"]).name
+    summary = json.loads((place / "summary.json").read_text())
+    return {
+        "test/error": summary["test/error"],
+        "nfe": summary.get("test/nfe"),
+        "config": config,
+        **{key: manifest[key] for key in ("versions", "device", "git")},
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

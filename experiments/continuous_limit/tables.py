@@ -1,0 +1,136 @@
+"""The tables of experiments/continuous_limit."""
+
+from typing import Any
+
+import numpy as np
+
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import mean_std, percent
+from experiments.continuous_limit import convergence
+
+ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4, "dopri5": 5}
+STARTS = ("independent", "equal")
+EXPONENTS = ("initial/move", "trained/change", "trained/change_f")
+EXPONENTS += ("trained/move", "trained/moved")
+
+
+def tabulate_solvers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a solver: "method", "steps" (0: adaptive), "rtol", "n" and means over seeds."""
+    table = []
+    for i, fields in enumerate(runs[0]["solvers"]):
+        own = [run["solvers"][i] for run in runs]
+        table.append(
+            {
+                **{"method": fields["solver"], "steps": fields["steps"]},
+                **{"rtol": fields.get("rtol"), "n": len(own)},
+                **{key: float(np.mean([r[key] for r in own])) for key in ("taken", "nfe")},
+                **{
+                    key: spread([row[key] for row in own])
+                    for key in ("features", "logits", "test/error")
+                },
+            }
+        )
+    return table
+
+
+def tabulate_orders(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a method: order of theory, and as measured of features and of logits.
+
+    The spread is that over the nets, each fitted alone; None if one could not be fitted.
+    """
+    table = []
+    for method, theory in ORDERS.items():
+        row: dict[str, Any] = {"method": method, "theory": theory, "n": len(runs)}
+        for key in ("logits", "features"):
+            fits = []
+            for run in runs:
+                own = [r for r in run["solvers"] if r["solver"] == method and r["steps"]]
+                distances = [r[key] for r in own]
+                fits.append(convergence.fit_order([r["steps"] for r in own], distances))
+            row[key] = spread([fit["order"] for fit in fits]) if all(fits) else None
+            ranges = [fit["range"] for fit in fits if fit]
+            # What all fits have in common.
+            row["range"] = (
+                [max(r[0] for r in ranges), min(r[1] for r in ranges)] if ranges else None
+            )
+        table.append(row)
+    return table
+
+
+def tabulate_blocks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each start and number of blocks: means and spreads over the seeds."""
+    table = []
+    for start, n in dict.fromkeys((run["start"], run["blocks"]) for run in runs):
+        own = [run for run in runs if (run["start"], run["blocks"]) == (start, n)]
+        keys = [key for key in own[0] if "/" in key]
+        row = {key: spread([run[key] for run in own]) for key in keys}
+        table.append({"start": start, "blocks": n, "n": len(own), **row})
+    return table
+
+
+def tabulate_exponents(table: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """p of value = c * n**p for each start and what changes; -1 is an ODE's for changes."""
+    return {
+        start: {
+            key: convergence.fit_exponent(
+                [row["blocks"] for row in table if row["start"] == start],
+                [row[key]["mean"] for row in table if row["start"] == start],
+            )
+            for key in EXPONENTS
+        }
+        for start in STARTS
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """The tables on the terminal."""
+    n = results["orders"][0]["n"]
+    tables.show(
+        f"order of the distance to the limit, mean ± standard deviation of n = {n} nets",
+        ("method", "theory", "x(1)", "logits", "steps fitted"),
+        [
+            [
+                *(row["method"], str(row["theory"])),
+                *(mean_std(row[key], 3) for key in ("features", "logits")),
+                "-".join(map(str, row["range"] or ("none",))),
+            ]
+            for row in results["orders"]
+        ],
+    )
+    tables.show(
+        "test error in %",
+        ("solver", "NFE", "error", "distance of x(1)"),
+        [
+            [
+                f"{row['method']}, {row['steps'] or 'rtol {:g}'.format(row['rtol'])}",
+                *(f"{row['nfe']:.0f}", percent(row["test/error"])),
+                f"{row['features']['mean']:.1e}",
+            ]
+            for row in results["solvers"]
+        ],
+    )
+    changes = ("initial/change", "trained/change", "trained/change_f", "trained/moved")
+    tables.show(
+        "relative change from a block to the next, and how far training moved the weights",
+        ("start", "n", "weights, initial", "weights", "f", "moved"),
+        [
+            [row["start"], str(row["blocks"]), *(mean_std(row[key], 3) for key in changes)]
+            for row in results["blocks"]
+        ],
+    )
+    tables.show(
+        "relative move of x by one block; test error in %",
+        ("start", "n", "initial", "trained", "test error"),
+        [
+            [
+                *(row["start"], str(row["blocks"])),
+                *(mean_std(row[f"{when}/move"], 3) for when in ("initial", "trained")),
+                percent(row["test/error"]),
+            ]
+            for row in results["blocks"]
+        ],
+    )
+    for start, found in results["exponents"].items():
+        text = ", ".join(f"{key} {value:+.2f}" for key, value in found.items())
+        print(f"powers of n, {start} start: {text}")

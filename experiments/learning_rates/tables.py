@@ -1,0 +1,91 @@
+"""The tables of experiments/learning_rates."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import mean_std, percent
+from experiments.learning_rates.range_test import RULE
+
+FITS = ("train_eval/loss", "val/loss", "train_eval/error", "val/error")
+
+
+def tabulate_rates(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a learning rate: "rate", "n" (seeds), "diverged" (how many of them), "steps".
+
+    "loss" is the mean and spread of the last logged training loss of those that did not
+    diverge, None if all did; "steps" those after which the first one diverged, or None.
+    """
+    table = []
+    for rate in dict.fromkeys(run["rate"] for run in runs):
+        own = [run for run in runs if run["rate"] == rate]
+        ended = [run["curve"][-1][1] for run in own if not run["diverged"]]
+        broken = [run["diverged"] for run in own if run["diverged"]]
+        table.append(
+            {
+                **{"rate": rate, "n": len(own), "diverged": len(broken)},
+                "steps": min((one["step"] for one in broken), default=None),
+                "loss": spread(ended) if ended else None,
+            }
+        )
+    return table
+
+
+def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each "setting": "n" (seeds), and mean and spread of each of `FITS`.
+
+    Losses are in nats, errors fractions; "gap" is the validation loss less the training
+    loss. A run that diverged has none, and its setting no row.
+    """
+    table = []
+    for setting in dict.fromkeys(run["setting"] for run in runs):
+        own = [run["summary"] for run in runs if run["setting"] == setting]
+        if not all(own):
+            continue
+        row = {"setting": setting, "n": len(own)}
+        for key in FITS:
+            row[key] = spread([summary[key] for summary in own])
+        gaps = [summary["val/loss"] - summary["train_eval/loss"] for summary in own]
+        table.append({**row, "gap": spread(gaps)})
+    return table
+
+
+def show(results: dict[str, Any]) -> None:
+    """The tables on the terminal."""
+    rows = []
+    for row in results["rates"]:
+        when = f", step {row['steps']}" if row["steps"] else ""
+        diverged = f"{row['diverged']} of {row['n']}{when}"
+        rows.append([f"{row['rate']:g}", mean_std(row["loss"], 3), diverged])
+    tables.show("learning rates", ("rate", "last training loss", "diverged"), rows)
+    headings = ("training loss", "validation loss", "training %", "validation error %")
+    for part in ("capacity", "regularisation"):
+        rows = [
+            [
+                row["setting"],
+                *(mean_std(row[key], 3) for key in FITS[:2]),
+                *(percent(row[key], 1) for key in FITS[2:]),
+            ]
+            for row in results[part]
+        ]
+        name = results["names"][part].partition(",")[0]
+        tables.show(part, (name, *headings), rows)
+    print(describe(results["range"]))
+
+
+def describe(tests: list[dict[str, Any]]) -> str:
+    """What the range tests say, in a sentence."""
+    rates = [test["suggested"] for test in tests]
+    least = [test["least"] for test in tests]
+    return (
+        f"Suggested learning rate: {geometric_mean(rates):.2g} ({RULE}, "
+        f"{geometric_mean(least):.2g}; n = {len(tests)})"
+    )
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(np.mean(np.log(values)))

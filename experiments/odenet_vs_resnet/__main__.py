@@ -1,0 +1,323 @@
+"""ODE-nets beside residual nets with the same stem and head (Chen et al. 2018, Table 1).
+
+    python -m experiments.odenet_vs_resnet --preset=quick --workdir=runs/odenet
+
+Rows: no block at all, one residual block, six of them, one block six times with steps of
+1/6 (which is Euler's method), and the ODE block solved by Euler, Heun, RK4 and Dopri5, the
+last also with the kinetic energy in the loss. The paper reports that an ODE-net does as
+well as the residual net with a third of its parameters. The row without a block says how
+much of that is due to stem and head, which both have.
+
+After training, each ODE-net is evaluated with other solvers too: if the error stays, the
+net has learnt an ODE; if it does not, it has learnt the steps that it was trained with.
+
+Memory is what XLA plans for one training step beyond its arguments; time is the median of
+training steps of all rows, taken in turns. Presets: quick (digits), medium (MNIST, 300
+steps of 128 images), full (MNIST, 160 epochs, and CIFAR-10 as He et al.; for a GPU).
+
+Each run has a folder of its own under WORKDIR/runs; the same command goes on where it was
+stopped.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import flags, logging
+
+from configs import cifar10_odenet, digits_odenet, mnist_odenet
+from cvjax import cli
+from cvjax.errors import DivergedError, UserError
+from cvjax.evaluation.predictions import first_examples
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import percent
+from cvjax.storage import metrics_log
+from cvjax.storage import workdir as workdirs
+from cvjax.training import default_config, steps, train_and_evaluate
+from cvjax.training.trained_network import load_network
+from experiments import runner
+from experiments.odenet_vs_resnet import figure
+from experiments.odenet_vs_resnet.step_costs import measure_steps
+
+# label: model, its fields, settings of the loss
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "no block": ("odenet_discrete", {"length": 0}, {}),
+    "1 block": ("odenet_discrete", {"length": 1}, {}),
+    "6 blocks": ("odenet_discrete", {"length": 6}, {}),
+    "tied, 6 steps": ("odenet_discrete", {"body": "tied", "length": 6}, {}),
+    "Euler, 6 steps": ("odenet", {"solver": "euler", "steps": 6}, {}),
+    "Heun, 4 steps": ("odenet", {"solver": "heun", "steps": 4}, {}),
+    "RK4, 2 steps": ("odenet", {"solver": "rk4", "steps": 2}, {}),
+    "Dopri5": ("odenet", {"solver": "dopri5", "steps": 0}, {}),
+    "Dopri5, kinetic": (
+        "odenet",
+        {"solver": "dopri5", "steps": 0},
+        {"kinetic_weight": 1.0},
+    ),
+}
+# label: fields of the model at test time
+SWAPS: dict[str, dict[str, Any]] = {
+    **{f"Euler, {n}": {"solver": "euler", "steps": n} for n in (1, 2, 4, 8, 16)},
+    **{f"Heun, {n}": {"solver": "heun", "steps": n} for n in (1, 2, 4, 8)},
+    **{f"RK4, {n}": {"solver": "rk4", "steps": n} for n in (1, 2, 4)},
+    "Dopri5": {"solver": "dopri5", "steps": 0},
+}
+
+
+def quick() -> ml_collections.ConfigDict:
+    """The 1,797 bundled digits, 200 steps."""
+    config = digits_odenet.get_config()
+    config.total_steps = 200
+    config.log_every = 10
+    return config
+
+
+def medium() -> ml_collections.ConfigDict:
+    """MNIST, 300 steps of 128 images: two thirds of an epoch."""
+    config = mnist_odenet.get_config()
+    config.total_steps = 300
+    config.log_every = 10
+    config.eval_every = 150
+    config.checkpoint_every = 50
+    config.train_eval_examples = 0
+    config.data.crop_padding = 0
+    config.data.val_examples = 1_000
+    config.optim.boundaries = (0.5, 0.75)
+    return config
+
+
+class Preset(NamedTuple):
+    """What a preset trains: base configs, rows, and how many test images a swap sees."""
+
+    configs: tuple[Callable[[], ml_collections.ConfigDict], ...]
+    rows: tuple[str, ...]
+    swap_examples: int
+
+
+HEADLINE = ("no block", "1 block", "6 blocks", "tied, 6 steps", "Heun, 4 steps", "Dopri5")
+PRESETS = {
+    "quick": Preset((quick,), tuple(ROWS), 300),
+    "medium": Preset((medium,), HEADLINE, 1_000),
+    "full": Preset(
+        (mnist_odenet.get_config, cifar10_odenet.get_config), tuple(ROWS), 10_000
+    ),
+}
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS, "row")
+    flags.DEFINE_multi_string("row", None, "Only this row; may be given several times.")
+    flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values = flags.FLAGS
+    preset = PRESETS[values.preset]
+    rows = choose_rows(values.row or preset.rows)
+    folder = workdirs.check_writable(values.workdir)
+    results = {"experiment": "odenet_vs_resnet", "preset": values.preset, "data": []}
+    for base in preset.configs:
+        configs = {row: create_config(base, row, values.steps) for row in rows}
+        runs = train_all(configs, values.seeds, preset.swap_examples, folder)
+        name = runs[0]["data"]
+        costs = measure_steps(configs, folder / f"costs_{name}.json", values.rounds)
+        results["data"].append(
+            {
+                "name": name,
+                "swap_examples": preset.swap_examples,
+                "table": tabulate(runs, costs["rows"]),
+                "swap_table": tabulate_swaps(runs),
+                "costs": costs,
+                "runs": runs,
+            }
+        )
+    workdirs.write_json(folder / "results.json", results)
+    for part in results["data"]:
+        name = part["name"]
+        figure.draw_comparison(part, folder / f"odenet_vs_resnet_{name}.png")
+        show(part)
+        print(f"Figure:  {folder / f'odenet_vs_resnet_{name}.png'}")
+        adaptive = [run for run in part["runs"] if run["config"]["model"].get("steps") == 0]
+        if adaptive:
+            path = folder / f"dynamics_{name}.png"
+            figure.draw_dynamics(adaptive, run_folder(folder, adaptive[0]), path)
+            print(f"Figure:  {path}")
+    print(f"Results: {folder / 'results.json'}")
+
+
+def choose_rows(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """Checks names of rows."""
+    for name in names:
+        if name not in ROWS:
+            raise UserError(
+                f"--row takes one of {'; '.join(ROWS)}; there is no row {name!r}."
+            )
+    return tuple(names)
+
+
+def train_all(
+    configs: dict[str, ml_collections.ConfigDict],
+    seeds: int,
+    swap_examples: int,
+    folder: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """Trains all rows on one data set, seed by seed, and reads what came out."""
+    runs = []
+    plan = [(row, seed) for seed in range(seeds) for row in configs]
+    for number, (row, seed) in enumerate(plan, start=1):
+        logging.info("Run %d of %d: %s, seed %d.", number, len(plan), row, seed)
+        config = configs[row].copy_and_resolve_references()
+        config.seed = seed
+        run = {"data": config.data.name, "row": row, "seed": seed}
+        where = run_folder(folder, run)
+        train_and_evaluate(config, where)
+        runs.append({**run, **read_run(where), "swaps": swap(where, swap_examples)})
+    return runs
+
+
+def create_config(
+    base: Callable[[], ml_collections.ConfigDict], row: str, steps: int | None = None
+) -> ml_collections.ConfigDict:
+    """The config of a row: the base's, with the row's network in the place of its own."""
+    model, fields, loss = ROWS[row]
+    config = base()
+    network = default_config(model).model
+    network.update({key: config.model[key] for key in network if key in SHARED})
+    network.update(fields)
+    config.model = network
+    config.loss.update(loss)
+    config.total_steps = steps or config.total_steps
+    return config
+
+
+SHARED = ("width", "augment", "stem", "stages", "activation", "norm", "zero_init")
+
+
+def run_folder(folder: pathlib.Path, run: dict[str, Any]) -> pathlib.Path:
+    """Where a run lives."""
+    row = run["row"].lower().replace(",", "").replace(" ", "-")
+    return folder / "runs" / f"{run['data']}-{row}-seed{run['seed']}"
+
+
+def read_run(folder: pathlib.Path) -> dict[str, Any]:
+    """What the results keep of a finished run: provenance, final numbers, NFE curve."""
+    rows = metrics_log.read_metrics(folder / "metrics.jsonl")
+    return {
+        **runner.read_run(folder),
+        "curve": [
+            {"step": row["step"], "loss": row["train/loss"], "nfe": row.get("train/nfe")}
+            for row in rows
+            if "train/loss" in row
+        ],
+    }
+
+
+def swap(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
+    """Test error of a trained ODE-net with each solver of `SWAPS`; [] for other nets."""
+    model = workdirs.read_manifest(folder)["config"]["model"]
+    if "solver" not in model:
+        return []
+    path = folder / f"swaps_{examples}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    found = []
+    dataset = None
+    for label, fields in SWAPS.items():
+        network = load_network(folder, fields=fields)
+        if dataset is None:
+            dataset = first_examples(network, examples)
+        try:
+            values = steps.evaluate(
+                network.variables["params"],
+                network.variables["batch_stats"],
+                dataset,
+                network.statistics,
+                recipe=network.recipe,
+                batch_size=min(network.run.data.eval_batch_size, len(dataset.labels)),
+                prefix="test",
+            )
+        except DivergedError as error:
+            values = {"failure": str(error)}
+        found.append({"solver": label, **values})
+    workdirs.write_json(path, found)
+    return found
+
+
+def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """A row each: mean and sample standard deviation over the seeds, and the costs.
+
+    Returns:
+      "row", "n" (seeds), "parameters", "nfe" (forward, an image, in evaluation), each
+      error's "mean" and "std" (None for one seed), and of one training step "step_ms",
+      "step_ratio" (to the first row's), "memory_mb".
+    """
+    table = []
+    for row, own in _groups(runs):
+        summaries = [run["summary"] for run in own]
+        nfe = [s["test/nfe"] for s in summaries if "test/nfe" in s]
+        errors = {
+            key: spread([summary[key] for summary in summaries])
+            for key in ("val/error", "test/error")
+        }
+        table.append(
+            {
+                "row": row,
+                "n": len(own),
+                "parameters": summaries[0]["parameters"],
+                "nfe": spread(nfe or [steps_of(own[0]["config"]["model"])]),
+                **errors,
+                **costs[row],
+            }
+        )
+    return table
+
+
+def steps_of(model: dict[str, Any]) -> int:
+    """How often a discrete net applies a residual function."""
+    return model["stages"] * model["length"]
+
+
+def tabulate_swaps(runs) -> list[dict[str, Any]]:
+    """Rows "row", "solver", "nfe", "error" over the seeds; failed solves have None."""
+    table = []
+    for row, own in _groups(runs):
+        for swaps in zip(*(run["swaps"] for run in own), strict=True):
+            entry = {"row": row, "solver": swaps[0]["solver"], "n": len(swaps)}
+            if any("failure" in one for one in swaps):
+                table.append({**entry, "nfe": None, "error": None})
+                continue
+            nfe = float(np.mean([one["test/nfe"] for one in swaps]))
+            error = spread([one["test/error"] for one in swaps])
+            table.append({**entry, "nfe": nfe, "error": error})
+    return table
+
+
+def _groups(runs) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for row in dict.fromkeys(run["row"] for run in runs):
+        yield row, [run for run in runs if run["row"] == row]
+
+
+def show(part: dict[str, Any]) -> None:
+    """The table on the terminal."""
+    headings = ("net", "seeds", "parameters", "NFE", "test error %", "step ms", "MB")
+    rows = [
+        [
+            *(row["row"], str(row["n"]), f"{row['parameters']:,}"),
+            *(f"{row['nfe']['mean']:.1f}", percent(row["test/error"])),
+            *(f"{row['step_ms']:.0f}", f"{row['memory_mb']:.0f}"),
+        ]
+        for row in part["table"]
+    ]
+    title = f"{part['name']}: mean ± standard deviation over the seeds"
+    tables.show(title, headings, rows)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,257 @@
+"""What experiments share: their flags, their runs, and what is read of a finished one.
+
+Many runs may be shared out over processes, on one machine or on many. Nobody hands them
+out: a process trains each run that is neither finished nor in another process's hands,
+which the lock of its workdir tells. So the same command line may be given in any number of
+processes whose --workdir is one shared folder, and again after any of them was stopped.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import ml_collections
+from absl import flags, logging
+
+from cvjax.errors import (
+    EXIT_CODES,
+    DivergedError,
+    InterruptedRun,
+    UserError,
+    WorkdirInUse,
+)
+from cvjax.storage import metrics_log
+from cvjax.storage import workdir as workdirs
+from cvjax.training import interrupt
+from cvjax.training.trainer import train_and_evaluate
+
+PROVENANCE = ("config", "versions", "device", "git", "command")
+
+flags.disclaim_key_flags()  # --help shows these flags as the experiment's
+
+
+def define_flags(
+    presets: Iterable[str],
+    seeds_each: str = "net",
+    steps_of: str = "",
+    least_steps: int = 1,
+) -> None:
+    """Defines --preset, --workdir, --seeds and --steps.
+
+    To be called, and not at import: all experiments have flags of these names.
+
+    Args:
+      presets: their names; "quick" is among them.
+      seeds_each: what is trained from several seeds.
+      steps_of: what --steps is about, such as " of all nets".
+      least_steps: the smallest --steps.
+    """
+    flags.DEFINE_enum("preset", "quick", list(presets), "How much to train.")
+    flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
+    flags.DEFINE_integer("seeds", 3, f"Number of seeds per {seeds_each}.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps",
+        None,
+        f"Training steps{steps_of} instead of the preset's.",
+        lower_bound=least_steps,
+    )
+    flags.mark_flag_as_required("workdir")
+
+
+def train_unclaimed(
+    runs: Mapping[Path, ml_collections.ConfigDict], after_each: Callable[[], None]
+) -> list[Path]:
+    """Trains the runs that no other process trains, in order.
+
+    Args:
+      runs: workdirs and their configs.
+      after_each: called after each run that is finished.
+
+    Returns:
+      The runs that are not finished, as other processes were at them to the last.
+
+    Raises:
+      DivergedError: at the end, if runs have diverged; the others are trained.
+      InterruptedRun: after SIGTERM or Ctrl-C.
+      UserError: as `train_and_evaluate`.
+    """
+    waiting, diverged = dict(runs), {}
+    with interrupt.watch() as stop:
+        while True:
+            trained, elsewhere = False, {}
+            for folder, config in waiting.items():
+                number = list(runs).index(folder) + 1
+                logging.info("Run %d of %d: %s.", number, len(runs), folder.name)
+                finished = is_finished(folder)
+                try:
+                    train_and_evaluate(config, folder)
+                except WorkdirInUse:
+                    logging.info("%s is in the hands of another process.", folder.name)
+                    elsewhere[folder] = config
+                except DivergedError as error:
+                    logging.error("%s: %s", folder.name, error)
+                    diverged[folder] = error
+                else:
+                    if not finished:
+                        trained = True
+                        after_each()
+                if stop.requested:
+                    raise InterruptedRun(
+                        f"Stopped by {stop.signal_name} after {folder.name}; the same "
+                        "command goes on from there."
+                    )
+            # Whoever had a run when we passed may have been stopped since.
+            waiting = elsewhere
+            if not trained or not waiting:
+                break
+    if diverged:
+        names = ", ".join(folder.name for folder in diverged)
+        raise DivergedError(
+            f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
+            "others."
+        )
+    return [folder for folder in waiting if not is_finished(folder)]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a workdir has its final numbers."""
+    return (folder / "summary.json").exists()
+
+
+def train_or_diverge(
+    config: ml_collections.ConfigDict, folder: Path
+) -> dict[str, Any] | None:
+    """Trains a run that may diverge, or finds it trained.
+
+    That it diverged is kept in FOLDER/diverged.json, and it is not trained again.
+
+    Returns:
+      "step" and "message" if it diverged, else None.
+    """
+    path = folder / "diverged.json"
+    known = path.exists() and not workdirs.config_differences(
+        workdirs.read_manifest(folder)["config"], config.to_dict()
+    )
+    if not known:
+        path.unlink(missing_ok=True)
+        try:
+            train_and_evaluate(config, folder)
+        except DivergedError as error:
+            logging.info("%s diverged: %s", folder.name, error)
+            rows = metrics_log.read_metrics(folder / "metrics.jsonl")
+            step = max((row["step"] for row in rows), default=0)
+            workdirs.write_json(path, {"step": step, "message": str(error)})
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What results keep of a finished run: its final numbers and its provenance."""
+    manifest = workdirs.read_manifest(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"summary": summary, **{key: manifest[key] for key in PROVENANCE}}
+
+
+def refuse_mixture(
+    configs: Iterable[tuple[Path, dict[str, Any]]], free_keys: Container[str]
+) -> None:
+    """Raises UserError if runs of one table differ in more than the free keys.
+
+    Args:
+      configs: workdirs and their configs.
+      free_keys: such as "model.depth".
+    """
+    (first, expected), *others = configs
+    for path, config in others:
+        differences = [
+            text
+            for text in workdirs.config_differences(expected, config)
+            if text.split()[0] not in free_keys
+        ]
+        if differences:
+            raise UserError(
+                f"{first} and {path} cannot stand in one table "
+                f"({'; '.join(differences)}); take another --workdir for other settings."
+            )
+
+
+def run_in_processes(count: int, last_flag: str) -> None:
+    """Gives this very command line to `count` processes, and waits for them.
+
+    On Linux each has its share of the processor's cores to itself. XLA shares a
+    convolution badly between cores, so that many processes of one core are faster than one
+    process of many (`benchmarks/seeds.py`). Accelerators are shared by all: where there are
+    several, start a process for each instead, with CUDA_VISIBLE_DEVICES.
+
+    Args:
+      count: of processes, two or more.
+      last_flag: added to the command line, so that the new processes start no others.
+
+    Raises:
+      UserError: for more processes than cores.
+      InterruptedRun: after SIGTERM or Ctrl-C, when all have saved and ended.
+      SystemExit: if one of them fails, with its exit code (128 + N after signal N).
+    """
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if count > (len(cores) or os.cpu_count() or 1):
+        raise UserError(
+            f"{count} processes are more than the {len(cores) or os.cpu_count()} cores "
+            "of this machine; choose fewer."
+        )
+    # On an accelerator all of them live in its memory.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    with interrupt.watch() as stop, contextlib.ExitStack() as stack:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:], last_flag],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(count)
+        ]
+        for number, worker in enumerate(workers, start=1):
+            if cores:
+                os.sched_setaffinity(worker.pid, cores[number - 1 :: count])
+            stack.enter_context(_copied(worker.stderr, f"[{number}] "))
+        asked = False
+        while any(worker.poll() is None for worker in workers):
+            if stop.requested and not asked:
+                asked = True
+                for worker in workers:
+                    worker.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+    saved = {0, EXIT_CODES[InterruptedRun], -signal.SIGTERM} if stop.requested else {0}
+    codes = {n: worker.returncode for n, worker in enumerate(workers, start=1)}
+    failed = {number: code for number, code in codes.items() if code not in saved}
+    for number, code in failed.items():
+        logging.error("Process %d ended with exit code %d.", number, code)
+    if failed:
+        sys.exit(max(code if code > 0 else 128 - code for code in failed.values()))
+    if stop.requested:
+        raise InterruptedRun(
+            f"Stopped by {stop.signal_name}, and all {count} processes have saved; the "
+            "same command goes on from there."
+        )
+
+
+@contextlib.contextmanager
+def _copied(source: IO[str], prefix: str) -> Iterator[None]:
+    """Copies lines to stderr as they come, with a prefix."""
+
+    def copy() -> None:
+        for line in source:
+            sys.stderr.write(prefix + line)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    yield
+    thread.join()

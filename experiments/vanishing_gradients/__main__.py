@@ -1,0 +1,177 @@
+"""Degradation is not vanishing gradients (He et al. 2015, section 4.1).
+
+    python -m experiments.vanishing_gradients --preset=quick --workdir=runs/gradients
+
+A plain net that is too deep does not fit its training images. Is it that gradients do not
+reach its first layers? Five kinds of nets are trained by one recipe, and at the start and
+at some steps the gradient's norms are measured layer by layer, on one batch of training
+images (`gradients`): |dL/dx| of what each block gives, the signal that is
+propagated backward, and |dL/dW| of each layer's kernel. Theory, of the factor by which a
+layer multiplies |dL/dx| at initialisation:
+
+sigmoid   plain net without normalisation. Kernels have variance 2 / fan-in and a sigmoid's
+          slope is 1/4 at most, so the factor is at most sqrt(2) / 4 = 0.35: the signal
+          vanishes exponentially towards the image.
+relu      the same with ReLU: He et al. 2015b (arXiv:1502.01852) chose that variance so
+          that the factor is 1. It is less on small images, as zero padding loses what
+          falls on it (`tables.padding_factor`; the factor of sigmoid
+          nets falls likewise): 0.8 a layer at 8x8 pixels, 0.95 at 32x32.
+plain     with BatchNorm. The paper: backward signals have healthy norms. Yang et al. 2019
+          (arXiv:1902.08129): in wide nets at initialisation they even grow towards the
+          image, by up to sqrt(pi / (pi - 1)) = 1.21 a layer, and much less so after a step.
+residual  the shortcuts carry the signal: no factor, a power of the depth at most.
+ode       x' = f(x, t) in 3n steps of Euler, 6n layers with one kernel: dL/dx(t) solves the
+          adjoint equation (Chen et al. 2018), a limit that does not depend on the steps.
+
+So if plain nets with BatchNorm degrade, gradients that vanish are not why.
+
+Presets: quick (digits, two CPU cores), full (CIFAR-10, the paper's recipe, for a GPU; not
+yet run). Each run has a folder of its own under WORKDIR/runs; the same command goes on
+where it was stopped, and what is finished is not run again.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+from absl import flags, logging
+
+from cvjax import cli, data
+from cvjax.data.dataset import ArraySplit
+from cvjax.data.normalize import normalize
+from cvjax.storage import workdir as workdirs
+from cvjax.training import default_config, train_and_evaluate
+from cvjax.training.trained_network import Network, load_network
+from cvjax.training.transfer import initial_variables
+from experiments import runner
+from experiments.depth_degradation import presets
+from experiments.vanishing_gradients import figure, gradients, tables
+
+PLAIN = {"shortcut": "none"}
+NETS: dict[str, dict[str, Any]] = {
+    "sigmoid": {**PLAIN, "norm": "none", "activation": "sigmoid"},
+    "relu": {**PLAIN, "norm": "none"},
+    "plain": PLAIN,
+    "residual": {"shortcut": "A"},
+    "ode": {},
+}
+BATCH = 128  # images that gradients are measured on
+
+
+def quick(depth: int) -> ml_collections.ConfigDict:
+    """As in experiments/depth_degradation, the digits and narrow nets, but 100 steps."""
+    config = presets.quick(depth)
+    config.total_steps = config.eval_every = 100
+    config.checkpoint_every = 50
+    config.model.walk = "rolled"  # short runs: compilation would take most of the time
+    return config
+
+
+def full(depth: int) -> ml_collections.ConfigDict:
+    """The paper's recipe on CIFAR-10."""
+    config = presets.full(depth)
+    config.checkpoint_every = 16_000
+    config.keep_checkpoints = 4
+    return config
+
+
+PRESETS = {"quick": (quick, (8, 20, 44)), "full": (full, (20, 56, 110))}
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS)
+    flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values = flags.FLAGS
+    create_config, depths = PRESETS[values.preset]
+    if values.depths:
+        depths = presets.parse_depths(values.depths)
+    folder = workdirs.check_writable(values.workdir)
+    plan = [
+        (net, depth, seed)
+        for net in NETS
+        for depth in depths
+        for seed in range(values.seeds)
+    ]
+    runs = []
+    for number, (net, depth, seed) in enumerate(plan, start=1):
+        logging.info(
+            "Run %d of %d: %s, %d layers, seed %d.", number, len(plan), net, depth, seed
+        )
+        config = create_config(depth)
+        config.seed = seed
+        config.total_steps = values.steps or config.total_steps
+        place = folder / "runs" / f"{net}-{depth}-seed{seed}"
+        train_and_evaluate(with_net(config, net), place)
+        runs.append({"net": net, "depth": depth, "seed": seed, **measure(place)})
+    table = tables.tabulate(runs)
+    results = {"experiment": "vanishing_gradients", "preset": values.preset}
+    results["provenance"] = workdirs.provenance()
+    workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
+    path = folder / "vanishing_gradients.png"
+    figure.draw_gradients(runs, table, config.data.name, path)
+    tables.show(table)
+    print(f"Results: {folder / 'results.json'}")
+    print(f"Figure:  {path}")
+
+
+def with_net(config: ml_collections.ConfigDict, net: str) -> ml_collections.ConfigDict:
+    """The config for one of `NETS`; an ODE-net has as many layers as the others."""
+    config.model.update(NETS[net])
+    if net == "ode":
+        depth, width, walk = (config.model[key] for key in ("depth", "width", "walk"))
+        config.model = default_config("odenet").model
+        # It has one width where the others end with four times theirs.
+        config.model.update(stem="none", width=2 * width, walk=walk)
+        config.model.update(solver="euler", steps=(depth - 2) // 2)
+    return config
+
+
+def measure(place: pathlib.Path) -> dict[str, Any]:
+    """What the results keep of a finished run: the norms at its checkpoints, provenance."""
+    manifest = workdirs.read_manifest(place)
+    config = manifest["config"]
+    every, total = config["checkpoint_every"], config["total_steps"]
+    path = place / f"gradients-{total}.json"
+    if not path.exists():
+        steps = [*range(every, total, every), total]
+        networks = {step: load_network(place, str(step)) for step in steps}
+        start = initial_variables(networks[total], place)
+        variables = {0: start, **{step: networks[step].variables for step in steps}}
+        batch = data.load(**networks[total].run.data.source).train.first(BATCH)
+        rows = [norms(networks[total], variables[step], batch, step) for step in variables]
+        workdirs.write_json(path, {"side": batch.images.shape[1], "gradients": rows})
+    summary = json.loads((place / "summary.json").read_text())
+    return {
+        **json.loads(path.read_text()),
+        "train/error": summary["train_eval/error"],
+        "config": config,
+        **{key: manifest[key] for key in ("versions", "device", "git")},
+    }
+
+
+def norms(
+    network: Network, variables: dict[str, Any], batch: ArraySplit, step: int
+) -> dict[str, Any]:
+    """The norms at one step, in four digits: "states", "kernels" (see `gradients`)."""
+    images = normalize(batch.images, network.statistics)
+    model, loss = network.recipe.model, network.run.loss
+    found = gradients.gradient_norms(model, variables, images, batch.labels, loss)
+    has_layers = network.run.model["name"] == "resnet_cifar"
+    kernels = gradients.kernel_norms(found.leaves) if has_layers else []
+    return {
+        "step": step,
+        "states": [float(f"{norm:.4g}") for norm in found.states],
+        "kernels": [float(f"{norm:.4g}") for norm in kernels],
+        "total": gradients.total_norm(found.leaves),
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""Do gradients vanish? The theory and the table."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cvjax.report import tables
+from cvjax.report.statistics import spread
+from cvjax.report.tables import mean_std, percent
+
+
+def padding_factor(side: int, depth: int) -> float:
+    """What zero padding takes of a backward signal a layer, the geometric mean of all.
+
+    A convolution spreads the gradient of a pixel over 3x3 taps, and what falls on the
+    padding is lost: of the squared norm the part of the taps that lie on the image is left.
+
+    Args:
+      side: of the images, in pixels; it halves twice.
+      depth: 6n + 2 layers.
+    """
+    layers = (depth - 2) // 3  # of a stage
+    log = layers * math.log(1 - 2 / (3 * side))
+    for half in (side // 2, side // 4):
+        # With stride 2 nothing falls over the second edge.
+        log += math.log(1 - 1 / (3 * half)) + (layers - 1) * math.log(1 - 2 / (3 * half))
+    return math.exp(log / (3 * layers))  # squared for two dimensions, and its root
+
+
+def theory(net: str, side: int, depth: int) -> tuple[str, float]:
+    """("about", "at most" or "near", the factor of |dL/dx| a layer) at initialisation.
+
+    See experiments/vanishing_gradients for the reasons.
+    """
+    return {
+        "sigmoid": ("at most", padding_factor(side, depth) * math.sqrt(2) / 4),
+        "relu": ("about", padding_factor(side, depth)),
+        "plain": ("at most", math.sqrt(math.pi / (math.pi - 1))),
+        "residual": ("near", 1.0),
+        "ode": ("near", 1.0),
+    }[net]
+
+
+def ratio(states: list[float]) -> float:
+    """|dL/dx| of the first state over that of the last one; 0 where none arrives at all.
+
+    That can be: behind ReLUs that are zero for all images the gradient is exactly zero.
+    """
+    return states[0] / states[-1] if states[0] else 0.0
+
+
+def factor(states: list[float]) -> float:
+    """By what |dL/dx| is multiplied a layer, on its way from the last to the first state.
+
+    The geometric mean over two layers a block.
+    """
+    return ratio(states) ** (1 / (2 * (len(states) - 1)))
+
+
+def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each net and depth, in the order of the runs.
+
+    Returns:
+      "net", "depth", "n" (seeds), "theory" (see `theory`), as {"mean", "std"} over the
+      seeds "factor/initial" and "factor/trained" (see `factor`) and "train/error" (a
+      fraction, at the end), and "ratio/initial" and "ratio/trained", geometric means.
+    """
+    table = []
+    for net, depth in dict.fromkeys((run["net"], run["depth"]) for run in runs):
+        own = [run for run in runs if (run["net"], run["depth"]) == (net, depth)]
+        row = {"net": net, "depth": depth, "n": len(own)}
+        row["theory"] = theory(net, own[0]["side"], depth)
+        for when, at in (("initial", 0), ("trained", -1)):
+            states = [run["gradients"][at]["states"] for run in own]
+            row[f"factor/{when}"] = spread([factor(one) for one in states])
+            ratios = [ratio(one) for one in states]
+            logs = [math.log(one) if one else -math.inf for one in ratios]
+            row[f"ratio/{when}"] = math.exp(np.mean(logs))
+        row["train/error"] = spread([run["train/error"] for run in own])
+        table.append(row)
+    return table
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    """The table on the terminal."""
+    headings = ("net", "layers", "theory", "at start", "trained", "first/last at start")
+    rows = []
+    for row in table:
+        word, value = row["theory"]
+        rows.append(
+            [
+                *(row["net"], str(row["depth"]), f"{word} {value:.3f}"),
+                *(mean_std(row[f"factor/{when}"], 3) for when in ("initial", "trained")),
+                *(f"{row['ratio/initial']:.1e}", percent(row["train/error"], 1)),
+            ]
+        )
+    title = "by what |dL/dx| is multiplied a layer, on its way back to the image"
+    tables.show(title, (*headings, "training error %"), rows)

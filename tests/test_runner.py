@@ -1,0 +1,187 @@
+"""Runs shared out over processes: nobody waits, nothing is trained twice, none is lost."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cvjax.errors import DivergedError, InterruptedRun, UserError
+from cvjax.storage import workdir
+from cvjax.training import interrupt
+from experiments import runner
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Training that only takes the workdir, and writes what a finished run has."""
+    order = []
+
+    def train(config, folder):
+        with workdir.lock(folder):
+            if not (folder / "summary.json").exists():
+                config()
+                order.append(folder.name)
+                (folder / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(runner, "train_and_evaluate", train)
+    return order
+
+
+def nothing():
+    pass
+
+
+def test_what_others_hold_is_left_to_them(trained, tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    done = []
+    with workdir.lock(a):
+        left = runner.train_unclaimed(
+            {a: nothing, b: nothing, c: nothing}, lambda: done.append(list(trained))
+        )
+    assert left == [a]
+    assert trained == ["b", "c"]
+    assert done == [["b"], ["b", "c"]]
+    assert runner.train_unclaimed({a: nothing, b: nothing}, nothing) == []
+    assert trained == ["b", "c", "a"]
+
+
+def test_a_run_whose_process_died_meanwhile_is_taken_over(trained, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    with contextlib.ExitStack() as other_process:
+        other_process.enter_context(workdir.lock(a))
+        assert runner.train_unclaimed({a: nothing, b: other_process.close}, nothing) == []
+    assert trained == ["b", "a"]
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(trained, tmp_path):
+    def diverge():
+        raise DivergedError("not finite at step 3.")
+
+    runs = {tmp_path / "a": diverge, tmp_path / "b": nothing}
+    with pytest.raises(DivergedError, match=r"1 of 2 runs diverged \(a\)"):
+        runner.train_unclaimed(runs, nothing)
+    assert trained == ["b"]
+
+
+def test_a_signal_between_two_runs_is_not_lost(trained, tmp_path):
+    """It may come when a run has made its last step, and ends as if there were none."""
+
+    def signalled():
+        with interrupt.watch():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = []
+    runs = {tmp_path / "a": signalled, tmp_path / "b": nothing}
+    with pytest.raises(InterruptedRun, match="Stopped by SIGTERM after a"):
+        runner.train_unclaimed(runs, lambda: done.append(1))
+    assert trained == ["a"] and done == [1]
+
+
+def test_what_is_finished_is_not_reported_again(trained, tmp_path):
+    done = []
+    for _ in range(2):
+        runner.train_unclaimed({tmp_path / "a": nothing}, lambda: done.append(1))
+    assert done == [1]
+
+
+def test_more_processes_than_cores_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes are more than the 1 cores of this"):
+        runner.run_in_processes(2, "--processes=1")
+
+
+PARENT = """
+import sys, time
+from absl import flags
+from cvjax import cli
+from cvjax.training import interrupt
+from experiments import runner
+from cvjax.errors import InterruptedRun
+flags.DEFINE_integer("processes", 2, "")
+flags.DEFINE_string("folder", None, "")
+flags.DEFINE_integer("code", 0, "")
+
+def main(arguments):
+    if flags.FLAGS.processes > 1:
+        runner.run_in_processes(flags.FLAGS.processes, "--processes=1")
+        print("all done")
+        return
+    import os, pathlib
+    with interrupt.watch() as stop:
+        cores = len(os.sched_getaffinity(0))
+        (pathlib.Path(flags.FLAGS.folder) / str(os.getpid())).write_text(str(cores))
+        print("to stderr", file=sys.stderr)
+        print("to stdout")
+        if flags.FLAGS.code:
+            sys.exit(flags.FLAGS.code)
+        folder = pathlib.Path(flags.FLAGS.folder)
+        while not stop.requested and len(list(folder.iterdir())) < 3:
+            time.sleep(0.05)
+    if stop.requested:
+        raise InterruptedRun("saved.")
+
+if __name__ == "__main__":
+    cli.run(main)
+"""
+
+needs_two_cores = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux and two cores",
+)
+
+
+def start(tmp_path, *flags):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    command = [sys.executable, str(script), f"--folder={folder}", *flags]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None or "--code=3" in flags
+        time.sleep(0.1)
+    return process, folder
+
+
+@needs_two_cores
+def test_processes_share_the_cores_and_tell_who_speaks(tmp_path):
+    process, folder = start(tmp_path)
+    files = list(folder.iterdir())
+    total = len(os.sched_getaffinity(0))
+    assert sum(int(file.read_text()) for file in files) == total
+    (folder / "go on").write_text("")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == "all done\n"
+    assert "[1] to stderr\n" in err and "[2] to stderr\n" in err
+
+
+@pytest.mark.slow
+@needs_two_cores
+def test_sigterm_stops_all_and_a_failure_is_handed_on(tmp_path):
+    process, _ = start(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "Stopped by SIGTERM, and all 2 processes have saved" in err
+    assert err.count("parent.py: saved.") == 2
+
+    (tmp_path / "again").mkdir()
+    process, _ = start(tmp_path / "again", "--code=3")
+    process.communicate(timeout=60)
+    assert process.returncode == 3
