@@ -404,7 +404,7 @@ import sys
 from absl import flags
 from absl.testing import flagsaver
 from cvjax.errors import UserError
-from experiments import complexity
+from experiments.complexity import __main__ as complexity
 for line in sys.argv[1:]:
     with flagsaver.flagsaver():
         flags.FLAGS(["complexity", *line.split()])

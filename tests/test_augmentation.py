@@ -12,6 +12,7 @@ from cvjax.data import augment
 from cvjax.data.augment import Augmentation, compute_color_axes
 from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
+from cvjax.report.tables import percent
 from cvjax.training import default_config, loop, steps, trainer
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import Recipe
@@ -145,7 +146,7 @@ def test_table_by_hand():
     assert none["val/error"]["mean"] == pytest.approx(0.15)
     assert none["test/error"]["std"] == pytest.approx(0.005**0.5)
     assert flip["train_eval/error"] == {"mean": 0.3, "std": None}
-    assert experiment.format_error(**flip["test/error"]) == "30.00"
+    assert percent(flip["test/error"]) == "30.00"
 
 
 def test_names_tell_the_size():

@@ -135,7 +135,7 @@ def test_table_by_hand():
     }
     assert percent(row["val/error"]) == "20.00 ± 14.14"
     (single,) = tables.tabulate(runs[:1])
-    assert tables.format_error(**single["val/error"]) == "10.00"
+    assert percent(single["val/error"]) == "10.00"
 
 
 def test_contrast_is_welchs():

@@ -50,10 +50,9 @@ def multiply_accumulates(jaxpr):
     """Those of the convolutions and matrix products in a traced function."""
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
+        if eqn.primitive.name == "convolution":
             kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
-            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += out.size * kernel.size // features
+            total += out.size * kernel.size // kernel.shape[-1]
         elif eqn.primitive.name == "dot_general":
             left, out = eqn.invars[0].aval, eqn.outvars[0].aval
             (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -540,12 +539,6 @@ def test_groups_are_convolutions_side_by_side():
     np.testing.assert_allclose(
         layer.apply(variables, x), jnp.concatenate(halves, axis=-1), rtol=1e-5, atol=1e-5
     )
-    with pytest.raises(UserError) as caught:
-        layer.clone().apply(variables, x)
-    assert str(caught.value) == (
-        "A convolution in 2 groups has no fast gradient in a rolled loop on CPU; use walk "
-        "'unrolled'."
-    )
 
 
 # Gradients
@@ -831,7 +824,7 @@ def test_half_precision_is_of_the_computation_only(name, fields, side):
 
     traced, out = jax.make_jaxpr(train, return_shape=True)(variables, abstract(shape, 2))
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {np.dtype(np.float32)}
-    layers = operands(traced.jaxpr, ("conv_general_dilated", "dot_general"))
+    layers = operands(traced.jaxpr, ("convolution", "dot_general"))
     types = [operand.dtype for operand in layers]
     heads = 1 + len(out[1].get("auxiliary", {}))
     assert types.count(np.float32) == heads
@@ -839,7 +832,8 @@ def test_half_precision_is_of_the_computation_only(name, fields, side):
     normalising = operands(traced.jaxpr, ("rsqrt", "pow"))
     assert all(operand.dtype == np.float32 for operand in normalising)
     # What lies between layers is half as large: here, what each ReLU takes.
-    images = [operand for operand in operands(traced.jaxpr, ("max",)) if operand.ndim == 4]
+    maxima = operands(traced.jaxpr, ("max",))
+    images = [a for a in maxima if a.ndim == 4 and a.shape[0] == 2]  # not variances
     assert all(operand.dtype == jnp.bfloat16 for operand in images)
     assert images or name == "mlp"
 

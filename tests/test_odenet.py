@@ -207,7 +207,7 @@ def test_half_precision_is_of_convolutions_only(name, fields):
 
     traced, logits = jax.make_jaxpr(train, return_shape=True)(variables["params"], x)
     assert logits.dtype == jnp.float32
-    convolved = operands(traced.jaxpr, "conv_general_dilated")
+    convolved = operands(traced.jaxpr, "convolution")
     assert convolved and all(operand.dtype == jnp.bfloat16 for operand in convolved)
     # ReLU takes what lies between layers, and steps are multiplied by slopes.
     for primitive in ("max", "mul", "rsqrt", "dot_general"):

@@ -10,6 +10,7 @@ import pytest
 
 from cvjax.errors import UserError
 from cvjax.models import create_model
+from cvjax.report.tables import percent
 from experiments.odenet_vs_resnet import __main__ as experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,4 +89,4 @@ def test_tables_by_hand():
     euler, dopri5 = experiment.tabulate_swaps(runs)
     assert (euler["nfe"], euler["error"]["mean"]) == (1.0, 0.5)
     assert dopri5["nfe"] is None and dopri5["error"] is None
-    assert experiment.format_error({"mean": 0.2, "std": None}) == "20.00"
+    assert percent({"mean": 0.2, "std": None}) == "20.00"

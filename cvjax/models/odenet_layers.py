@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.norm import GroupNorm
 
 NORMS = ("group", "none")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -45,7 +46,7 @@ class Norm(nn.Module):
             return x
         groups = groups_of(x.shape[-1])
         init = self.scale_init
-        norm = nn.GroupNorm(groups, epsilon=1e-5, scale_init=init, name="group_norm")
+        norm = GroupNorm(groups, scale_init=init, name="group_norm")
         return norm(x)
 
 

@@ -1,19 +1,111 @@
-"""BatchNorm whose statistics are taken over groups of a batch.
+"""Normalisation: BatchNorm whose statistics are over groups of a batch, and GroupNorm.
 
 Ioffe & Szegedy 2015 (arXiv:1502.03167). He et al. 2015 train on two GPUs, each of which
 normalises by the 64 images of its own. Here a group is a number of consecutive examples,
 whatever the number of devices: 64 on one device compute what 64 on each of two do. In
 large batches such "ghost" groups also keep the noise of small ones (Hoffer et al. 2017,
 arXiv:1705.08741).
+
+Both are y = (x - mean) * a + bias with a = scale / sqrt(var + epsilon). Their derivative is
+written out below: the sums over an image map are two in the forward pass and two in the
+backward pass, all others are over a few numbers per channel. Squares are of differences
+from a value of the map, so that a mean far from zero costs no digits.
 """
 
+import functools
 from typing import Any
 
 import jax
 from flax import linen as nn
+from jax import lax
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def normalize(
+    axes: tuple[int, ...],
+    channels: int,
+    epsilon: float,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, with the statistics of x.
+
+    Args:
+      axes: what statistics are taken over, with `channels` neighbours on the last axis.
+      channels: see `axes`; a divisor of the features.
+      epsilon: added to variances.
+      x: [..., features].
+      scale, bias: [1, ..., 1, features].
+
+    Returns:
+      The result, and mean and variance (divided by the number of elements), which have
+      length 1 along `axes`.
+    """
+    origin = x[tuple(slice(1) if axis in axes else slice(None) for axis in range(x.ndim))]
+    moved = x - origin
+    mean = moved.mean(axes, keepdims=True)
+    var = jnp.square(moved).mean(axes, keepdims=True) - jnp.square(mean)
+    mean = mean + origin
+    if channels > 1:
+        mean, own = _over_neighbours(mean, channels), mean
+        var = _over_neighbours(var + jnp.square(own - mean), channels)
+    var = jnp.maximum(var, 0.0)
+    return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
+
+
+def _over_neighbours(array, channels):
+    groups = array.reshape(*array.shape[:-1], -1, channels)
+    return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(
+        array.shape
+    )
+
+
+@normalize.defjvp
+def _normalize_jvp(axes, channels, epsilon, primals, tangents):
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    y, mean, var = normalize(axes, channels, epsilon, x, scale, bias)
+
+    def average(array):
+        return _over_neighbours(array.mean(axes, keepdims=True), channels)
+
+    slope = lax.rsqrt(var + epsilon)
+    unit = (x - mean) * slope
+    dmean, drift = average(dx), average(unit * dx)
+    factor = slope * scale
+    # What goes over whole maps stands last: backwards, these are the two sums.
+    dy = factor * dx + (dbias - factor * dmean) + unit * (dscale - factor * drift)
+    return (y, mean, var), (dy, dmean, 2 / slope * drift)
+
+
+class GroupNorm(nn.Module):
+    """Over height, width and the channels of a group, for each example (Wu & He 2018).
+
+    Parameters: `scale` and `bias` [features]. The result is float32 at least.
+
+    Attributes:
+      groups: into how many neighbours the features are split; a divisor of them.
+      epsilon: added to variances.
+      scale_init: of the scale.
+    """
+
+    groups: int
+    epsilon: float = 1e-5
+    scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, ..., features] -> the same."""
+        features = x.shape[-1]
+        scale = self.param("scale", self.scale_init, (features,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (features,))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        axes, size = tuple(range(1, x.ndim - 1)), features // self.groups
+        scale, bias = (a.reshape(*(1,) * (x.ndim - 1), -1) for a in (scale, bias))
+        return normalize(axes, size, self.epsilon, x, scale, bias)[0]
 
 
 class BatchNorm(nn.Module):
@@ -56,27 +148,18 @@ class BatchNorm(nn.Module):
             check_group("The group of BatchNorm", self.group, len(x))
             x = x.reshape(-1, self.group, *x.shape[1:])
         axes = tuple(range(1 if is_grouped else 0, x.ndim - 1))
+        scale, bias = (a.reshape(*(1,) * (x.ndim - 1), -1) for a in (scale, bias))
         if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
-        else:
-            mean, var = _statistics(x, axes)
-            if not self.is_initializing():
-                for running, now in ((running_mean, mean), (running_var, var)):
-                    now = now.mean(axis=0) if is_grouped else now
-                    old = self.momentum * running.value
-                    running.value = old + (1 - self.momentum) * now
-        mean, var = (jnp.expand_dims(array, axes) for array in (mean, var))
-        scale, bias = (array.reshape(*(1,) * (x.ndim - 1), -1) for array in (scale, bias))
-        y = (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+            mean, var = (a.value.reshape(bias.shape) for a in (running_mean, running_var))
+            y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+            return y.astype(dtype)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y, mean, var = normalize(axes, 1, self.epsilon, x, scale, bias)
+        if not self.is_initializing():
+            for running, now in ((running_mean, mean), (running_var, var)):
+                now = now.mean(axis=0).ravel() if is_grouped else now.ravel()
+                running.value = self.momentum * running.value + (1 - self.momentum) * now
         return y.astype(dtype).reshape(shape)
-
-
-def _statistics(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance over some axes, in float32 at least."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jnp.square(x)  # first, as in linen: the gradient then is the same, bit by bit
-    mean = x.mean(axes)
-    return mean, jnp.maximum(0.0, squares.mean(axes) - jnp.square(mean))
 
 
 def check_group(name: str, group: int, batch_size: int) -> None:
