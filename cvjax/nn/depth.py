@@ -74,7 +74,7 @@ class Stage(nn.Module):
         # Drawing the parameters is no walk that needs to be fast, only quickly compiled.
         rolled = is_rolled(self.walk) or self.is_initializing()
         chain = nn.scan(
-            lambda block, x, _: (block(x), None),
+            lambda block, x, _: (jax.lax.optimization_barrier(block(x)), None),
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.length,
