@@ -30,4 +30,5 @@ def keep_freed() -> bool:
         _TRIM_THRESHOLD: _NEVER,
         _TOP_PAD: _PIECE,
     }
-    return all([mallopt(name, value) == 1 for name, value in settings.items()])
+    done = [mallopt(name, value) for name, value in settings.items()]
+    return set(done) == {1}

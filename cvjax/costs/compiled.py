@@ -7,8 +7,8 @@ padding: a little more or less than 2 * MACs. Its memory is that of its plan: ar
 between at one time.
 
 On CPU, jaxlib 0.10 hands whole chains of layers to a library (YNNPACK), whose memory XLA
-does not see; `COMPILER_OPTIONS` forbids it, so that this is the plan of XLA's own code. Nor are
-convolutions oneDNN's here (`nn.onednn.off`).
+does not see; `COMPILER_OPTIONS` forbids it, so that this is the plan of XLA's own code. Nor
+are convolutions oneDNN's here (`nn.onednn.off`).
 """
 
 from typing import Any

@@ -8,9 +8,9 @@ arXiv:1705.08741).
 
 Both are y = (x - mean) * a + bias with a = scale / sqrt(var + epsilon). Their derivative is
 written out below: the sums over an image map are two in the forward pass and two in the
-backward pass, all others are over a few numbers per channel. The variance is E[x^2] - mean^2,
-one pass over the map; where a mean is so far from zero that this would cost digits, a second
-pass makes it E[(x - mean)^2].
+backward pass, all others are over a few numbers per channel. The variance is E[x^2] -
+mean^2, one pass over the map; where a mean is so far from zero that this would cost digits,
+a second pass makes it E[(x - mean)^2].
 """
 
 import functools
@@ -22,7 +22,6 @@ from jax import lax
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-
 
 # mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
 _FAR = 256.0

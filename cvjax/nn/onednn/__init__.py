@@ -68,9 +68,9 @@ def kernels() -> str:
 def off() -> Iterator[None]:
     """Programs that are traced and compiled meanwhile have XLA's own kernels.
 
-    For programs that leave this machine, and for accounts of operations and memory, in which
-    XLA does not see what a foreign call does. Compilations so far are forgotten, before and
-    after, for JAX would find them again.
+    For programs that leave this machine, and for accounts of operations and memory, in
+    which XLA does not see what a foreign call does. Compilations so far are forgotten,
+    before and after, for JAX would find them again.
     """
     jax.clear_caches()
     _off.append(True)
