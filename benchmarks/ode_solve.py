@@ -11,8 +11,8 @@ round. Compilation stands apart.
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
 steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
-"cvjax, direct" differentiates through the solver's steps without checkpoints, as torchdiffeq
-does. Diffrax's loop over equal steps shows what nn/runge_kutta.py is for.
+"cvjax, direct" differentiates through the solver's steps without checkpoints, as
+torchdiffeq does. Diffrax's loop over equal steps shows what nn/runge_kutta.py is for.
 """
 
 import dataclasses
