@@ -85,10 +85,7 @@ def convolutions(draw):
     ]
     groups = draw(st.sampled_from((1, 1, 1, 2, 3)))
     channels, features = (draw(size(1, 17 // groups)) for _ in range(2))
-    shapes = (
-        (draw(size(1, 5)), *image, groups * channels),
-        (*kernel, channels, groups * features),
-    )
+    shape = draw(size(1, 5)), *image, groups * channels
     options = {"strides": strides, "padding": padding, "groups": groups}
     return shape, (*kernel, channels, groups * features), options, draw(size(0, 99))
 
