@@ -50,7 +50,6 @@ def get_config():
 
     config.optim.learning_rate = 0.01
     config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 50
     config.optim.momentum = 0.9
     config.optim.weight_decay = 1e-4
     return config

@@ -206,9 +206,9 @@ def _unknown(name: str, folder: pathlib.Path) -> UserError:
     hint = (
         f"did you mean {near[0]}?"
         if near
-        else f"choose digits, {', '.join(PREPARABLE)}, folder, npz, or another image "
-        "classification set of https://www.tensorflow.org/datasets/catalog that is "
-        "prepared."
+        else f"choose digits, {', '.join(PREPARABLE)}, or another image classification set "
+        "of https://www.tensorflow.org/datasets/catalog that is prepared; folder or npz "
+        "for your own."
     )
     return UserError(f"there is no data set {name!r}; {hint}")
 
