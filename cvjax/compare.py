@@ -76,7 +76,7 @@ def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[tuple]
         line.append((state_of(row), state_of(row)))
         for key, _, scale, places in known:
             value = row.values.get(key)
-            text = _number(value, places, scale)
+            text = _number(key, value, places, scale)
             line.append((text, None if value is None else value["mean"]))
         test = row.test
         if test is None:
@@ -92,9 +92,9 @@ def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[tuple]
     return headings, lines
 
 
-def _number(value: dict[str, Any] | None, digits: int, scale: float) -> str:
-    if value is not None and digits == 0 and not value["std"]:
-        return f"{scale * value['mean']:,.0f}"
+def _number(key: str, value: dict[str, Any] | None, digits: int, scale: float) -> str:
+    if value is not None and "/" not in key and not value["std"]:  # known exactly
+        return f"{scale * value['mean']:,.{digits}f}"
     return tables.mean_std(value, digits, scale)
 
 

@@ -105,29 +105,37 @@ def essential(run: Run) -> dict[str, Any]:
 def row_names(configs: Sequence[dict[str, Any]]) -> list[str]:
     """The names of rows from what differs between their configs.
 
-    A key counts if two rows that have it have different values; the model's name stands
-    alone, and keys lose their group where that leaves them unique.
+    A key counts where two rows have different values of it; one of the model where two rows
+    of the same model have. The model's name stands alone, and keys lose their group where
+    that leaves them unique.
     """
     values = collections.defaultdict(set)
     for config in configs:
         for key, value in config.items():
-            values[key].add(json.dumps(value))
-    differing = [key for key in values if len(values[key]) > 1]
-    # The net comes first, and of the net its name.
-    differing.sort(key=lambda key: (key != "model.name", not key.startswith("model."), key))
-    last = collections.Counter(key.rpartition(".")[2] for key in differing)
+            values[_scope(config, key), key].add(json.dumps(value))
+    shown = [
+        [key for key in config if len(values[_scope(config, key), key]) > 1]
+        for config in configs
+    ]
+    last = collections.Counter(key.rpartition(".")[2] for key in set().union(*shown))
     names = []
-    for config in configs:
+    for config, keys in zip(configs, shown, strict=True):
         parts = []
-        for key in differing:
-            if key in config:
-                short = key.rpartition(".")[2]
-                label = short if last[short] == 1 and short != "name" else key
-                shown = config[key]
-                shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
-                parts.append(shown if key == "model.name" else f"{label}={shown}")
+        # The net comes first, and of the net its name.
+        for key in sorted(keys, key=lambda key: (key != "model.name", key[:6] != "model.")):
+            short = key.rpartition(".")[2]
+            label = short if last[short] == 1 and short != "name" else key
+            value = config[key]
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            parts.append(text if key == "model.name" else f"{label}={text}")
         names.append(" ".join(parts) or str(config.get("model.name", "all")))
     return names
+
+
+def _scope(config: dict[str, Any], key: str) -> str:
+    """Fields of one model say nothing of those of another."""
+    of_model = key.startswith("model.") and key != "model.name"
+    return config.get("model.name", "") if of_model else ""
 
 
 def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:

@@ -110,7 +110,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     numbers = _numbers(
         summary, rows, _read_json(folder / f"evaluation/test_step{last}.json")
     )
-    numbers |= _costs(folder, nested["model"], numbers, summary)
+    numbers |= _costs(folder, nested["model"], numbers)
     losses = [row[key] for row in rows for key in ("train/loss", "val/loss") if key in row]
     if summary.get("step") == total:
         state = "finished"
@@ -176,7 +176,7 @@ def _numbers(summary, rows, evaluation) -> dict[str, float]:
     known |= {key: value for key, value in summary.items() if key != "step"}
     if "expected_calibration_error" in evaluation:
         known["test/calibration"] = evaluation["expected_calibration_error"]
-    for key in ("test/nfe", "val/nfe", "train/nfe"):
+    for key in ("test/nfe", "val/nfe"):
         if key in known:
             known["nfe"] = known[key]
             break
@@ -188,7 +188,7 @@ def _numbers(summary, rows, evaluation) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def _costs(folder, model, numbers, summary) -> dict[str, float]:
+def _costs(folder, model, numbers) -> dict[str, float]:
     try:
         statistics, names = read_inputs(folder)
     except UserError:  # the run has hardly begun, or is of an older version

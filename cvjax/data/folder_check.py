@@ -114,7 +114,7 @@ def describe(listing: Listing, pictures: dict[str, Picture]) -> str:
         size = "from {}x{} to {}x{} pixels (height x width)".format(*small, *large)
     made = ""
     if listing.hashed:
-        made = f"; {' and '.join(listing.hashed)}: a tenth each, by the files' names"
+        made = f"; in {' and in '.join(listing.hashed)} a tenth, by the files' names"
     reasons = [f"{count:,} {reason}" for reason, count in listing.left_out.items()]
     left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
     return (
