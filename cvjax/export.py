@@ -5,7 +5,8 @@
 By jax.export: a program in StableHLO with the weights and the normalisation inside, from
 images uint8 [batch, height, width, channels] to class probabilities float32 [batch,
 classes], for any batch size and for CPU, CUDA and TPU. It needs JAX alone, of this version
-or up to half a year later (jax.export's promise):
+or up to half a year later (jax.export's promise), and flatbuffers, which JAX does not
+install by itself (`pip install flatbuffers`; so does writing it):
 
     import jax, json, numpy
     from jax import export
@@ -87,7 +88,13 @@ def write_export(
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
     """Writes `export_network` to a file, and what it is to `path`.json."""
-    content = export_network(network, batch_size, platforms).serialize()
+    exported = export_network(network, batch_size, platforms)
+    try:
+        content = exported.serialize()
+    except ImportError as error:
+        raise UserError(
+            "jax.export needs the package flatbuffers: `pip install flatbuffers`."
+        ) from error
     path = pathlib.Path(path).absolute()
     workdirs.check_writable(path.parent)
     workdirs.write_bytes(path, bytes(content))

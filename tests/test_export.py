@@ -22,6 +22,8 @@ from cvjax.training.trained_network import Network
 
 SHAPE = (8, 8, 1)
 
+pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
+
 
 @pytest.fixture
 def xla(monkeypatch):
