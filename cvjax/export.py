@@ -4,7 +4,8 @@
 
 By jax.export: a program in StableHLO with the weights and the normalisation inside, from
 images uint8 [batch, height, width, channels] to class probabilities float32 [batch,
-classes], for any batch size and for CPU, CUDA and TPU. It needs JAX alone, of this version
+classes], for CPU, CUDA and TPU, and for any batch size (of ODE-nets for the one that
+--batch_size says). It needs JAX alone, of this version
 or up to half a year later (jax.export's promise), and flatbuffers, which JAX does not
 install by itself (`pip install flatbuffers`; so does writing it):
 
@@ -95,6 +96,11 @@ def write_export(
         raise UserError(
             "jax.export needs the package flatbuffers: `pip install flatbuffers`."
         ) from error
+    except NotImplementedError as error:  # equinox tells of errors by host callbacks
+        raise UserError(
+            "a network with adaptive steps is exported with EQX_ON_ERROR=nan, set before "
+            "this process solves its first ODE."
+        ) from error
     path = pathlib.Path(path).absolute()
     workdirs.check_writable(path.parent)
     workdirs.write_bytes(path, bytes(content))
@@ -133,6 +139,8 @@ def main(arguments):
         )
     # Before the first convolution: oneDNN's are a call into this process.
     os.environ["CVJAX_CONV"] = "xla"
+    # Nor can a file call back into it: a solve that fails gives NaN instead.
+    os.environ["EQX_ON_ERROR"] = "nan"
     network = load_network(values.workdir, values.checkpoint)
     write_export(network, values.output, values.batch_size, values.platforms)
 
