@@ -5,8 +5,9 @@
 
 Takes JPEG, PNG, WebP, GIF, BMP, TIFF and PPM files of any size and colour mode. Of each the
 largest centred part with the aspect ratio of the network's images is resized to their size
-(for a network trained on a stream without a border, as in its evaluation); for the details
-see cvjax/data/image_files.py. The data set is not needed.
+(for a network trained on a stream without a border, as in its evaluation; with data.resize
+"squash" the whole picture is resized, as in its training); for the details see
+cvjax/data/image_files.py. The data set is not needed.
 
 A file that cannot be read gets one line on stderr and the others go on; the exit code is
 then 2, and 0 if all were read.
@@ -62,12 +63,13 @@ def main(arguments):
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     values = flags.FLAGS
     network = load_network(values.workdir, values.checkpoint)
+    data = network.run.data
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     failed = False
     for path in arguments:
         try:
-            image = load_picture(path, network.image_shape, network.run.data.streaming)
+            image = load_picture(path, network.image_shape, data.streaming, data.resize)
         except UserError as error:
             message = " ".join(str(error).split())
             print(f"{cli.command_name()}: {message}", file=sys.stderr)
