@@ -5,9 +5,9 @@
 By jax.export: a program in StableHLO with the weights and the normalisation inside, from
 images uint8 [batch, height, width, channels] to class probabilities float32 [batch,
 classes], for CPU, CUDA and TPU, and for any batch size (of ODE-nets for the one that
---batch_size says). It needs JAX alone, of this version
-or up to half a year later (jax.export's promise), and flatbuffers, which JAX does not
-install by itself (`pip install flatbuffers`; so does writing it):
+--batch_size says). It needs JAX alone, of this version or up to half a year later
+(jax.export's promise), and flatbuffers, which JAX does not install by itself (`pip install
+flatbuffers`; so does writing it):
 
     import jax, json, numpy
     from jax import export
@@ -51,14 +51,8 @@ def export_network(
       platforms: on which it can run.
 
     Raises:
-      UserError: if convolutions are oneDNN's in this process, or the network cannot be
-        exported for any batch size.
+      UserError: the network cannot be exported for any batch size.
     """
-    if onednn.kernels() != "XLA":
-        raise UserError(
-            "an exported network has XLA's own convolutions: set CVJAX_CONV=xla before "
-            "this process makes its first one."
-        )
     sigmoid = network.run.loss.name == "sigmoid"
 
     @jax.jit
@@ -71,7 +65,8 @@ def export_network(
     (size,) = (batch_size,) if batch_size else export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((size, *network.image_shape), jnp.uint8)
     try:
-        return export.export(evaluate, platforms=platforms)(images)
+        with onednn.off():  # oneDNN's convolutions are a call into this process
+            return export.export(evaluate, platforms=platforms)(images)
     except (TypeError, ValueError, NotImplementedError) as error:
         if batch_size:
             raise
@@ -137,9 +132,7 @@ def main(arguments):
         raise UserError(
             f"--platforms takes {', '.join(PLATFORMS)} or rocm, got {values.platforms}."
         )
-    # Before the first convolution: oneDNN's are a call into this process.
-    os.environ["CVJAX_CONV"] = "xla"
-    # Nor can a file call back into it: a solve that fails gives NaN instead.
+    # A file cannot call back into this process: a solve that fails gives NaN instead.
     os.environ["EQX_ON_ERROR"] = "nan"
     network = load_network(values.workdir, values.checkpoint)
     write_export(network, values.output, values.batch_size, values.platforms)
