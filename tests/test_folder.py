@@ -10,7 +10,7 @@ from cvjax import data
 from cvjax.data import folder as folders
 from cvjax.data import folder_check
 from cvjax.data.folder_listing import list_folder
-from cvjax.data.image_files import load_picture
+from cvjax.data.image_files import BORDER, load_picture
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 
@@ -86,7 +86,7 @@ def test_a_stream_has_the_same_pictures_and_splits(load, tmp_path):
         paths = [theirs.records.root / path for path in theirs.records.paths]
         expected = [load_picture(path, (SIZE, SIZE, 3)) for path in paths]
         np.testing.assert_array_equal(ours.images, expected)
-        expected = [load_picture(path, (SIZE, SIZE, 3), streamed=True) for path in paths]
+        expected = [load_picture(path, (SIZE, SIZE, 3), BORDER) for path in paths]
         np.testing.assert_array_equal(batch["image"], expected)
 
 

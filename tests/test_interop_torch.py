@@ -475,7 +475,7 @@ class Values:
     def __init__(self, **given):
         defaults = {"normalization": None, "mean": ["0.5"], "std": ["0.5"]}
         defaults |= {"dataset": "", "data_dir": "", "num_classes": None}
-        defaults |= {"class_names": "", "image_size": None}
+        defaults |= {"class_names": "", "image_size": None, "resize": None}
         self.__dict__ |= defaults | given
 
 
@@ -489,6 +489,10 @@ FLAGS = {
     "channels": (
         {"mean": ["1", "1"], "std": ["1", "1"], "dataset": "digits"},
         "images of digits have channels: 1, the normalisation: 2",
+    ),
+    "small": (
+        {"num_classes": 2, "image_size": 224, "resize": 200},
+        "--resize=200 is the short side before the centre of --image_size=224",
     ),
     "no names": (
         {"num_classes": 2, "image_size": 8, "class_names": "/none"},
@@ -509,7 +513,9 @@ def test_inputs_of_flags(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     given = {"mean": [], "std": [], "normalization": "imagenet", "num_classes": 2}
     names = str(tmp_path / "names.txt")
-    inputs = interop.create_inputs(Values(**given, image_size=224, class_names=names))
+    sizes = {"image_size": 224, "resize": 256}
+    inputs = interop.create_inputs(Values(**given, **sizes, class_names=names))
+    assert inputs.resize == 256
     assert inputs.image_shape == (224, 224, 3)
     assert (inputs.mean, inputs.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert inputs.class_names == ("cat", "dog")

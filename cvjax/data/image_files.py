@@ -31,7 +31,7 @@ _MODES = {1: "L", 3: "RGB"}
 def load_picture(
     path: str | os.PathLike[str],
     image_shape: tuple[int, int, int],
-    streamed: bool = False,
+    border: float | None = None,
     resize: str = "crop",
 ) -> np.ndarray:
     """Reads one image file.
@@ -40,14 +40,14 @@ def load_picture(
     transparent, and made grey (ITU-R 601 luma) or RGB, as the network has one or three
     channels; colour profiles are not applied. Its largest centred part with the aspect
     ratio of the network's images is resized to their size, antialiased (bicubic): the short
-    side is resized and the ends of the long side are cut off. A picture of that very size
-    stays as it is. Of moving pictures the first frame is taken.
+    side is resized and the ends of the long side are cut off; with a `border` it is cropped
+    by `center_crop` instead. A picture of that very size stays as it is. Of moving pictures
+    the first frame is taken.
 
     Args:
       path: of a file in one of `FORMATS`.
       image_shape: (height, width, channels) of the network's images.
-      streamed: whether these came from a stream; then the picture is cropped as they were
-        in evaluation, see `center_crop`.
+      border: what a network that was evaluated on `center_crop` had cut off, or None.
       resize: "crop" as said above; "squash" resizes the whole picture (bicubic) instead,
         whatever becomes of its proportions.
 
@@ -61,10 +61,10 @@ def load_picture(
     height, width, channels = image_shape
     with quiet():
         image = read_picture(path, channels)
-    if streamed:
-        image = evaluation_crop(image, height, resize)
-    elif resize == "squash":
+    if resize == "squash":
         image = squash(image, height, width)
+    elif border is not None:
+        image = center_crop(image, height, border)
     else:
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(image_shape)
@@ -164,11 +164,6 @@ def scale_crop(image: Image.Image, size: int, short: int, place: np.ndarray) -> 
     return image.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, without 1/16 of the short side at each end, resized to `size`."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=BORDER)
-
-
 def squash(image: Image.Image, height: int, width: int) -> Image.Image:
     """The whole picture, resized (bicubic) without regard to its proportions."""
     return image.resize((width, height), Image.Resampling.BICUBIC)
@@ -179,3 +174,14 @@ def evaluation_crop(image: Image.Image, size: int, resize: str) -> Image.Image:
     if resize == "squash":
         return squash(image, size, size)
     return center_crop(image, size)
+
+
+def center_crop(image: Image.Image, size: int, border: float = BORDER) -> Image.Image:
+    """The middle square, without a `border` at each end, resized to `size`.
+
+    Args:
+      image: of any size.
+      size: the side of the square.
+      border: a fraction of the short side; 1/16 is 224 pixels of a short side of 256.
+    """
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=border)

@@ -170,6 +170,7 @@ def write_workdir(
             "sha256": digest,
             "mean": inputs.mean,
             "std": inputs.std,
+            "resize": inputs.resize,
         },
         **workdirs.provenance(),
     }
@@ -216,6 +217,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_classes", None, "Without --dataset: the number of classes.")
     flags.DEFINE_string("class_names", "", "Without --dataset: a file, one name a line.")
     flags.DEFINE_integer("image_size", None, "Without --dataset: pixels a side.")
+    flags.DEFINE_integer(
+        "resize",
+        None,
+        "Short side of pictures before the centre crop of --image_size pixels, such as "
+        "torchvision's 256 for 224; without it cvjax.predict crops the whole centre.",
+    )
     flags.DEFINE_enum(
         "normalization", None, list(NORMALIZATIONS), "How its images were normalised."
     )

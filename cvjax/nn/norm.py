@@ -119,7 +119,9 @@ class BatchNorm(nn.Module):
 
     Parameters: `scale` and `bias` [features]; in "batch_stats" the running `mean` and `var`
     [features]. A running average moves by the mean over the groups of their statistics
-    (variances are those within groups, without the spread of the groups' means).
+    (variances are those within groups, without the spread of the groups' means). The
+    running variance is that of the biased batch variances, which training normalises by, as
+    in Flax; the paper and PyTorch keep m / (m - 1) of them, for m values per feature.
 
     Attributes:
       use_running_average: instead of the batch's own statistics, as in evaluation.

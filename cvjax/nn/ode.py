@@ -11,7 +11,8 @@ adaptive ones are diffrax's (nn/diffrax_solve.py); nn/solver.py has the settings
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
 "kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral
-of the mean of f**2 over an image's values (Finlay et al. 2020, arXiv:2002.02798), [batch].
+of the mean of f**2 over an image's values, [batch]: the first of the two terms of Finlay et
+al. 2020 (arXiv:2002.02798), with a factor 1 and without their norm of f's Jacobian.
 If the collection "trajectory" is asked for, it sows x before the first and after each of
 its equal steps, [steps + 1, batch, height, width, channels].
 """

@@ -141,8 +141,8 @@ def report(folder: pathlib.Path, sources: list[pathlib.Path]) -> None:
         table = tables.tabulate(runs)
         results = {
             **{"experiment": "depth_degradation", "table": table},
-            "contrasts": tables.contrasts(table),
-            "published": tables.published(table) if is_papers(runs) else [],
+            "contrasts": tables.contrasts(runs),
+            "published": tables.published(runs) if is_papers(runs) else [],
         }
         workdirs.write_json(folder / "results.json", {**results, "runs": runs})
         draw_degradation(runs, folder / "depth_degradation.png")
