@@ -878,7 +878,7 @@ def test_pytorch_gets_back_what_was_imported(case, tmp_path):
     model, variables = import_file(net, tmp_path / "net.pth", name, fields, side)
     tensors = to_torch(model, variables)
     fresh = create()
-    fresh.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=True)
+    fresh.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=True)
     expected = net.state_dict()
     for key, tensor in fresh.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
