@@ -35,7 +35,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
       A row for each net and depth, in the order of the runs: "net", "depth",
       "parameters", "n" (seeds), for each error (a fraction) its "mean" and "std" (None
-      for a single seed), and "training_seconds" (mean).
+      for a single seed), and "seconds" (mean).
     """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in runs:
@@ -47,7 +47,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["n"] = len(own)
         for key in ERRORS:
             row[key] = spread([summary[key] for summary in summaries])
-        row["training_seconds"] = float(np.mean([run["training_seconds"] for run in own]))
+        row["seconds"] = float(np.mean([run["seconds"] for run in own]))
         table.append(row)
     return table
 
@@ -125,7 +125,7 @@ def show(
         [
             *(row["net"], str(row["depth"]), str(row["n"])),
             *(percent(row[key]) for key in ERRORS),
-            f"{row['training_seconds'] / 60:.1f}",
+            f"{row['seconds'] / 60:.1f}",
         ]
         for row in table
     ]
