@@ -20,7 +20,7 @@ from absl import flags, logging
 from cvjax import cli, data
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
-from cvjax.training import default_config, devices, interrupt, loop, steps
+from cvjax.training import default_config, devices, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.recipe import create_recipe
@@ -34,10 +34,6 @@ NETS = {
     "resnet_cifar, depth 8": {"name": "resnet_cifar", "depth": 8},
     "resnet_cifar, depth 20": {"name": "resnet_cifar", "depth": 20},
 }
-
-
-def ignore(*_) -> None:
-    pass
 
 
 def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[float]]:
@@ -79,11 +75,7 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
                     dataset=dataset,
                     mesh=mesh,
                     folder=pathlib.Path(folder),
-                    stop=interrupt.Stop(),
-                    write=lambda _, row: rows.append(row),
-                    show=ignore,
-                    trace=ignore,
-                    traced=range(0),
+                    outputs=loop.Outputs(write=lambda _, row: rows.append(row)),
                 )
             in_loop += [row["time/step_ms"] for row in rows if "time/step_ms" in row]
             rows.clear()

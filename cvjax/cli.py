@@ -55,16 +55,19 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
         )
 
 
-def parse_fields(texts: list[str]) -> dict[str, Any]:
+def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
     """["depth=20", "shortcut=A"] -> {"depth": 20, "shortcut": "A"}.
+
+    Values with commas, such as ["blocks=(4", "3", "3)"] of --fields=blocks=(4,3,3), are put
+    together again.
 
     Raises:
       UserError: for anything that is not name=value.
     """
     fields = {}
-    for text in texts:
+    for text in re.split(r",(?=\w+=)", ",".join(texts)) if texts else ():
         name, equals, value = text.partition("=")
-        if not equals:
+        if not (name and equals):
             raise UserError(f"--fields takes name=value,name=value, got {text!r}.")
         value = value.capitalize() if value in ("true", "false") else value
         try:

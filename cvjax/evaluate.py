@@ -37,6 +37,7 @@ from cvjax.evaluation.predictions import (
     measure_as_in_training,
     predict_split,
 )
+from cvjax.models import SAME_FUNCTION
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import load_network
@@ -145,7 +146,7 @@ def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
     changes = [
         f"{name}={value} instead of {was[name]}"
         for name, value in fields.items()
-        if was.get(name, value) != value and name not in ("walk", "remat", "gradient")
+        if was.get(name, value) != value and name not in SAME_FUNCTION
     ]
     if changes:
         logging.warning(

@@ -1,9 +1,24 @@
-"""What experiments share: their flags, their runs, and what is read of a finished one.
+"""What experiments share: flags, training, kept measurements, the shape of results.json.
 
 Many runs may be shared out over processes, on one machine or on many. Nobody hands them
-out: a process trains each run that is neither finished nor in another process's hands,
-which the lock of its workdir tells. So the same command line may be given in any number of
-processes whose --workdir is one shared folder, and again after any of them was stopped.
+out: a process trains each run that is neither finished nor held by another process, as the
+lock of its workdir shows. So the same command line may be given in any number of processes
+whose --workdir is one shared folder, and again after any of them was stopped.
+
+results.json of an experiment is an object with
+
+    experiment   its name
+    preset       what was trained; null for runs that the user named
+    table        rows, with a "part" where there are several tables; a mean over seeds is
+                 {"mean", "std"}
+    claims       rows: what the table shows, each with its statistics
+    runs         one object per run: "seed" and what else tells it from the others, then
+                 what `read_run` gives ("summary", "config", "versions", "device", "git",
+                 "command", "seconds"), or parts that have these
+    provenance   versions, device, commit, date and command of the program that wrote it
+
+and what the experiment alone has, under names of its own. What was not kept when a run was
+made is null.
 """
 
 import contextlib
@@ -34,6 +49,7 @@ from cvjax.training import interrupt
 from cvjax.training.trainer import train_and_evaluate
 
 PROVENANCE = ("config", "versions", "device", "git", "command")
+RESULTS = ("experiment", "preset", "table", "claims", "runs", "provenance")
 
 flags.disclaim_key_flags()  # --help shows these flags as the experiment's
 
@@ -66,23 +82,35 @@ def define_flags(
     flags.mark_flag_as_required("workdir")
 
 
-def train_unclaimed(
-    runs: Mapping[Path, ml_collections.ConfigDict], after_each: Callable[[], None]
+def define_processes() -> None:
+    """Defines --processes, for experiments that pass it to `train_all`."""
+    flags.DEFINE_integer(
+        "processes", 1, "Number of processes that share the runs here.", lower_bound=1
+    )
+
+
+def train_all(
+    runs: Mapping[Path, ml_collections.ConfigDict],
+    after_each: Callable[[], None] = lambda: None,
+    processes: int = 1,
 ) -> list[Path]:
     """Trains the runs that no other process trains, in order.
 
     Args:
       runs: workdirs and their configs.
       after_each: called after each run that is finished.
+      processes: see `run_in_processes`; the flag is that of `define_processes`.
 
     Returns:
-      The runs that are not finished, as other processes were at them to the last.
+      The runs that are finished. Others are still held by other processes.
 
     Raises:
       DivergedError: at the end, if runs have diverged; the others are trained.
       InterruptedRun: after SIGTERM or Ctrl-C.
       UserError: as `train_and_evaluate`.
     """
+    if processes > 1:
+        run_in_processes(processes, "--processes=1")
     waiting, diverged = dict(runs), {}
     with interrupt.watch() as stop:
         while True:
@@ -94,7 +122,7 @@ def train_unclaimed(
                 try:
                     train_and_evaluate(config, folder)
                 except WorkdirInUse:
-                    logging.info("%s is in the hands of another process.", folder.name)
+                    logging.info("%s is held by another process.", folder.name)
                     elsewhere[folder] = config
                 except DivergedError as error:
                     logging.error("%s: %s", folder.name, error)
@@ -118,7 +146,14 @@ def train_unclaimed(
             f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
             "others."
         )
-    return [folder for folder in waiting if not is_finished(folder)]
+    finished = [folder for folder in runs if is_finished(folder)]
+    held = [folder.name for folder in runs if folder not in finished]
+    if held:
+        logging.info(
+            "%d of %d runs are still held by other processes: %s.",
+            *(len(held), len(runs), ", ".join(held)),
+        )
+    return finished
 
 
 def is_finished(folder: Path) -> bool:
@@ -153,10 +188,82 @@ def train_or_diverge(
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What results keep of a finished run: its final numbers and its provenance."""
+    """What results keep of a finished run, and under which names: see the top."""
     manifest = workdirs.read_manifest(folder)
-    summary = json.loads((folder / "summary.json").read_text())
-    return {"summary": summary, **{key: manifest[key] for key in PROVENANCE}}
+    return {
+        "summary": json.loads((folder / "summary.json").read_text()),
+        **{key: manifest[key] for key in PROVENANCE},
+        "seconds": training_seconds(metrics_log.read_metrics(folder / "metrics.jsonl")),
+    }
+
+
+def training_seconds(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Time spent on training steps: no compilation, evaluation or checkpoint.
+
+    Args:
+      rows: of metrics.jsonl.
+    """
+    seconds, before = 0.0, 0
+    for row in rows:
+        if "time/step_ms" in row:
+            seconds += row["time/step_ms"] / 1000 * (row["step"] - before)
+            before = row["step"]
+    return seconds
+
+
+def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
+    """What `measure` returns, as JSON gives it back, kept in a file.
+
+    Args:
+      path: of the file.
+      key: all that the measurement depends on and that may change, as JSON can hold it; the
+        file of another key, or of none, is written anew.
+      measure: called if there is no such file.
+    """
+    key = json.loads(json.dumps(key))
+    if path.exists():
+        known = json.loads(path.read_text())
+        if (
+            isinstance(known, dict)
+            and known.keys() == {"key", "value"}
+            and (known["key"] == key)
+        ):
+            return known["value"]
+    workdirs.write_json(path, {"key": key, "value": measure()})
+    return json.loads(path.read_text())["value"]
+
+
+def join_parts(parts: Mapping[str, Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows or runs of all parts of an experiment, with its name in each as "part"."""
+    return [{"part": part, **row} for part, rows in parts.items() for row in rows]
+
+
+def write_results(
+    folder: Path,
+    experiment: str,
+    preset: str | None,
+    *,
+    table: Any,
+    runs: list[dict[str, Any]],
+    claims: Iterable[dict[str, Any]] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """Writes FOLDER/results.json in the shape shown at the top, and returns it.
+
+    Args:
+      folder: of the experiment.
+      experiment: its name.
+      preset: what was trained.
+      table, claims, runs: see the top.
+      **more: what this experiment alone has.
+    """
+    results = {
+        **{"experiment": experiment, "preset": preset, **more},
+        **{"table": table, "claims": list(claims), "runs": runs},
+        "provenance": workdirs.provenance(),
+    }
+    workdirs.write_json(folder / "results.json", results)
+    return results
 
 
 def refuse_mixture(

@@ -376,14 +376,14 @@ def test_the_command_writes_tables_results_and_figure(tmp_path):
     assert "15.2M values found here, 61.0 MB (58.1 MiB)" in layers
     assert (tmp_path / "complexity.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {"versions", "git", "command", "device"} <= results.keys()
+    assert {"versions", "git", "command", "device"} <= results["provenance"].keys()
     rows = {row["label"]: row for row in results["table"]}
     assert rows["VGG-19"]["top1"] == 72.376
     assert all(row["source"] for row in rows.values() if row["top1"])
 
 
 def test_mistakes_get_one_line():
-    done = run("--model=vgg", "--field=dept=16")
+    done = run("--model=vgg", "--fields=dept=16")
     assert done.returncode == 2
     assert "did you mean 'depth'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -392,9 +392,9 @@ def test_mistakes_get_one_line():
 MISTAKES = {
     "--model=vg": "model name must be one of",
     "--models=vgg,lenet": "--models must be one of",
-    "--model=vgg --field=16": "--field takes NAME=VALUE such as depth=16",
+    "--model=vgg --fields=16": "--fields takes name=value,name=value, got '16'",
     "--model=vgg --image_size=8": "VGG needs images of 32 pixels",
-    "--model=vgg --field=depth=12": "depth must be one of 11, 13, 16, 19",
+    "--model=vgg --fields=depth=12": "depth must be one of 11, 13, 16, 19",
     "--layers": "give --model=NAME",
     "--model=vgg --models=vgg": "give one only",
 }

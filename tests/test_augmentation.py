@@ -170,7 +170,7 @@ def test_experiment_compares_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     choices = {"none": {}, "crop": {"crop_padding": 1}}
     monkeypatch.setattr(experiment, "augmentations", lambda side: choices)
     monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
-    experiment.compare(config, "quick", (2, 5), 1, tmp_path)
+    experiment.compare(config, "quick", (2, 5), [0], tmp_path)
     first = capsys.readouterr().out
     assert f"Figure:  {tmp_path / 'augmentation.png'}" in first
     assert (tmp_path / "augmentation.png").stat().st_size > 10_000
@@ -182,5 +182,5 @@ def test_experiment_compares_and_does_nothing_twice(tmp_path, monkeypatch, capsy
         assert results["runs"][0][key]
 
     monkeypatch.setattr(loop, "train", None)  # would be called, and fail
-    experiment.compare(config, "quick", (2, 5), 1, tmp_path)
+    experiment.compare(config, "quick", (2, 5), [0], tmp_path)
     assert capsys.readouterr().out == first

@@ -252,10 +252,10 @@ def clock(monkeypatch):
     """What the candidates take, in units of the first one's, without running them."""
     ratio = {"plan": 0.5}
 
-    def take_turns(functions):
+    def median_seconds(functions):
         return [1.0, *[ratio["plan"]] * (len(functions) - 1)]
 
-    monkeypatch.setattr(committee_report, "take_turns", take_turns)
+    monkeypatch.setattr(committee_report, "median_seconds", median_seconds)
     return ratio
 
 
@@ -324,14 +324,6 @@ def test_tolerance_in_standard_errors(places, clock):
         assert (measured["chosen"]["members"] == ["small"]) is alone
         told = measured["note"] == "One net, small, reaches the target for the least."
         assert told is alone
-
-
-def test_take_turns(monkeypatch):
-    order, now = [], iter(range(100))
-    monkeypatch.setattr(committee.time, "perf_counter", lambda: next(now))
-    functions = [lambda: order.append("a"), lambda: (order.append("b"), next(now))]
-    assert committee.take_turns(functions, rounds=2) == [1, 2]
-    assert order == ["a", "b"] * 3
 
 
 def test_members_that_do_not_fit(places, tmp_path, monkeypatch):

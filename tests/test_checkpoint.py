@@ -179,6 +179,16 @@ def test_a_reader_moves_nothing(tmp_path, caplog):
     assert checkpoint.list_steps(tmp_path) == [1, 2]
 
 
+def test_the_newest_info_is_read_without_its_arrays(tmp_path):
+    assert checkpoint.read_latest_info(tmp_path) is None
+    save_steps(tmp_path, [1, 2], best={"step": 1})
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
+    assert checkpoint.read_latest_info(tmp_path)["step"] == 2
+    flip(tmp_path / "checkpoints" / "2" / "info.json")
+    info = checkpoint.read_latest_info(tmp_path)
+    assert (info["step"], info["best"]) == (1, {"step": 1})
+
+
 def test_numbers_that_orbax_restores_wrongly_are_seen(tmp_path, monkeypatch):
     save_steps(tmp_path, [1])
     restore = checkpoint.ocp.Checkpointer.restore

@@ -16,6 +16,7 @@ from cvjax.report.tables import percent
 from cvjax.storage import workdir
 from cvjax.training.config import parse_config
 from cvjax.training.optim import boundary_steps
+from experiments import runner
 from experiments.depth_degradation import __main__ as depth_degradation
 from experiments.depth_degradation import presets, tables
 
@@ -124,7 +125,7 @@ def test_parse_depths():
 def a_run(net, depth, seed, error, **more):
     summary = {"parameters": 5, "step": 10, **dict.fromkeys(tables.ERRORS, error)}
     run = {"net": net, "depth": depth, "seed": seed, "summary": summary}
-    return {**run, "training_seconds": 60.0, **more}
+    return {**run, "seconds": 60.0, **more}
 
 
 def test_table_by_hand():
@@ -205,7 +206,7 @@ def test_time_of_training_alone():
         {"step": 10, "val/error": 0.5},
         {"step": 30, "time/step_ms": 50.0},
     ]
-    assert depth_degradation.training_seconds(rows) == pytest.approx(2.0)
+    assert runner.training_seconds(rows) == pytest.approx(2.0)
 
 
 def write_run(folder, net, seed, **settings):

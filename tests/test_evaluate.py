@@ -369,15 +369,14 @@ def test_checkpoint_replaced_while_it_is_read_is_no_mistake(runs, monkeypatch):
 
 
 def test_best_checkpoint_is_the_one_that_the_newest_names(runs, monkeypatch):
-    restore = checkpoint.restore_latest
+    read = checkpoint.read_latest_info
     best = {"step": 20}
 
-    def restore_latest(*args, **kwargs):
-        state, info = restore(*args, **kwargs)
-        return state, info | {"best": best}
+    def read_latest_info(folder):
+        return read(folder) | {"best": best}
 
     assert checkpoint.list_steps(runs("mlp"))[-2:] == [20, 30]
-    monkeypatch.setattr(trained_network.checkpoints, "restore_latest", restore_latest)
+    monkeypatch.setattr(trained_network.checkpoints, "read_latest_info", read_latest_info)
     assert trained_network.load_network(runs("mlp"), "best").step == 20
     best = None
     with pytest.raises(UserError, match=r"no best checkpoint yet, .* at step 30"):

@@ -292,9 +292,9 @@ def test_experiment_on_a_run(tmp_path, monkeypatch, capsys):
     assert f"Figure:  {tmp_path / 'filters.png'}" in told
     assert (tmp_path / "filters.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["layer"] for row in results["layers"]] == ["conv1", "conv2"]
-    assert [row["field"] for row in results["layers"]] == [[3, 3], [5, 5]]
-    for row in results["layers"]:
+    assert [row["layer"] for row in results["table"]] == ["conv1", "conv2"]
+    assert [row["field"] for row in results["table"]] == [[3, 3], [5, 5]]
+    for row in results["table"]:
         assert 1 / 9 <= row["trained"]["mean"] <= 1 and row["untrained"]
     assert results["images"] == 40 and results["provenance"]["versions"]
 

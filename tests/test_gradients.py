@@ -153,10 +153,47 @@ def test_last_state_of_a_net_by_hand():
     assert found.states[-1] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_walk_of_an_ode_block_is_that_of_the_model():
-    ode = create_model(
-        "odenet", 10, width=4, stem="none", solver="midpoint", steps=3, walk="rolled"
-    )
+ODE = {"width": 4, "stem": "none", "walk": "rolled"}
+FAMILIES = {
+    # Stem, and 2 blocks in each of 3 stages or of 4.
+    "resnet_cifar": ({"depth": 14, "width": 2, "walk": "rolled"}, 1 + 3 * 2),
+    "resnet": ({"depth": 18, "width": 2, "stem": "small", "walk": "rolled"}, 1 + 4 * 2),
+    # Two stages of 3 steps or blocks, and what halves the image between them.
+    "odenet": ({**ODE, "stages": 2, "solver": "midpoint", "steps": 3}, 1 + 3 + 1 + 3),
+    # Blocks in the stem lead to x[0].
+    "odenet_discrete": ({**ODE, "stem": "res", "stages": 2, "length": 3}, 1 + 3 + 1 + 3),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_number_of_states(name):
+    fields, wanted = FAMILIES[name]
+    model = create_model(name, 10, **fields)
+    images = jax.ShapeDtypeStruct((4, 8, 8, 1), np.float32)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    assert gradients.count_states(model, variables, images) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_state_has_a_gradient(name):
+    model = create_model(name, 10, **FAMILIES[name][0])
+    images, labels = random_batch()
+    images = images / 255 - 0.5
+    variables = jax.device_get(draw_variables(model, images))
+    states = gradients.gradient_norms(model, variables, images, labels, SOFTMAX).states
+    assert (states > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("odenet", {"solver": "midpoint", "steps": 3}),
+        ("odenet_discrete", {"body": "tied", "length": 3}),
+    ],
+)
+def test_steps_in_time_are_those_of_the_model(name, fields):
+    ode = create_model(name, 10, **ODE, **fields)
     images, labels = random_batch()
     images = images / 255 - 0.5
     variables = jax.device_get(draw_variables(ode, images))
@@ -179,8 +216,8 @@ def test_mistakes_get_one_sentence():
     images, labels = random_batch()
     images = images / 255
     mlp = create_model("mlp", 10, widths=(3,))
-    with pytest.raises(UserError, match="MLP has no stage of blocks to measure gradients"):
+    with pytest.raises(UserError, match=r"MLP has no stage .* take resnet_cifar"):
         gradients.gradient_norms(mlp, draw_variables(mlp, images), images, labels, SOFTMAX)
     ode = create_model("odenet", 10, width=4, stem="none", solver="dopri5", steps=2)
-    with pytest.raises(UserError, match="solvers euler, midpoint, heun, rk4 with equal"):
+    with pytest.raises(UserError, match=r"euler, midpoint.*'dopri5'"):
         gradients.gradient_norms(ode, draw_variables(ode, images), images, labels, SOFTMAX)

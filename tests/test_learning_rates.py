@@ -191,7 +191,7 @@ def test_range_test_of_a_config(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Suggested learning rate: " in done.stdout
     assert (tmp_path / "range_test.png").stat().st_size > 10_000
-    (test,) = json.loads((tmp_path / "results.json").read_text())["range"]
+    (test,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert test["rates"][0] == pytest.approx(1e-5)
     assert 1e-4 < test["suggested"] < 1
 

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from cvjax.errors import UserError
 from cvjax.models import MODELS, create_model, model_fields
-from cvjax.models.resnet_layers import Block, PreActivation, Shortcut
+from cvjax.models.resnet_layers import Block, PostActivation, PreActivation, Shortcut
 from cvjax.nn.conv import Conv
 from cvjax.nn.depth import Stage
 
@@ -462,9 +462,8 @@ def test_a_residual_stage_without_weights_is_the_identity():
     rng = np.random.default_rng(0)
     x = rng.uniform(size=(2, 4, 4, 3)).astype(np.float32)
 
-    def walk(shortcut, x, scale, **fields):
-        fields = {"pre_activation": False, "step_size": 1.0, "norm": norm, **fields}
-        stage = Stage(partial(Block, 3, 1, shortcut, **fields), 4)
+    def walk(shortcut, x, scale, f=PostActivation, **fields):
+        stage = Stage(partial(Block, 3, 1, f, shortcut, norm, **fields), 4)
         shapes = jax.eval_shape(stage.init, jax.random.key(0), x)
         variables = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
@@ -480,7 +479,7 @@ def test_a_residual_stage_without_weights_is_the_identity():
     np.testing.assert_array_equal(walk("none", x, 0), np.zeros_like(x))
     assert np.abs(walk("A", x, 1) - x).max() > 0.1
     # In the form of 2016 no relu stands after the sum, so the sign does not matter.
-    np.testing.assert_array_equal(walk("A", x - 0.5, 0, pre_activation=True), x - 0.5)
+    np.testing.assert_array_equal(walk("A", x - 0.5, 0, PreActivation, act=None), x - 0.5)
 
 
 def create_shortcut(option, features, stride):
@@ -513,7 +512,7 @@ def test_pre_activation_is_an_euler_step():
     x = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.float32)
 
     def step(h):
-        return Block(3, 1, "A", pre_activation=True, step_size=h, norm=norm)
+        return Block(3, 1, PreActivation, "A", norm, act=None, step_size=h)
 
     variables = quick_jit(step(1.0).init)(jax.random.key(0), x)
     own = {collection: tree["f"] for collection, tree in variables.items()}

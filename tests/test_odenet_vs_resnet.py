@@ -29,14 +29,17 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
     assert first.returncode == 0, first.stderr
     for name in ("odenet_vs_resnet_digits.png", "dynamics_digits.png"):
         assert (tmp_path / name).stat().st_size > 10_000
-    (part,) = json.loads((tmp_path / "results.json").read_text())["data"]
-    block, ode = part["table"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    block, ode = results["table"]
+    assert block["part"] == "digits"
     assert (block["row"], block["nfe"]["mean"], block["n"]) == ("1 block", 1, 1)
     assert ode["nfe"]["mean"] >= 15 and ode["memory_mb"] > 0 and ode["step_ms"] > 0
-    solvers = [entry["solver"] for entry in part["swap_table"] if entry["row"] == "Dopri5"]
+    solvers = [
+        entry["solver"] for entry in results["swap_table"] if entry["row"] == "Dopri5"
+    ]
     assert solvers == list(experiment.SWAPS)
     for key in ("versions", "device", "git", "config"):
-        assert part["runs"][0][key]
+        assert results["runs"][0][key]
     second = run(tmp_path, *flags)
     assert second.stderr.count("is finished") == 2
     assert second.stdout == first.stdout

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
-from cvjax.nn.depth import Stage, coarsen, refine
+from cvjax.nn.depth import Stage, refine
 from cvjax.storage import checkpoint
 from cvjax.training.config import default_config, parse_config
 from cvjax.training.optim import OptimConfig
@@ -43,24 +43,6 @@ def test_repeated_blocks():
     assert numbers(refine(tree(1.0, 5.0), 1)) == [1, 5]
 
 
-def test_blocks_between_blocks():
-    assert numbers(refine(tree(1.0, 5.0, 3.0), filling="linear")) == [1, 3, 5, 4, 3, 3]
-    assert numbers(refine(tree(0.0, 4.0), 4, "linear")) == [0, 1, 2, 3, 4, 4, 4, 4]
-    assert numbers(refine(tree(7.0), 2, "linear")) == [7, 7]
-
-
-def test_coarser_blocks_are_means():
-    assert numbers(coarsen(tree(1.0, 5.0, 4.0, 2.0))) == [3, 3]
-    assert numbers(coarsen(tree(1.0, 5.0, 0.0), 3)) == [2]
-
-
-def test_coarsening_undoes_repetition_to_the_last_bit():
-    values = np.random.default_rng(0).normal(size=5).astype(np.float32)
-    for factor in (2, 4):
-        back = coarsen(refine(tree(*values), factor), factor)
-        assert numbers(back) == values.tolist()
-
-
 # What is refined
 
 
@@ -88,8 +70,6 @@ def test_a_refined_state_is_one_of_the_finer_net(optimizer):
         "opt_state" in name and "blocks" in name for name in checkpoint.structure(finer)
     )
     assert checkpoint.structure(finer) != checkpoint.structure(state_of(fields))
-    back = jax.eval_shape(coarsen, finer)
-    assert checkpoint.structure(back) == checkpoint.structure(state_of(fields))
 
 
 def test_fields_of_refined_nets():
@@ -139,8 +119,7 @@ def random_like(shapes, seed=0, scale=0.5):
     )
 
 
-@pytest.mark.parametrize("filling", ["repeat", "linear"])
-def test_difference_falls_with_the_first_order_of_h(filling):
+def test_difference_falls_with_the_first_order_of_h():
     x = np.random.default_rng(1).normal(size=(3, 4))
     length, h = 4, 0.5
 
@@ -154,7 +133,7 @@ def test_difference_falls_with_the_first_order_of_h(filling):
         variables = random_like(shapes, scale=1.0)
         outputs = [walk(variables, length, h)]
         for _ in range(5):
-            variables = refine(variables, 2, filling)
+            variables = refine(variables, 2)
             length, h = 2 * length, h / 2
             outputs.append(walk(variables, length, h))
     changes = [np.abs(b - a).max() for a, b in itertools.pairwise(outputs)]
@@ -210,21 +189,7 @@ def test_mistakes_get_one_sentence():
             partial(refine, {"head": jnp.ones(2)}),
             "no array lies on the depth axis (none has ",
         ),
-        (
-            partial(coarsen, {"head": jnp.ones(2)}),
-            "no array lies on the depth axis (none h",
-        ),
         (partial(refine, tree(1.0), 0), "factor must be 1 or more, got 0."),
-        (partial(coarsen, tree(1.0), 0), "factor must be 1 or more, got 0."),
-        (
-            partial(refine, tree(1.0), 2, "cubic"),
-            "filling must be one of repeat, linear, got 'cubic'.",
-        ),
-        (
-            partial(coarsen, tree(1.0, 2.0, 3.0)),
-            "stage1/blocks/w has 3 blocks, which is no multiple of 2; coarsen by another "
-            "factor.",
-        ),
         (partial(refined_fields, {"depth": 8}, 0), "factor must be 1 or more, got 0."),
         *(
             (

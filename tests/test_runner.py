@@ -1,6 +1,7 @@
 """Runs shared out over processes: nobody waits, nothing is trained twice, none is lost."""
 
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -42,13 +43,13 @@ def test_what_others_hold_is_left_to_them(trained, tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     done = []
     with workdir.lock(a):
-        left = runner.train_unclaimed(
+        finished = runner.train_all(
             {a: nothing, b: nothing, c: nothing}, lambda: done.append(list(trained))
         )
-    assert left == [a]
+    assert finished == [b, c]
     assert trained == ["b", "c"]
     assert done == [["b"], ["b", "c"]]
-    assert runner.train_unclaimed({a: nothing, b: nothing}, nothing) == []
+    assert runner.train_all({a: nothing, b: nothing}, nothing) == [a, b]
     assert trained == ["b", "c", "a"]
 
 
@@ -56,7 +57,7 @@ def test_a_run_whose_process_died_meanwhile_is_taken_over(trained, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     with contextlib.ExitStack() as other_process:
         other_process.enter_context(workdir.lock(a))
-        assert runner.train_unclaimed({a: nothing, b: other_process.close}, nothing) == []
+        assert runner.train_all({a: nothing, b: other_process.close}) == [a, b]
     assert trained == ["b", "a"]
 
 
@@ -66,7 +67,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(trained, tmp_path):
 
     runs = {tmp_path / "a": diverge, tmp_path / "b": nothing}
     with pytest.raises(DivergedError, match=r"1 of 2 runs diverged \(a\)"):
-        runner.train_unclaimed(runs, nothing)
+        runner.train_all(runs, nothing)
     assert trained == ["b"]
 
 
@@ -80,14 +81,14 @@ def test_a_signal_between_two_runs_is_not_lost(trained, tmp_path):
     done = []
     runs = {tmp_path / "a": signalled, tmp_path / "b": nothing}
     with pytest.raises(InterruptedRun, match="Stopped by SIGTERM after a"):
-        runner.train_unclaimed(runs, lambda: done.append(1))
+        runner.train_all(runs, lambda: done.append(1))
     assert trained == ["a"] and done == [1]
 
 
 def test_what_is_finished_is_not_reported_again(trained, tmp_path):
     done = []
     for _ in range(2):
-        runner.train_unclaimed({tmp_path / "a": nothing}, lambda: done.append(1))
+        runner.train_all({tmp_path / "a": nothing}, lambda: done.append(1))
     assert done == [1]
 
 
@@ -96,6 +97,29 @@ def test_more_processes_than_cores_are_refused(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes are more than the 1 cores of this"):
         runner.run_in_processes(2, "--processes=1")
+
+
+def test_a_measurement_is_kept_for_its_key(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"n": len(calls), "pair": (1, 2)}
+
+    path = tmp_path / "measured.json"
+    for _ in range(2):
+        assert runner.cached(path, {"images": (3,)}, measure) == {"n": 1, "pair": [1, 2]}
+    assert runner.cached(path, {"images": (4,)}, measure)["n"] == 2
+    path.write_text("[]")  # of another program
+    assert runner.cached(path, {"images": (4,)}, measure)["n"] == 3
+
+
+def test_results_have_one_shape(tmp_path):
+    runs = [{"seed": 0}]
+    results = runner.write_results(tmp_path, "mine", "quick", table=[], runs=runs, data="x")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert {*runner.RESULTS, "data"} == results.keys()
+    assert results["runs"] == runs and results["provenance"]["git"]
 
 
 PARENT = """

@@ -133,7 +133,7 @@ def test_small_run_resumes_and_measures_again_nothing(tmp_path):
         assert [row["step"] for row in one["gradients"]] == [0, 3]
         assert len(one["gradients"][0]["states"]) == 4
         assert one["versions"] and one["git"] and one["config"]["total_steps"] == 3
-    files = list(tmp_path.glob("runs/*/gradients-*.json"))
+    files = list(tmp_path.glob("runs/*/gradients.json"))
     before = {file: file.stat().st_mtime_ns for file in files}
     second = run()
     assert second.stdout == first.stdout

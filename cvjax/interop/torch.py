@@ -48,7 +48,7 @@ from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
 from cvjax.interop.names import torch_names
 from cvjax.interop.tensors import load_tensors
 from cvjax.interop.torch_export import write_safetensors
-from cvjax.models import MODELS, create_model
+from cvjax.models import MODELS, SAME_EQUATION, create_model
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import write_inputs
@@ -153,8 +153,7 @@ def write_workdir(
         opt_state=create_optimizer(run.optim, run.total_steps).init(params),
         monitor=create_monitor(),
     )
-    free = ("walk", "remat")
-    same_net = {key: run.model[key] for key in run.model if key not in free}
+    same_net = {key: run.model[key] for key in run.model if key not in SAME_EQUATION}
     record = Record(data_fingerprint=inputs.fingerprint, model=same_net)
     statistics = Statistics(
         mean=jnp.broadcast_to(jnp.asarray(inputs.mean, jnp.float32), inputs.image_shape),

@@ -16,6 +16,7 @@ from cvjax.models.odenet import DiscreteNet, ODENet
 from cvjax.models.resnet import ResNet
 from cvjax.models.resnet_cifar import CifarResNet
 from cvjax.models.vgg import VGG
+from cvjax.nn import solver
 
 MODELS = {
     "alexnet": AlexNet,
@@ -28,6 +29,13 @@ MODELS = {
     "resnet_cifar": CifarResNet,
     "vgg": VGG,
 }
+
+# Fields that change how a network is computed, and not what (but for rounding).
+SAME_FUNCTION = ("walk", "remat", "gradient")
+# Fields that change how the equation of an ODE block is solved besides.
+SAME_EQUATION = tuple(dict.fromkeys((*SAME_FUNCTION, *solver.FIELDS)))
+# Fields that leave the meaning of each parameter as it is.
+SAME_PARAMETERS = (*SAME_EQUATION, "dtype", "dropout", "auxiliary_dropout", "norm_momentum")
 
 
 def model_fields(name: str) -> dict[str, dataclasses.Field]:

@@ -47,8 +47,8 @@ from cvjax.models.alexnet import (
     check_dropout,
     local_response_norm,
 )
+from cvjax.models.norm_layers import batch_norm
 from cvjax.nn.conv import DTYPES, Conv, he_normal
-from cvjax.nn.norm import BatchNorm
 
 ModuleDef = Callable[..., nn.Module]
 
@@ -195,14 +195,7 @@ class GoogLeNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype = DTYPES[self.dtype]
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            group=self.norm_group,
-            epsilon=1e-3,
-            dtype=dtype,
-        )
+        norm = batch_norm(self, train, epsilon=1e-3)
         layer = partial(Layer, norm=norm if self.batch_norm else None, dtype=dtype)
         inception = partial(Inception, large_kernel=VARIANTS[self.variant], layer=layer)
 

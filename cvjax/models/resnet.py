@@ -28,17 +28,16 @@ pooling) the net takes images of 32 pixels to 4x4, as in kuangliu/pytorch-cifar.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 from flax import linen as nn
 
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.resnet_layers import ModuleDef, PostActivation, Shortcut, head_init
+from cvjax.models.norm_layers import batch_norm
+from cvjax.models.resnet_layers import Block, ModuleDef, PostActivation, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
-from cvjax.nn.norm import BatchNorm
 
 # Blocks of each stage, by depth.
 STAGES = {
@@ -73,26 +72,6 @@ class Bottleneck(nn.Module):
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, 1, name="conv3")(y)
         return self.norm(name="bn3")(y)
-
-
-class Block(nn.Module):
-    """relu(shortcut(x) + f(x)), or relu(f(x)) if plain; `features` are the result's."""
-
-    features: int
-    stride: int
-    f: ModuleDef
-    shortcut: str
-    norm: ModuleDef
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(Conv, dtype=self.dtype)
-        layers = (self.features, self.stride, conv, self.norm)
-        y = self.f(*layers, name="f")(x)
-        if self.shortcut != "none":
-            y = Shortcut(self.shortcut, *layers, name="shortcut")(x) + y
-        return nn.relu(y)
 
 
 class ResNet(nn.Module):
@@ -149,14 +128,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype = DTYPES[self.dtype]
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            group=self.norm_group,
-            epsilon=1e-5,
-            dtype=dtype,
-        )
+        norm = batch_norm(self, train)
         is_deep = self.depth >= 50
         f = partial(Bottleneck, version=self.version) if is_deep else PostActivation
         block = partial(Block, f=f, shortcut=self.shortcut, norm=norm, dtype=dtype)

@@ -32,10 +32,16 @@ from flax import linen as nn
 
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
-from cvjax.models.resnet_layers import Activation, Block, head_init
+from cvjax.models.norm_layers import batch_norm
+from cvjax.models.resnet_layers import (
+    Activation,
+    Block,
+    PostActivation,
+    PreActivation,
+    head_init,
+)
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
-from cvjax.nn.norm import BatchNorm
 
 SHORTCUTS = ("A", "B", "C", "none")
 PADS = ("end", "both")
@@ -129,25 +135,17 @@ class CifarResNet(nn.Module):
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         dtype, act = DTYPES[self.dtype], ACTIVATIONS[self.activation]
         use_bias = self.norm == "none"
-        norm = _no_norm
-        if self.norm == "batch":
-            norm = partial(
-                BatchNorm,
-                use_running_average=not train,
-                momentum=self.norm_momentum,
-                group=self.norm_group,
-                epsilon=1e-5,
-                dtype=dtype,
-            )
+        norm = batch_norm(self, train) if self.norm == "batch" else _no_norm
+        f = PreActivation if self.pre_activation else PostActivation
         block = partial(
             Block,
+            f=partial(f, act=act),
             shortcut=self.shortcut,
-            pad_channels=self.pad_channels,
-            pre_activation=self.pre_activation,
-            step_size=self.step_size,
             norm=norm,
+            act=None if self.pre_activation else act,
+            step_size=self.step_size,
+            pad_channels=self.pad_channels,
             use_bias=use_bias,
-            act=act,
             dtype=dtype,
         )
         stem = {"padding": 1, "use_bias": use_bias, "dtype": dtype, "name": "stem_conv"}

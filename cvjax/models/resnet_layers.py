@@ -85,36 +85,38 @@ class Shortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """Two layers: activation(shortcut(x) + h * f(x)), or activation(f(x)) if plain.
+    """act(shortcut(x) + h * f(x)), or act(f(x)) if plain.
 
-    The activation is `act` in the form of 2015 and none in the form of 2016.
+    Attributes:
+      features: of the result.
+      stride: of its first convolution, and of the shortcut.
+      f: makes the residual function, called as `f(features, stride, conv, norm, name=...)`.
+      shortcut: an option of `Shortcut`, or "none".
+      norm: makes the normalisations, called as `norm(name=...)`.
+      act: what follows the sum; None in the form of 2016.
+      step_size: h.
+      pad_channels: see `Shortcut`.
+      use_bias: whether convolutions have biases.
+      dtype: of convolutions.
     """
 
     features: int
     stride: int
+    f: ModuleDef
     shortcut: str
-    pre_activation: bool
-    step_size: float
     norm: ModuleDef
+    act: Activation | None = nn.relu
+    step_size: float = 1.0
     pad_channels: str = "end"
     use_bias: bool = False
-    act: Activation = nn.relu
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(Conv, use_bias=self.use_bias, dtype=self.dtype)
-        shape = (self.features, self.stride)
-        f = PreActivation if self.pre_activation else PostActivation
-        y = f(*shape, conv, self.norm, self.act, name="f")(x)
+        layers = (self.features, self.stride, conv, self.norm)
+        y = self.f(*layers, name="f")(x)
         if self.shortcut != "none":
-            around = Shortcut(
-                self.shortcut,
-                *shape,
-                conv,
-                self.norm,
-                self.pad_channels,
-                name="shortcut",
-            )
+            around = Shortcut(self.shortcut, *layers, self.pad_channels, name="shortcut")
             y = around(x) + self.step_size * y
-        return y if self.pre_activation else self.act(y)
+        return y if self.act is None else self.act(y)

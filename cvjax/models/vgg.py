@@ -22,16 +22,14 @@ deviation 0.01, and deeper nets started from the trained VGG-11; torchvision: fa
 Images of other sizes are averaged to 7x7 before fc6, as in torchvision.
 """
 
-from functools import partial
-
 import jax
 from flax import linen as nn
 
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
 from cvjax.models.alexnet import DenseHead, check_dropout
+from cvjax.models.norm_layers import batch_norm
 from cvjax.nn.conv import DTYPES, Conv
-from cvjax.nn.norm import BatchNorm
 
 # Convolutions of each stage, by depth.
 STAGES = {
@@ -99,14 +97,7 @@ class VGG(nn.Module):
                 f"{height}x{width}; use larger images, or resnet_cifar for small ones."
             )
         dtype = DTYPES[self.dtype]
-        norm = partial(
-            BatchNorm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            group=self.norm_group,
-            epsilon=1e-5,
-            dtype=dtype,
-        )
+        norm = batch_norm(self, train)
         x = images
         for stage, length in enumerate(STAGES[self.depth], start=1):
             features = self.width * min(2 ** (stage - 1), 8)

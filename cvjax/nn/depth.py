@@ -5,8 +5,7 @@ and every leaf of its variables has a leading axis of length n: depth is an axis
 height or width. Sharing, refining or moving theta along depth is then arithmetic on that
 axis.
 
-`refine` and `coarsen` change the number of blocks: x' = f(x, theta(t)) is walked in other
-steps.
+`refine` multiplies the number of blocks: x' = f(x, theta(t)) in smaller steps.
 
 A stage is walked either rolled (a loop: compile time does not depend on depth) or
 unrolled (n copies of the body, which XLA can fuse with what lies around them). `is_rolled`
@@ -24,7 +23,6 @@ from cvjax.errors import UserError
 from cvjax.nn.remat import recompute
 
 WALKS = ("auto", "rolled", "unrolled")
-FILLINGS = ("repeat", "linear")
 MOST_UNROLLED = 9  # on CPU: the stages of nets of up to 62 layers
 BLOCKS = "blocks"  # what a stage keeps its stacked variables under
 
@@ -146,85 +144,40 @@ class TiedStage(nn.Module):
         return x
 
 
-def refine(tree: Any, factor: int = 2, filling: str = "repeat") -> Any:
+def refine(tree: Any, factor: int = 2) -> Any:
     """`factor` blocks for each block of the stages; all else stays (Chang et al. 2018).
 
-    With h divided by `factor` the blocks make the same way in smaller steps: Euler's method
-    on the same differential equation, so the function changes by O(h) and not at all in the
-    limit. BatchNorm's running statistics are variables like others. The gradient of a block
-    is a `factor`-th of what it was, as it moves only that part of the way.
+    With h divided by `factor` the blocks cover the same time in smaller steps: Euler's
+    method on the same differential equation, whose theta(t) is piecewise constant, so the
+    function changes by O(h) and not at all in the limit. BatchNorm's running statistics are
+    variables like others. The gradient of a block is a `factor`-th of what it was, as it
+    moves x only that fraction of the way.
 
     Args:
       tree: variables, an optimiser's state or a whole TrainState: of every array with
         `BLOCKS` in its path, the first axis is depth. Repeated momentum moves the finer net
         the way in which the coarser one was moving.
       factor: how many blocks take the place of one.
-      filling: "repeat" makes them all equal (theta(t) is piecewise constant). "linear" goes
-        in a straight line from each block to the next one and is constant after the last.
 
     Raises:
-      UserError: there are no stacked arrays, no such filling, or `factor` is below 1.
+      UserError: there are no stacked arrays, or `factor` is below 1.
     """
-    _check_factor(factor)
-    if filling not in FILLINGS:
-        raise UserError(f"filling must be one of {', '.join(FILLINGS)}, got {filling!r}.")
-
-    def finer(leaf, _):
-        if filling == "repeat":
-            return jnp.repeat(leaf, factor, axis=0)
-        following = jnp.concatenate([leaf[1:], leaf[-1:]])
-        parts = jnp.arange(factor, dtype=leaf.dtype) / factor
-        parts = parts.reshape(1, factor, *(1,) * (leaf.ndim - 1))
-        between = leaf[:, None] + parts * (following - leaf)[:, None]
-        return between.reshape(-1, *leaf.shape[1:])
-
-    return _map_stacked(finer, tree)
-
-
-def coarsen(tree: Any, factor: int = 2) -> Any:
-    """One block, their mean, for each `factor` neighbours: undoes `refine` by repetition.
-
-    Args:
-      tree: see `refine`.
-      factor: how many blocks become one; h is to be multiplied by it.
-
-    Raises:
-      UserError: there are no stacked arrays, or not a multiple of `factor` blocks.
-    """
-    _check_factor(factor)
-
-    def mean(leaf, name):
-        if len(leaf) % factor:
-            raise UserError(
-                f"{name} has {len(leaf)} blocks, which is no multiple of {factor}; coarsen "
-                "by another factor."
-            )
-        return leaf.reshape(-1, factor, *leaf.shape[1:]).mean(axis=1)
-
-    return _map_stacked(mean, tree)
-
-
-def _check_factor(factor: int) -> None:
     if factor < 1:
         raise UserError(f"factor must be 1 or more, got {factor}.")
-
-
-def _map_stacked(function: Callable, tree: Any) -> Any:
-    """Applies `function(leaf, name)` to the leaves that have a depth axis."""
     found = False
 
-    def change(path, leaf):
+    def repeat(path, leaf):
         nonlocal found
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if BLOCKS not in name.split("/"):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if BLOCKS not in names:
             return leaf
         found = True
-        return function(leaf, name)
+        return jnp.repeat(leaf, factor, axis=0)
 
-    changed = jax.tree_util.tree_map_with_path(change, tree)
+    finer = jax.tree_util.tree_map_with_path(repeat, tree)
     if not found:
         raise UserError(
             f"no array lies on the depth axis (none has {BLOCKS!r} in its path); only nets "
-            "with stages of several equal blocks can be refined or coarsened."
+            "with stages of several equal blocks can be refined."
         )
-    return changed
+    return finer

@@ -179,6 +179,14 @@ def latest_step(workdir: Path) -> int | None:
     return max(list_steps(workdir), default=None)
 
 
+def read_latest_info(workdir: Path) -> dict | None:
+    """The info of the newest checkpoint, without its arrays; None if none can be read."""
+    for step in reversed(list_steps(workdir)):
+        with contextlib.suppress(_Damaged):
+            return _read_info(_root(workdir) / str(step))
+    return None
+
+
 def structure(tree: PyTree) -> dict[str, str]:
     """{"params/stem/kernel": "float32[3,3,1,8]", ...} of arrays or abstract arrays."""
     return {

@@ -18,8 +18,7 @@ from cvjax.data.augment import Augmentation
 from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
-from cvjax.models import MODELS, model_fields
-from cvjax.nn import solver
+from cvjax.models import MODELS, SAME_EQUATION, model_fields
 from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
@@ -166,9 +165,7 @@ RESUMABLE_KEYS = (
     "data.cache_dir",
     "data.num_workers",
     "data.eval_batch_size",
-    "model.walk",
-    "model.remat",
-    *(f"model.{field}" for field in solver.FIELDS),
+    *(f"model.{field}" for field in SAME_EQUATION),
 )
 
 

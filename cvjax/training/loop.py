@@ -27,6 +27,30 @@ RESUME = (
 )
 
 
+def _nothing(*_) -> None:
+    """The output that is not wanted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """How a run is watched and stopped; by default it is not.
+
+    Attributes:
+      write: takes a step and its row of metrics.
+      show: takes a step and a text about it, "" for none.
+      trace: takes a step and its state, between the calls that make the steps `traced` and
+        the others.
+      traced: steps of which a profiler's trace is wanted.
+      stop: asked before each call whether to stop.
+    """
+
+    write: Callable[[int, dict], None] = _nothing
+    show: Callable[[int, str], None] = _nothing
+    trace: Callable[[int, TrainState], None] = _nothing
+    traced: range = range(0)
+    stop: interrupt.Stop = dataclasses.field(default_factory=interrupt.Stop)
+
+
 class Clock:
     """The time spent on training steps, less what is spent beside them."""
 
@@ -60,11 +84,7 @@ def train(
     dataset: Dataset,
     mesh: Mesh,
     folder: pathlib.Path,
-    stop: interrupt.Stop,
-    write: Callable[[int, dict], None],
-    show: Callable[..., None],
-    trace: Callable[[int, TrainState], None],
-    traced: range,
+    outputs: Outputs,
 ) -> tuple[TrainState, Record]:
     """Trains until `run.total_steps`, evaluates on validation and saves on the way.
 
@@ -72,13 +92,13 @@ def train(
     processes each calls this; the first one writes.
 
     The devices are waited for at log points, evaluations and checkpoints only (and, with
-    several processes, at the end of each call). `trace` is called between the calls that
-    make the steps `traced` and the others.
+    several processes, at the end of each call).
 
     Raises:
       DivergedError: at the next such point after a loss or gradient that is not finite.
-      InterruptedRun: when `stop` was requested and the state has been saved.
+      InterruptedRun: when `outputs.stop` was requested and the state has been saved.
     """
+    stop = outputs.stop
 
     def evaluate(split: Split, prefix: str) -> dict[str, float] | None:
         return steps.evaluate(
@@ -138,7 +158,7 @@ def train(
                     raise DivergedError(message) from error
             if rows is not None:
                 if step not in logged:
-                    write(step, rows)
+                    outputs.write(step, rows)
                 finite = {key: value for key, value in rows.items() if math.isfinite(value)}
                 record.last = {"step": step, **finite}
                 improved = record.best is None or (
@@ -160,8 +180,8 @@ def train(
         if step == run.total_steps:
             return state, record
 
-        trace(step, state)
-        count = min(dispatch.longest, _next_point(run, traced, step) - step)
+        outputs.trace(step, state)
+        count = min(dispatch.longest, _next_point(run, outputs.traced, step) - step)
         arguments = dispatch.feed(step, count)
         if compiled is None:
             with clock.beside(state):
@@ -186,10 +206,10 @@ def train(
             lap_step = step
             times["time/step_ms"] = 1000 * seconds
             times["time/images_per_second"] = run.data.batch_size / seconds
-            write(step, row | times)
+            outputs.write(step, row | times)
             text = _text(row | times)
             times = {}
-        show(step, text)
+        outputs.show(step, text)
 
 
 def _next_point(run: RunConfig, traced: range, step: int) -> int:

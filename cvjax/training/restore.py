@@ -9,7 +9,7 @@ from absl import logging
 
 from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
-from cvjax.nn import solver
+from cvjax.models import SAME_EQUATION
 from cvjax.storage import checkpoint
 from cvjax.training import devices
 from cvjax.training.config import RunConfig
@@ -27,8 +27,7 @@ def initial_or_restored(
     """
     rng = initial_rng(run.seed)
     static = {"recipe": recipe, "image_shape": dataset.image_shape}
-    free = ("walk", "remat", *solver.FIELDS)
-    same_net = {key: run.model[key] for key in run.model if key not in free}
+    same_net = {key: run.model[key] for key in run.model if key not in SAME_EQUATION}
     expect = {"data_fingerprint": dataset.fingerprint, "model": same_net}
     abstract_state = create_train_state.eval_shape(rng, **static)
     restored = read_together(

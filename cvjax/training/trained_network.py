@@ -38,7 +38,7 @@ class Network:
       recipe: the model and the loss are in it.
       variables: "params" and "batch_stats".
       statistics: of the training images.
-      class_names: one a class.
+      class_names: one per class.
       step: the number of updates that it has seen.
       data_fingerprint: of the data set.
     """
@@ -104,7 +104,7 @@ def load_network(
 
 
 def draw_variables(network: Network) -> dict[str, Any]:
-    """What the variables were before the first step of a run without `init_from`."""
+    """The variables before the first step of a run without `init_from`."""
     state = create_train_state(
         initial_rng(network.run.seed),
         recipe=network.recipe,
@@ -130,8 +130,8 @@ def apply_model(variables: Any, images: jax.Array, *, model: nn.Module) -> jax.A
 def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
     """Logits -> float64 of the same shape: what the loss took them for.
 
-    A softmax over the classes, or one sigmoid a class (they do not add up to one). Float64,
-    as in float32 a sure network's less probable classes would all be zero.
+    A softmax over the classes, or one sigmoid per class (which do not add up to one).
+    Float64, as in float32 a confident network's less probable classes would all be zero.
 
     Raises:
       DivergedError: for logits that are not finite.
@@ -166,17 +166,17 @@ def _restore_once(
 ) -> tuple[Any, dict]:
     if choice.isdecimal():
         return checkpoints.restore_step(folder, int(choice), abstract_state)
+    info = checkpoints.read_latest_info(folder) if choice == "best" else None
+    if info is not None:
+        if info["best"] is None:
+            raise UserError(
+                f"{folder} has no best checkpoint yet, as nothing has been evaluated at "
+                f"step {info['step']}; take --checkpoint=last."
+            )
+        return checkpoints.restore_step(folder, info["best"]["step"], abstract_state)
     restored = checkpoints.restore_latest(folder, abstract_state, set_aside=False)
     if restored is None:
         raise UserError(
             f"{folder} has no checkpoint yet; wait until the run has written its first one."
         )
-    state, info = restored
-    if choice == "last":
-        return state, info
-    if info["best"] is None:
-        raise UserError(
-            f"{folder} has no best checkpoint yet, as nothing has been evaluated at step "
-            f"{info['step']}; take --checkpoint=last."
-        )
-    return checkpoints.restore_step(folder, info["best"]["step"], abstract_state)
+    return restored

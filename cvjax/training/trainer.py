@@ -10,6 +10,7 @@ workdir/summary.json      the final numbers; its presence says that the run is f
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -126,17 +127,22 @@ def _run(
     start = int(state.step)
     check_steps(traced, start, run.total_steps)
     with contextlib.ExitStack() as stack:
-        write = show = trace = _nothing
+        outputs = loop.Outputs(traced=traced)  # of processes but the first
 
         def open_outputs() -> None:
-            nonlocal write, show, trace
+            nonlocal outputs
             # Before config.json, by which readers know the run.
             write_inputs(folder, statistics, dataset.class_names)
             workdirs.write_manifest(folder, config.to_dict())
             _log_plan(run, state, trained)
-            write = stack.enter_context(metrics_log.open_writer(folder, start or None))
-            show = stack.enter_context(progress.open(run.total_steps, start, folder.name))
-            trace = stack.enter_context(open_trace(folder / "profile", traced))
+            outputs = dataclasses.replace(
+                outputs,
+                write=stack.enter_context(metrics_log.open_writer(folder, start or None)),
+                show=stack.enter_context(
+                    progress.open(run.total_steps, start, folder.name)
+                ),
+                trace=stack.enter_context(open_trace(folder / "profile", traced)),
+            )
 
         devices.from_first(open_outputs)
         mesh = devices.create_mesh()
@@ -154,17 +160,11 @@ def _run(
             dataset=dataset,
             mesh=mesh,
             folder=folder,
-            stop=stack.enter_context(interrupt.watch()),
-            write=write,
-            show=show,
-            trace=trace,
-            traced=traced,
+            outputs=dataclasses.replace(
+                outputs, stop=stack.enter_context(interrupt.watch())
+            ),
         )
     return _finish(state, record, run, recipe, constants.statistics, dataset, mesh, folder)
-
-
-def _nothing(*_) -> None:
-    """Writes and shows what processes but the first do."""
 
 
 def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:

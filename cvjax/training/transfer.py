@@ -3,9 +3,9 @@
 `config.init_from` names the workdir of a run of train.py, finished or not, or of
 cvjax.interop.torch. Parameters and BatchNorm's averages come from its last checkpoint (not
 the one that did best on validation); the optimiser and the step start afresh. The network
-must be the same one but for `FREE_FIELDS` and the number of classes: where that differs,
-the layers that make logits are drawn anew, and the log says so. What is loaded is saved
-with the run's own checkpoints, so a resumed run does not load it again.
+must be the same one but for `models.SAME_PARAMETERS` and the number of classes: where that
+differs, the layers that make logits are re-initialised, and the log says so. What is loaded
+is saved with the run's own checkpoints, so a resumed run does not load it again.
 
 With `config.init_refine = 2` that network first gets two blocks for each one that it has
 (`nn.depth.refine`), and the fields of the one that is trained are those of
@@ -30,9 +30,8 @@ from jax import numpy as jnp
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
-from cvjax.models import create_model
+from cvjax.models import SAME_PARAMETERS, create_model
 from cvjax.models.resnet_cifar import refined_fields
-from cvjax.nn import solver
 from cvjax.nn.depth import refine
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
@@ -41,9 +40,6 @@ from cvjax.training.optim import is_frozen
 from cvjax.training.state import TrainState
 from cvjax.training.trained_network import Network
 
-# What may differ: none of it changes what parameters mean.
-FREE_FIELDS = ("walk", "remat", "dtype", "dropout", "auxiliary_dropout")
-FREE_FIELDS += ("norm_momentum", *solver.FIELDS)
 NORMALIZATION = "init_from"  # as a value of config.data.normalization
 NAMED = 3  # differences in a message
 
@@ -223,7 +219,7 @@ def _paths(params: Any) -> list[str]:
 
 
 def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {key: model[key] for key in model if key not in FREE_FIELDS}
+    fields = {key: model[key] for key in model if key not in SAME_PARAMETERS}
     return {"model": fields}
 
 

@@ -19,17 +19,18 @@ validation (looked at once, at the end). Training error is that of the images as
 Presets: quick (300 digits, minutes on a CPU) and medium (5,000 images of CIFAR-10, for a
 quiet CPU; not yet run) train two convolutions, full (45,000 images, for a GPU; not yet run)
 ResNet-20 by the paper's recipe. Each run has a folder of its own under WORKDIR/runs; the
-same command goes on where it was stopped, and what is finished is not run again.
+same command goes on where it was stopped, and what is finished is not run again;
+--processes=N shares the runs over N processes.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import cli, data
@@ -39,7 +40,7 @@ from cvjax.report import tables
 from cvjax.report.statistics import difference, spread
 from cvjax.report.tables import p_value, percent, percent_interval
 from cvjax.storage import workdir as workdirs
-from cvjax.training import steps, train_and_evaluate
+from cvjax.training import steps
 from cvjax.training.config import DataConfig, parse_config
 from experiments import runner
 from experiments.augmentation.figure import draw_augmentation
@@ -122,6 +123,7 @@ def describe(name: str, settings: dict[str, Any]) -> str:
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS, "augmentation")
+    runner.define_processes()
 
 
 def main(arguments):
@@ -131,38 +133,48 @@ def main(arguments):
     preset = PRESETS[values.preset]
     config = preset.config()
     config.total_steps = values.steps or config.total_steps
-    compare(config, values.preset, preset.images, values.seeds, folder)
+    seeds = range(values.seeds)
+    compare(config, values.preset, preset.images, seeds, folder, values.processes)
 
 
 def compare(
     config: ml_collections.ConfigDict,
     preset: str,
     images: tuple[int, ...],
-    seeds: int,
+    seeds: Sequence[int],
     folder: pathlib.Path,
+    processes: int = 1,
 ) -> None:
     """Trains with all augmentations; writes, draws and prints."""
     dataset = data.load(**parse_config(config).data.source)
     choices = augmentations(min(dataset.image_shape[:2]))
     # Seed by seed, so that what is finished early can be compared early.
-    plan = [(seed, name) for seed in range(seeds) for name in choices]
-    runs = []
-    for number, (seed, name) in enumerate(plan, start=1):
-        logging.info("Run %d of %d: %s, seed %d.", number, len(plan), name, seed)
-        place = folder / "runs" / f"{name.replace(' ', '-')}-seed{seed}"
-        train_and_evaluate(with_augmentation(config, choices[name], seed), place)
-        runs.append({"augmentation": name, "seed": seed, **runner.read_run(place)})
-    results = {
-        "experiment": "augmentation",
-        "preset": preset,
-        "data": config.data.name,
-        "train_examples": len(dataset.train.labels),
-        "steps": config.total_steps,
-        "told": {name: describe(name, choices[name]) for name in choices},
-        "table": tabulate(runs),
-        "runs": runs,
+    plan = {
+        folder / "runs" / f"{name.replace(' ', '-')}-seed{seed}": (name, seed)
+        for seed in seeds
+        for name in choices
     }
-    workdirs.write_json(folder / "results.json", results)
+    configs = {
+        run_dir: with_augmentation(config, choices[name], seed)
+        for run_dir, (name, seed) in plan.items()
+    }
+    finished = runner.train_all(configs, processes=processes)
+    runs = [
+        {"augmentation": name, "seed": seed, **runner.read_run(run_dir)}
+        for run_dir, (name, seed) in plan.items()
+        if run_dir in finished
+    ]
+    results = runner.write_results(
+        folder,
+        "augmentation",
+        preset,
+        data=config.data.name,
+        train_examples=len(dataset.train.labels),
+        steps=config.total_steps,
+        labels={name: describe(name, choices[name]) for name in choices},
+        table=tabulate(runs),
+        runs=runs,
+    )
     shown = dataset.train.images[np.array(images)]
     draws = {
         name: draw(shown, dataset.train.images, with_augmentation(config, choices[name], 0))

@@ -55,7 +55,7 @@ def draw_augmentation(
                 if column == 0:
                     place = {"x": -0.15, "y": 0.5, "ha": "right", "va": "center"}
                     where = {"transform": panel.transAxes, "fontsize": 9}
-                    panel.text(s=results["told"][name], **place, **where)
+                    panel.text(s=results["labels"][name], **place, **where)
         panel = figure.add_subplot(grid[row, len(widths) - 1])
         _draw_errors(panel, table, name, is_last=row == len(table) - 1)
         if row == 0:

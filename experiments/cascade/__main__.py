@@ -24,7 +24,6 @@ chosen (small points), the time is computed from those of their nets.
 Trained nets and measured seeds are found again when the same command is given again.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -126,8 +125,7 @@ def report(
 ) -> None:
     """Writes, draws and prints what has been measured, a run for each seed."""
     table = tabulate(runs)
-    results = {"experiment": "cascade", **settings, "table": table, "runs": runs}
-    workdirs.write_json(folder / "results.json", results)
+    runner.write_results(folder, "cascade", **settings, table=table, runs=runs)
     title = (
         f"{runs[0]['data']} test, {runs[0]['examples']:,} images, mean and standard "
         f"deviation of {len(runs)} seed{'s' * (len(runs) > 1)}; net: layers x width"
@@ -196,19 +194,15 @@ def measure_once(
     seed: int,
 ) -> dict[str, Any]:
     """Measures the cascades of some nets, or finds them measured with these settings."""
-    path = folder / f"measured-seed{seed}.json"
     steps = [checkpoint.latest_step(place) for _, place, _ in members]
     names = [[name, str(place)] for name, place, _ in members]
     key = {**settings, "members": names, "steps": steps}
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["key"] == key:
-            logging.info("Seed %d was measured already, see %s.", seed, path)
-            return found["run"]
-    measured = measure.measure(members, **settings)
-    run = {"seed": seed, **measured, **workdirs.provenance()}
-    workdirs.write_json(path, {"key": key, "run": run})
-    return run
+
+    def measure_all() -> dict[str, Any]:
+        measured = measure.measure(members, **settings)
+        return {"seed": seed, **measured, **workdirs.provenance()}
+
+    return runner.cached(folder / f"measured-seed{seed}.json", key, measure_all)
 
 
 def show(table: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:

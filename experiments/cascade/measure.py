@@ -19,8 +19,8 @@ from experiments.cascade.members import (
     compute_all_logits,
     compute_probabilities,
     load_members,
+    median_seconds,
     run_plan,
-    take_turns,
 )
 
 TIMED = 2_000  # images of which times are taken
@@ -136,7 +136,7 @@ def _check_that_it_pays(
     if plan == largest:
         return plan, "No cascade reaches the target for less than the largest net.", None
     images = dataset.val.images[: _whole_batches(len(dataset.val.labels), batch_size)]
-    seconds = take_turns(
+    seconds = median_seconds(
         [partial(run_plan, members, one, images, batch_size) for one in (largest, plan)]
     )
     ratio = seconds[1] / seconds[0]
@@ -170,7 +170,7 @@ def _points(
     outcome = run_plan(members, plan, dataset.test.images, batch_size)
     timed = dataset.test.images[: _whole_batches(len(labels), batch_size)]
     singles = [Plan((number,), (), plan.measure) for number in range(count)]
-    seconds = take_turns(
+    seconds = median_seconds(
         [partial(run_plan, members, one, timed, batch_size) for one in (*singles, plan)]
     )
     milliseconds = [1000 * value / len(timed) for value in seconds]

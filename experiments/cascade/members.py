@@ -6,8 +6,6 @@ compiled for its few sizes of batches.
 
 import dataclasses
 import pathlib
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from cvjax import timing
 from cvjax.costs.accounting import account
 from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
@@ -25,7 +24,7 @@ from cvjax.training.trained_network import Network, apply_model, load_network, p
 from experiments.cascade import early_exit
 from experiments.cascade.early_exit import Plan, Predict
 
-ROUNDS = 7  # in which the candidates take turns
+ROUNDS = 7  # timings of each candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +154,7 @@ def compute_probabilities(members: Sequence[Member], logits: np.ndarray) -> np.n
     )
 
 
-def take_turns(functions: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
-    """The median seconds of each, after one run that does not count (it compiles)."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(rounds + 1):
-        for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if turn:
-                own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
+def median_seconds(functions: Sequence[Callable[[], Any]]) -> list[float]:
+    """The median seconds of each, interleaved, after one run that compiles."""
+    times = timing.interleave(dict(enumerate(functions)), ROUNDS)
+    return [float(np.median(seconds)) for seconds in times.values()]

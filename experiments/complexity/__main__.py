@@ -1,7 +1,7 @@
 """What the networks cost: activations, parameters, multiply-adds, receptive fields.
 
     python -m experiments.complexity --workdir=results/complexity
-    python -m experiments.complexity --model=vgg --field=depth=16 --layers
+    python -m experiments.complexity --model=vgg --fields=depth=16 --layers
 
 Without --model: all networks of `zoo` at the image sizes they were made for, a table in
 summary.md, results.json and a figure, published accuracy against operations, in
@@ -18,7 +18,6 @@ The accuracies are published ones, each with its source in results.json: torchvi
 weights IMAGENET1K_V1 (https://docs.pytorch.org/vision/stable/models.html).
 """
 
-import ast
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +33,7 @@ from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
+from experiments import runner
 from experiments.complexity.figure import draw_complexity
 from experiments.complexity.zoo import ZOO, Entry
 
@@ -44,7 +44,7 @@ PRESET = flags.DEFINE_enum("preset", "quick", ["quick", "full"], "Count, or comp
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; none by default.")
 MODELS = flags.DEFINE_list("models", None, "Only these models of the zoo: vgg,resnet.")
 MODEL = flags.DEFINE_string("model", None, "One model instead of the zoo.")
-FIELD = flags.DEFINE_multi_string("field", [], "Its fields: --field=depth=16, repeated.")
+FIELDS = flags.DEFINE_list("fields", [], "Its fields, such as depth=16,head=small.")
 LAYERS = flags.DEFINE_bool("layers", False, "Its layers one by one.")
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "Pixels a side instead of the zoo's.", lower_bound=1
@@ -77,8 +77,8 @@ outputs of ReLU stored it is {kept:.1f}M values; twice either with gradients."""
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    if MODEL.value is None and (FIELD.value or LAYERS.value):
-        raise UserError("--field and --layers are about one network: give --model=NAME.")
+    if MODEL.value is None and (FIELDS.value or LAYERS.value):
+        raise UserError("--fields and --layers are about one network: give --model=NAME.")
     if MODEL.value is not None and MODELS.value is not None:
         raise UserError("--model is one network, --models some of the zoo: give one only.")
     entries = [find_entry()] if MODEL.value else select(MODELS.value)
@@ -117,13 +117,13 @@ def select(names: Sequence[str] | None) -> list[Entry]:
 
 
 def find_entry() -> Entry:
-    """The network of --model and --field, with the image size of its kin in the zoo."""
-    fields = parse_fields(FIELD.value)
+    """The network of --model and --fields, with the image size of its kin in the zoo."""
+    fields = cli.parse_fields(FIELDS.value)
     alike = [entry for entry in ZOO if entry.model == MODEL.value]
     for entry in alike:
         if fields and entry.fields.items() >= fields.items():
             return dataclasses.replace(entry, fields=fields)
-    label = " ".join([MODEL.value, *FIELD.value])
+    label = " ".join([MODEL.value, *FIELDS.value])
     like = alike[0] if alike else Entry(label, MODEL.value, image_size=32, num_classes=10)
     return Entry(
         label,
@@ -132,20 +132,6 @@ def find_entry() -> Entry:
         image_size=like.image_size,
         num_classes=like.num_classes,
     )
-
-
-def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
-    """["depth=16", "head=small"] -> {"depth": 16, "head": "small"}."""
-    fields = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise UserError(f"--field takes NAME=VALUE such as depth=16, got {text!r}.")
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            fields[name] = value
-    return fields
 
 
 def summarize(entry: Entry, counted: Account) -> dict[str, Any]:
@@ -274,13 +260,12 @@ def write(folder, rows: list[dict[str, Any]], counted: dict[str, Account]) -> No
         text = f"### {title}\n\n{markdown(table)}\n{note}\n"
         workdirs.write_bytes(folder / name, text.encode())
         print(f"Table:   {folder / name}")
-    results = {"experiment": "complexity", "preset": PRESET.value, "table": rows}
+    more = {}
     if LAYERS.value:
         (network,) = counted.values()
         layers = [{**dataclasses.asdict(row), "bytes": row.bytes} for row in network.layers]
-        results["layers"] = layers
-    results.update(workdirs.provenance())
-    workdirs.write_json(folder / "results.json", results)
+        more["layers"] = layers
+    runner.write_results(folder, "complexity", PRESET.value, **more, table=rows, runs=[])
     print(f"Results: {folder / 'results.json'}")
     drawn = [row for row in rows if row["top1"] and row["image_size"] == 224]
     if len(drawn) > 1:

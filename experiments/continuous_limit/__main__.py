@@ -25,7 +25,6 @@ length). Each run has a folder of its own under WORKDIR/runs; the same command g
 it was stopped, and what is finished is not run again.
 """
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -122,10 +121,17 @@ def main(arguments):
     configs = preset.odenet(), preset.resnet()
     for config in configs:
         config.total_steps = values.steps or config.total_steps
-    results = {"experiment": "continuous_limit", "preset": values.preset}
-    results["provenance"] = workdirs.provenance()
-    results |= compare(*configs, preset.blocks, preset.examples, values.seeds, folder)
-    workdirs.write_json(folder / "results.json", results)
+    results = compare(*configs, preset.blocks, preset.examples, values.seeds, folder)
+    parts = ("solvers", "orders", "blocks")
+    runner.write_results(
+        folder,
+        "continuous_limit",
+        values.preset,
+        data=results["data"],
+        exponents=results["exponents"],
+        table=runner.join_parts({part: results[part] for part in parts}),
+        runs=runner.join_parts(results["runs"]),
+    )
     figure.draw_limit(results, folder / "continuous_limit.png")
     tables.show(results)
     print(f"Results: {folder / 'results.json'}")
@@ -169,8 +175,8 @@ def measure_solvers(
     config = config.copy_and_resolve_references()
     config.seed = seed
     train_and_evaluate(config, place)
-    path = place / "solvers.json"
-    if not path.exists():
+
+    def measure() -> list[dict[str, Any]]:
         logging.info("Other solvers for %s.", place.name)
         network = load_network(place)
         test = first_examples(network, EVERYTHING)
@@ -192,8 +198,11 @@ def measure_solvers(
                 "test/error": float(wrong.mean()),
             }
             found.append({**fields, **row})
-        workdirs.write_json(path, found)
-    return {"seed": seed, **read_run(place), "solvers": json.loads(path.read_text())}
+        return found
+
+    key = {"examples": examples, "solvers": SOLVERS, "steps": config.total_steps}
+    solvers = runner.cached(place / "solvers.json", key, measure)
+    return {"seed": seed, **read_run(place), "solvers": solvers}
 
 
 def measure_resnet(
@@ -207,8 +216,8 @@ def measure_resnet(
     """Trains a residual net, or finds it trained, and compares its blocks."""
     for own, where in create_plan(config, n, start, seed, place):
         train_and_evaluate(own, where)
-    path = place / "blocks.json"
-    if not path.exists():
+
+    def measure() -> dict[str, dict[str, float]]:
         network = load_network(place)
         images = first_examples(network, examples).images
         images = normalize(images, network.statistics)
@@ -228,8 +237,10 @@ def measure_resnet(
         for stage, theta in thetas["trained"].items():
             moved = blocks.distance_moved(theta, thetas["initial"][stage])
             found[stage]["trained/moved"] = moved
-        workdirs.write_json(path, found)
-    stages = json.loads(path.read_text())
+        return found
+
+    key = {"examples": examples, "steps": config.total_steps}
+    stages = runner.cached(place / "blocks.json", key, measure)
     keys = stages[min(stages)]
     return {
         **{"blocks": n, "start": start, "seed": seed},
@@ -261,18 +272,12 @@ def create_plan(
 
 
 def read_run(place: pathlib.Path) -> dict[str, Any]:
-    """What the results keep of a finished run: provenance and final numbers."""
-    manifest = workdirs.read_manifest(place)
-    config = manifest["config"]
-    if config["init_from"]:
-        config["init_from"] = pathlib.Path(config["init_from"]).name
-    summary = json.loads((place / "summary.json").read_text())
-    return {
-        "test/error": summary["test/error"],
-        "nfe": summary.get("test/nfe"),
-        "config": config,
-        **{key: manifest[key] for key in ("versions", "device", "git")},
-    }
+    """As `runner.read_run`, with a folder of this experiment by its name."""
+    run = runner.read_run(place)
+    if run["config"]["init_from"]:
+        run["config"]["init_from"] = pathlib.Path(run["config"]["init_from"]).name
+    errors = {"test/error": run["summary"]["test/error"]}
+    return {**errors, "nfe": run["summary"].get("test/nfe"), **run}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Machines that share no folder can take different --nets, --depths or --first_see
 trains nothing: it writes table and figure of the finished runs in several such folders.
 """
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -49,9 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
     flags.DEFINE_multi_enum("nets", list(NETS), list(NETS), "Which nets; may be repeated.")
     flags.DEFINE_integer("first_seed", 0, "The first of the seeds.", lower_bound=0)
-    flags.DEFINE_integer(
-        "processes", 1, "How many processes share out the runs here.", lower_bound=1
-    )
+    runner.define_processes()
     flags.DEFINE_list("gather", None, "Folders whose finished runs to put together.")
 
 
@@ -75,20 +74,13 @@ def main(arguments):
     runs = {folder / "runs" / name: config for name, config in runs.items()}
     started = [*configs_in(folder), *((p, c.to_dict()) for p, c in runs.items())]
     runner.refuse_mixture(started, FREE_KEYS)
-    elsewhere = []
+    write = functools.partial(report, folder, [folder], values.preset)
     try:
-        if values.processes > 1:
-            runner.run_in_processes(values.processes, "--processes=1")
-        elsewhere = runner.train_unclaimed(runs, lambda: report(folder, [folder]))
+        runner.train_all(runs, write, values.processes)
     finally:
         if any(map(runner.is_finished, runs)):
-            report(folder, [folder])
+            write()
             show(folder)
-    if elsewhere:
-        logging.info(
-            "%d of %d runs are still in the hands of other processes: %s.",
-            *(len(elsewhere), len(runs), ", ".join(path.name for path in elsewhere)),
-        )
 
 
 def refuse_with_gather() -> None:
@@ -129,7 +121,9 @@ def plan(create_config, depths, seeds, steps: int | None):
     return runs
 
 
-def report(folder: pathlib.Path, sources: list[pathlib.Path]) -> None:
+def report(
+    folder: pathlib.Path, sources: list[pathlib.Path], preset: str | None = None
+) -> None:
     """Writes results.json and the figure of all finished runs in `sources`."""
     with workdirs.lock(folder, timeout=600):
         if folder not in [source.absolute() for source in sources] and configs_in(folder):
@@ -139,12 +133,15 @@ def report(folder: pathlib.Path, sources: list[pathlib.Path]) -> None:
             )
         runs = collect(sources)
         table = tables.tabulate(runs)
-        results = {
-            **{"experiment": "depth_degradation", "table": table},
-            "contrasts": tables.contrasts(runs),
-            "published": tables.published(runs) if is_papers(runs) else [],
-        }
-        workdirs.write_json(folder / "results.json", {**results, "runs": runs})
+        runner.write_results(
+            folder,
+            "depth_degradation",
+            preset,
+            table=table,
+            claims=tables.contrasts(runs),
+            published=tables.published(runs) if is_papers(runs) else [],
+            runs=runs,
+        )
         draw_degradation(runs, folder / "depth_degradation.png")
 
 
@@ -155,7 +152,7 @@ def show(folder: pathlib.Path) -> None:
         logging.info("No run is finished yet.")
         return
     results = json.loads(path.read_text())
-    tables.show(*(results["table"], results["contrasts"], results["published"]))
+    tables.show(*(results["table"], results["claims"], results["published"]))
     print(f"Results: {path}")
     print(f"Figure:  {folder / 'depth_degradation.png'}")
 
@@ -223,20 +220,9 @@ def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
         "depth": config["model"]["depth"],
         "seed": config["seed"],
         **run,
-        "training_seconds": training_seconds(rows),
         "curve": [curve[index] for index in kept],
         "config": config,
     }
-
-
-def training_seconds(rows: list[dict[str, Any]]) -> float:
-    """Time spent on training steps: no compilation, evaluation or checkpoint."""
-    seconds, before = 0.0, 0
-    for row in rows:
-        if "time/step_ms" in row:
-            seconds += row["time/step_ms"] / 1000 * (row["step"] - before)
-            before = row["step"]
-    return seconds
 
 
 def is_papers(runs: list[dict[str, Any]]) -> bool:

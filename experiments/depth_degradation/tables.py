@@ -35,7 +35,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
       A row for each net and depth, in the order of the runs: "net", "depth",
       "parameters", "n" (seeds), for each error (a fraction) its "mean", "std"
-      and 95 % "interval" (None for a single seed), and "training_seconds" (mean).
+      and 95 % "interval" (None for a single seed), and "seconds" (mean).
     """
     table = []
     for (net, depth), own in _groups(runs).items():
@@ -44,7 +44,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["n"] = len(own)
         for key in ERRORS:
             row[key] = spread([summary[key] for summary in summaries])
-        row["training_seconds"] = float(np.mean([run["training_seconds"] for run in own]))
+        row["seconds"] = float(np.mean([run["seconds"] for run in own]))
         table.append(row)
     return table
 
@@ -127,7 +127,7 @@ def show(
             *(row["net"], str(row["depth"]), str(row["n"])),
             *(percent(row[key]) for key in ERRORS),
             percent_interval(row["train_eval/error"]),
-            f"{row['training_seconds'] / 60:.1f}",
+            f"{row['seconds'] / 60:.1f}",
         ]
         for row in table
     ]

@@ -44,6 +44,7 @@ from cvjax.report.tables import percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import Network, draw_variables, load_network
+from experiments import runner
 from experiments.filters import feature_maps, figure, top_patches
 from experiments.filters.guided_backprop import RULES
 
@@ -107,6 +108,7 @@ def main(arguments):
     examine(
         place,
         folder,
+        preset=None if values.run else values.preset,
         checkpoint=values.checkpoint,
         fields=cli.parse_fields(values.fields),
         layers=values.layers,
@@ -133,6 +135,7 @@ def examine(
     place: pathlib.Path,
     folder: pathlib.Path,
     *,
+    preset: str | None = None,
     checkpoint: str = "last",
     fields: dict[str, Any] | None = None,
     layers: Sequence[str] = (),
@@ -156,17 +159,24 @@ def examine(
         logging.info("Layer %s, %d channels.", name, known[name].shape[-1])
         row, pictures[name] = look_at(network, name, examples, channels, rule)
         rows.append(row)
-    results = {
-        "experiment": "filters",
-        **describe(network),
-        "rule": rule,
-        "images": len(examples.images),
-        "chance": top_patches.chance_agreement(examples.labels, COUNT),
-        "layers": rows,
-        "provenance": workdirs.provenance(),
-    }
     kernel = feature_maps.first_kernel(known, network.variables["params"])
-    workdirs.write_json(folder / "results.json", results)
+    manifest = workdirs.read_manifest(place)
+    results = runner.write_results(
+        folder,
+        "filters",
+        preset,
+        rule=rule,
+        images=len(examples.images),
+        chance=top_patches.chance_agreement(examples.labels, COUNT),
+        **describe(network),
+        table=rows,
+        runs=[
+            {
+                **{"seed": network.run.seed, "step": network.step},
+                **{key: manifest.get(key) for key in runner.PROVENANCE},
+            }
+        ],
+    )
     figure.draw_filters(results, kernel, pictures, folder / "filters.png")
     show(results)
     print(f"Results: {folder / 'results.json'}")
@@ -284,7 +294,7 @@ def show(results: dict[str, Any]) -> None:
             *(percent(row["trained"], 0), percent_interval(row["trained"], 0)),
             *(percent(row["untrained"], 0), percent_interval(row["untrained"], 0)),
         ]
-        for row in results["layers"]
+        for row in results["table"]
     ]
     tables.show(title, headings, rows)
 

@@ -54,7 +54,7 @@ def draw_filters(
     )
     _draw_kernel(figure.add_subplot(grid[0, :columns]), kernel)
     for row, (told, channels) in enumerate(
-        zip(results["layers"], pictures.values(), strict=True), start=1
+        zip(results["table"], pictures.values(), strict=True), start=1
     ):
         for column, (patches, projections) in enumerate(channels):
             panel = figure.add_subplot(grid[row, column])

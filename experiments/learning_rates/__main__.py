@@ -147,7 +147,8 @@ def main(arguments):
         config = range_config(values.config, *ends, values.range_steps)
         tests = [measure_range(config, seed, folder) for seed in range(values.seeds)]
         title = f"{config.model.name} on {config.data.name}, {config.optim.name}"
-        results = {"provenance": workdirs.provenance(), "range": tests}
+        runs = runner.join_parts({"range": tests})
+        runner.write_results(folder, "learning_rates", None, table=[], runs=runs)
         path = folder / "range_test.png"
         figure.draw_range_test(tests, title, path)
         print(tables.describe(tests))
@@ -156,13 +157,20 @@ def main(arguments):
         for config in (preset.config, preset.few):
             config.total_steps = values.steps or config.total_steps
         ranged = range_config(preset.config, *ends, values.range_steps)
-        results = {"experiment": "learning_rates", "preset": values.preset}
-        results["provenance"] = workdirs.provenance()
-        results |= compare(preset, ranged, values.seeds, folder)
+        results = compare(preset, ranged, values.seeds, folder)
+        parts = ("rates", "capacity", "regularisation")
+        runner.write_results(
+            folder,
+            "learning_rates",
+            values.preset,
+            data=results["data"],
+            names=results["names"],
+            table=runner.join_parts({part: results[part] for part in parts}),
+            runs=runner.join_parts({**results["runs"], "range": results["range"]}),
+        )
         path = folder / "learning_rates.png"
         figure.draw_learning_rates(results, path)
         tables.show(results)
-    workdirs.write_json(folder / "results.json", results)
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {path}")
 
@@ -254,7 +262,8 @@ def train(config: Config, place: pathlib.Path) -> dict[str, Any]:
     return {
         "curve": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
         **{"diverged": diverged, "summary": summary},
-        **{key: manifest[key] for key in ("config", "versions", "device", "git")},
+        **{key: manifest[key] for key in runner.PROVENANCE},
+        "seconds": runner.training_seconds(rows),
     }
 
 

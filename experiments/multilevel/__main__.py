@@ -29,7 +29,6 @@ what is finished is not run again.
 """
 
 import copy
-import json
 import pathlib
 from typing import Any
 
@@ -129,8 +128,7 @@ def compare(
         for method in METHODS
     ]
     table = tabulate(runs)
-    results = {"experiment": "multilevel", "preset": preset}
-    workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
+    runner.write_results(folder, "multilevel", preset, table=table, runs=runs)
     draw_multilevel(runs, table, folder / "multilevel.png")
     show(table)
     print(f"Results: {folder / 'results.json'}")
@@ -198,10 +196,10 @@ def measure_refined(
     config: ml_collections.ConfigDict, level_dir: pathlib.Path
 ) -> float | None:
     """Validation error of a level before its first step; None for a first level."""
-    path = level_dir / "refined.json"
     if not config.init_from:
         return None
-    if not path.exists():
+
+    def measure() -> float:
         run = parse_config(config)
         workdirs.check_writable(level_dir)
         network = transfer.load_source(run.init_from, run.model, level_dir, run.init_refine)
@@ -215,8 +213,9 @@ def measure_refined(
             batch_size=run.data.eval_batch_size,
             prefix="val",
         )
-        workdirs.write_json(path, rows)
-    return json.loads(path.read_text())["val/error"]
+        return rows["val/error"]
+
+    return runner.cached(level_dir / "refined.json", config.to_dict(), measure)
 
 
 def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
@@ -230,6 +229,7 @@ def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     side, _, channels = network.image_shape
     cost = account(network.recipe.model, side, channels).macs_with_gradients
     return {
+        **run,
         "layers": config["model"]["depth"],
         "macs": cost * config["data"]["batch_size"] * config["total_steps"],
         **measure_time(rows),
@@ -238,7 +238,6 @@ def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
             for row in rows
             if "val/error" in row
         ],
-        **run,
     }
 
 

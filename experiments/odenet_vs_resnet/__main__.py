@@ -19,7 +19,6 @@ Each run has a folder of its own under WORKDIR/runs; the same command goes on wh
 stopped.
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -121,13 +120,13 @@ def main(arguments):
     preset = PRESETS[values.preset]
     rows = choose_rows(values.row or preset.rows)
     folder = workdirs.check_writable(values.workdir)
-    results = {"experiment": "odenet_vs_resnet", "preset": values.preset, "data": []}
+    parts = []
     for base in preset.configs:
         configs = {row: create_config(base, row, values.steps) for row in rows}
         runs = train_all(configs, values.seeds, preset.swap_examples, folder)
         name = runs[0]["data"]
         costs = measure_steps(configs, folder / f"costs_{name}.json", values.rounds)
-        results["data"].append(
+        parts.append(
             {
                 "name": name,
                 "swap_examples": preset.swap_examples,
@@ -137,8 +136,21 @@ def main(arguments):
                 "runs": runs,
             }
         )
-    workdirs.write_json(folder / "results.json", results)
-    for part in results["data"]:
+    by_name = {part["name"]: part for part in parts}
+    tables_of = {
+        key: runner.join_parts({name: part[key] for name, part in by_name.items()})
+        for key in ("table", "swap_table")
+    }
+    runner.write_results(
+        folder,
+        "odenet_vs_resnet",
+        values.preset,
+        swap_examples=preset.swap_examples,
+        costs={name: part["costs"] for name, part in by_name.items()},
+        runs=[run for part in parts for run in part["runs"]],
+        **tables_of,
+    )
+    for part in parts:
         name = part["name"]
         figure.draw_comparison(part, folder / f"odenet_vs_resnet_{name}.png")
         show(part)
@@ -220,12 +232,17 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
 
 def swap(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
     """Test error of a trained ODE-net with each solver of `SWAPS`; [] for other nets."""
-    model = workdirs.read_manifest(folder)["config"]["model"]
-    if "solver" not in model:
+    config = workdirs.read_manifest(folder)["config"]
+    if "solver" not in config["model"]:
         return []
-    path = folder / f"swaps_{examples}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    key = {"examples": examples, "swaps": SWAPS, "steps": config["total_steps"]}
+    return runner.cached(
+        folder / "swaps.json", key, lambda: measure_swaps(folder, examples)
+    )
+
+
+def measure_swaps(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
+    """As `swap`, of an ODE-net."""
     found = []
     dataset = None
     for label, fields in SWAPS.items():
@@ -245,7 +262,6 @@ def swap(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
         except DivergedError as error:
             values = {"failure": str(error)}
         found.append({"solver": label, **values})
-    workdirs.write_json(path, found)
     return found
 
 

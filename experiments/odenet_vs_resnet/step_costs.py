@@ -1,7 +1,7 @@
 """Time and memory of training steps of several configs, measured side by side."""
 
 import contextlib
-import json
+import functools
 import os
 import pathlib
 import time
@@ -11,14 +11,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from cvjax import data
+from cvjax import data, timing
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.config import RunConfig, parse_config
 from cvjax.training.recipe import create_recipe
-from cvjax.training.state import create_train_state
+from cvjax.training.state import TrainState, create_train_state
+from experiments import runner
 
 
 def measure_steps(
@@ -26,7 +27,7 @@ def measure_steps(
     path: str | os.PathLike[str],
     rounds: int,
 ) -> dict[str, Any]:
-    """Times one training step of each config in turns, from fresh parameters.
+    """Times one training step of each config, interleaved, from fresh parameters.
 
     Args:
       configs: by name; all of one data set.
@@ -39,38 +40,37 @@ def measure_steps(
       of the ratios to the first one, round by round), "compile_seconds" and "memory_mb"
       (XLA's plan for temporaries); "rounds"; and the provenance.
     """
-    path = pathlib.Path(path)
     wanted = {name: config.to_dict() for name, config in configs.items()}
-    asked = json.loads(json.dumps({"configs": wanted, "rounds": rounds}))
-    if path.exists():
-        known = json.loads(path.read_text())
-        if {key: known.get(key) for key in asked} == asked:
-            return known
+    key = {"configs": wanted, "rounds": rounds}
+    measure = functools.partial(_measure, configs, rounds)
+    return runner.cached(pathlib.Path(path), key, measure) | key
+
+
+def _measure(configs: dict[str, ml_collections.ConfigDict], rounds: int) -> dict[str, Any]:
     runs = {name: parse_config(config) for name, config in configs.items()}
     dataset = data.load(**next(iter(runs.values())).data.source)
     prepared = {name: _prepare(run, dataset) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in configs}
-    for warm in (True, *[False] * rounds):
-        for name, (step, state, batch, constants, _) in prepared.items():
-            start = time.perf_counter()
-            state = jax.block_until_ready(step(state, batch, constants))
-            if not warm:
-                times[name].append(1000 * (time.perf_counter() - start))
-            prepared[name] = (step, state, *prepared[name][2:])
-    first = np.array(next(iter(times.values())))
+    states = {name: state for name, (_, state, *_) in prepared.items()}
+
+    def advance(name: str) -> TrainState:
+        step, _, batch, constants, _ = prepared[name]
+        states[name] = step(states[name], batch, constants)
+        return states[name]
+
+    steppers = {name: functools.partial(advance, name) for name in prepared}
+    seconds = timing.interleave(steppers, rounds)
+    first = next(iter(seconds.values()))
     rows = {}
     for name, (step, *_, compile_seconds) in prepared.items():
-        low, median, high = np.percentile(times[name], (25, 50, 75))
+        spread = timing.spread(1000 * seconds[name])
         rows[name] = {
-            "step_ms": float(median),
-            "step_ms_quartiles": [float(low), float(high)],
-            "step_ratio": float(np.median(np.array(times[name]) / first)),
+            "step_ms": spread["median"],
+            "step_ms_quartiles": [spread["quartile_1"], spread["quartile_3"]],
+            "step_ratio": float(np.median(seconds[name] / first)),
             "compile_seconds": compile_seconds,
             "memory_mb": step.memory_analysis().temp_size_in_bytes / 1e6,
         }
-    measured = {"rows": rows, **asked, "measured_by": workdirs.provenance()}
-    workdirs.write_json(path, measured)
-    return measured
+    return {"rows": rows, "measured_by": workdirs.provenance()}
 
 
 def _prepare(run: RunConfig, dataset: Dataset):

@@ -33,18 +33,17 @@ yet run). Each run has a folder of its own under WORKDIR/runs; the same command 
 where it was stopped, and what is finished is not run again.
 """
 
-import json
 import pathlib
 from typing import Any
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
 
 from cvjax import cli, data
 from cvjax.data.dataset import ArraySplit
 from cvjax.data.normalize import normalize
 from cvjax.storage import workdir as workdirs
-from cvjax.training import default_config, train_and_evaluate
+from cvjax.training import default_config
 from cvjax.training.trained_network import Network, load_network
 from cvjax.training.transfer import initial_variables
 from experiments import runner
@@ -85,6 +84,7 @@ PRESETS = {"quick": (quick, (8, 20, 44)), "full": (full, (20, 56, 110))}
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS)
+    runner.define_processes()
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
 
 
@@ -101,21 +101,24 @@ def main(arguments):
         for depth in depths
         for seed in range(values.seeds)
     ]
-    runs = []
-    for number, (net, depth, seed) in enumerate(plan, start=1):
-        logging.info(
-            "Run %d of %d: %s, %d layers, seed %d.", number, len(plan), net, depth, seed
-        )
+    plan = {folder / "runs" / "{}-{}-seed{}".format(*run): run for run in plan}
+    configs = {}
+    for run_dir, (net, depth, seed) in plan.items():
         config = create_config(depth)
         config.seed = seed
         config.total_steps = values.steps or config.total_steps
-        place = folder / "runs" / f"{net}-{depth}-seed{seed}"
-        train_and_evaluate(with_net(config, net), place)
-        runs.append({"net": net, "depth": depth, "seed": seed, **measure(place)})
+        configs[run_dir] = with_net(config, net)
+    runs = [
+        {
+            **dict(zip(("net", "depth", "seed"), plan[run_dir], strict=True)),
+            **measure(run_dir),
+        }
+        for run_dir in runner.train_all(configs, processes=values.processes)
+    ]
     table = tables.tabulate(runs)
-    results = {"experiment": "vanishing_gradients", "preset": values.preset}
-    results["provenance"] = workdirs.provenance()
-    workdirs.write_json(folder / "results.json", {**results, "table": table, "runs": runs})
+    runner.write_results(
+        folder, "vanishing_gradients", values.preset, table=table, runs=runs
+    )
     path = folder / "vanishing_gradients.png"
     figure.draw_gradients(runs, table, config.data.name, path)
     tables.show(table)
@@ -135,27 +138,22 @@ def with_net(config: ml_collections.ConfigDict, net: str) -> ml_collections.Conf
     return config
 
 
-def measure(place: pathlib.Path) -> dict[str, Any]:
+def measure(run_dir: pathlib.Path) -> dict[str, Any]:
     """What the results keep of a finished run: the norms at its checkpoints, provenance."""
-    manifest = workdirs.read_manifest(place)
-    config = manifest["config"]
-    every, total = config["checkpoint_every"], config["total_steps"]
-    path = place / f"gradients-{total}.json"
-    if not path.exists():
-        steps = [*range(every, total, every), total]
-        networks = {step: load_network(place, str(step)) for step in steps}
-        start = initial_variables(networks[total], place)
+    run = runner.read_run(run_dir)
+    every, total = run["config"]["checkpoint_every"], run["config"]["total_steps"]
+    steps = [*range(every, total, every), total]
+
+    def measure_norms() -> dict[str, Any]:
+        networks = {step: load_network(run_dir, str(step)) for step in steps}
+        start = initial_variables(networks[total], run_dir)
         variables = {0: start, **{step: networks[step].variables for step in steps}}
         batch = data.load(**networks[total].run.data.source).train.first(BATCH)
         rows = [norms(networks[total], variables[step], batch, step) for step in variables]
-        workdirs.write_json(path, {"side": batch.images.shape[1], "gradients": rows})
-    summary = json.loads((place / "summary.json").read_text())
-    return {
-        **json.loads(path.read_text()),
-        "train/error": summary["train_eval/error"],
-        "config": config,
-        **{key: manifest[key] for key in ("versions", "device", "git")},
-    }
+        return {"side": batch.images.shape[1], "gradients": rows}
+
+    norms_at = runner.cached(run_dir / "gradients.json", {"steps": steps}, measure_norms)
+    return {**norms_at, "train/error": run["summary"]["train_eval/error"], **run}
 
 
 def norms(

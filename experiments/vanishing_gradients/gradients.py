@@ -1,14 +1,15 @@
 """How the gradient of the loss changes along depth: one norm for each place in a net.
 
-    state     |dL/dx[l]|, x[l] what block l gives and x[0] what the stem gives: the signal
-              that is propagated backward. In an ODE block x[l] is x(t) after l of its
-              steps, and dL/dx(t) the adjoint of Chen et al. 2018, section 2.
+    state     |dL/dx[l]|, x[l] the output of block l and x[0] that of the stem: the signal
+              that is propagated backward. Blocks that change the shape between two stages
+              count as well. In an ODE block x[l] is x(t) after l of its steps, and dL/dx(t)
+              the adjoint of Chen et al. 2018, section 2.
     kernel    |dL/dW[l]|, W[l] the kernel of layer l: what moves this layer. The ODE-net
               has one kernel for all t, and so no such norm for each place.
 
 L is the mean loss of a batch. The blocks of a stage are one function with stacked
 parameters (nn/depth.py): norms are taken along that axis, so one gradient gives those of
-all layers. As no parameter is x[l], a stage is walked with a probe behind each block: an
+all layers. As no parameter is x[l], a stage is scanned with a probe behind each block: an
 identity that has a second argument, whose gradient is the sum of squares of dL/dx[l].
 """
 
@@ -24,6 +25,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
+from cvjax.models.odenet_layers import Downsampling
 from cvjax.models.resnet_layers import Block
 from cvjax.nn import depth, runge_kutta
 from cvjax.nn.ode import ODEBlock
@@ -37,7 +39,7 @@ class Norms(NamedTuple):
 
     Attributes:
       states: of x[0], x[1], ..., from the image to the logits.
-      leaves: of each parameter by its path; one a block for stacked ones, or else one.
+      leaves: of each parameter by its path; one per block for stacked ones, or else one.
     """
 
     states: np.ndarray
@@ -56,31 +58,48 @@ def gradient_norms(
     In float64: what fades exponentially is soon zero in float32.
 
     Args:
-      model: with stages of `nn.depth.Stage`, or with ODE blocks that take equal steps and
-        whose theta is constant in time.
+      model: with stages of `nn.depth`, or with ODE blocks that take fixed steps and whose
+        theta is constant in time.
       variables: of the model.
       images: normalised, [n, height, width, channels].
       labels: [n].
       loss: what is minimised.
 
     Raises:
-      UserError: for a model that has neither.
+      UserError: see `count_states`.
     """
     with jax.enable_x64(True):
         exact, images = jax.tree.map(
             lambda leaf: np.asarray(leaf, np.float64), (dict(variables), images)
         )
-        lengths = _lengths(model, exact, images)
-        if not lengths:
-            raise UserError(
-                f"{type(model).__name__} has no stage of blocks to measure gradients "
-                "between; take resnet_cifar, resnet or odenet."
-            )
-        slots = np.zeros(1 + sum(lengths))
+        slots = np.zeros(count_states(model, exact, images))
         params = exact.pop("params")
         found = _gradient(params, slots, exact, images, labels, model=model, loss=loss)
         gradient, squares = jax.device_get(found)
     return Norms(np.sqrt(squares), leaf_norms(gradient))
+
+
+def count_states(model: nn.Module, variables: Any, images: Any) -> int:
+    """The number of states x[0], x[1], ... of a model; arguments may be shapes only.
+
+    Raises:
+      UserError: for a model without blocks, or whose steps in time are not fixed.
+    """
+    lengths = []
+
+    def count(call, arguments, settings, context):
+        lengths.extend(_states_of(context))
+        return call(*arguments, **settings)
+
+    apply = partial(model.apply, train=True, mutable=["batch_stats"])
+    with nn.intercept_methods(count):
+        jax.eval_shape(apply, variables, images)
+    if not lengths:
+        raise UserError(
+            f"{type(model).__name__} has no stage of blocks to measure gradients "
+            "between; take resnet_cifar, resnet, odenet or odenet_discrete."
+        )
+    return 1 + sum(lengths)
 
 
 def leaf_norms(gradient: Mapping[str, Any]) -> dict[Path, np.ndarray]:
@@ -100,7 +119,7 @@ def total_norm(leaves: Mapping[Path, np.ndarray]) -> float:
 def kernel_norms(leaves: Mapping[Path, np.ndarray]) -> list[float]:
     """Those of the layers of a `CifarResNet`, from the image to the logits.
 
-    Kernels in shortcuts are beside this way and left out.
+    Kernels in shortcuts lie on no such path and are left out.
     """
     places = {}
     for path, norms in leaves.items():
@@ -121,7 +140,7 @@ def _place(path: Path, block: int) -> tuple[int, int, str]:
 
 @partial(jax.jit, static_argnames=("model", "loss"))
 def _gradient(params, slots, others, images, labels, *, model, loss):
-    """The gradient by the parameters, and the sums of squares of dL/dx[l]."""
+    """The gradient with respect to the parameters, and the sums of squares of dL/dx[l]."""
 
     def mean_loss(params, slots):
         variables = {"params": params, **others}
@@ -132,34 +151,21 @@ def _gradient(params, slots, others, images, labels, *, model, loss):
     return jax.grad(mean_loss, argnums=(0, 1))(params, slots)
 
 
-def _lengths(model: nn.Module, variables: Any, images: np.ndarray) -> list[int]:
-    """How many states each part with blocks gives, in the order of the parts."""
-    lengths = []
-
-    def count(call, arguments, settings, context):
-        lengths.extend(_states_of(context))
-        return call(*arguments, **settings)
-
-    apply = partial(model.apply, train=True, mutable=["batch_stats"])
-    with nn.intercept_methods(count):
-        jax.eval_shape(apply, variables, images)
-    return lengths
-
-
 def _states_of(context: nn.module.InterceptorContext) -> list[int]:
-    """[number of states] that the called part gives; [] if it is none with blocks."""
+    """[number of states] of the called part; [] for one without blocks."""
     part = context.module
     if context.method_name != "__call__":
         return []
-    if isinstance(part, depth.Stage):
+    if isinstance(part, depth.Stage | depth.TiedStage):
         return [part.length]
-    if isinstance(part, Block):  # one that changes the shape; the others are in a stage
-        return [] if part.name in (None, depth.BLOCKS) else [1]
+    # Those in the stem lead to x[0]; those in a stage are counted with it.
+    if isinstance(part, Block | Downsampling):
+        return [1] if len(part.path) == 1 else []
     if isinstance(part, ODEBlock):
         if part.theta != "constant" or part.solver.method not in runge_kutta.TABLEAUS:
             raise UserError(
                 f"gradients along time are measured for theta 'constant' and solvers "
-                f"{', '.join(runge_kutta.TABLEAUS)} with equal steps, got "
+                f"{', '.join(runge_kutta.TABLEAUS)} with fixed steps, got "
                 f"{part.theta!r} and {part.solver.method!r}."
             )
         return [part.solver.steps]
@@ -167,7 +173,7 @@ def _states_of(context: nn.module.InterceptorContext) -> list[int]:
 
 
 def _probing(variables: Mapping[str, Any], slots: jax.Array):
-    """An interceptor that probes x[0] and what each block gives, by a slot each."""
+    """An interceptor that probes x[0] and the output of each block, by a slot each."""
     used = 0
 
     def probe_part(call, arguments, settings, context):
@@ -178,17 +184,21 @@ def _probing(variables: Mapping[str, Any], slots: jax.Array):
         (x,), part = arguments, context.module
         if not used:
             x, used = _probe(x, slots[0]), 1
-        own = slots[used : used + states[0]]
+        slots_here = slots[used : used + states[0]]
         used += states[0]
-        if isinstance(part, Block):
-            return _probe(call(x, **settings), own[0])
-        walk = _walk_ode if isinstance(part, ODEBlock) else _walk_stage
-        return walk(part, variables, x, own)
+        if isinstance(part, Block | Downsampling):
+            return _probe(call(x, **settings), slots_here[0])
+        scan = {
+            depth.Stage: _scan_stage,
+            depth.TiedStage: _scan_tied_stage,
+            ODEBlock: _scan_ode,
+        }
+        return scan[type(part)](part, variables, x, slots_here)
 
     return probe_part
 
 
-def _walk_stage(stage: depth.Stage, variables, x: jax.Array, slots: jax.Array):
+def _scan_stage(stage: depth.Stage, variables, x: jax.Array, slots: jax.Array):
     block = stage.block(parent=None)
     stacked = {
         kind: tree[stage.name][depth.BLOCKS]
@@ -196,30 +206,40 @@ def _walk_stage(stage: depth.Stage, variables, x: jax.Array, slots: jax.Array):
         if stage.name in tree
     }
 
-    def one(x, own):
-        theta, slot = own
+    def body(x, theta_and_slot):
+        theta, slot = theta_and_slot
         x, _ = block.apply(theta, x, mutable=["batch_stats"])
         return _probe(x, slot), None
 
-    return jax.lax.scan(one, x, (stacked, slots))[0] if stage.length else x
+    return jax.lax.scan(body, x, (stacked, slots))[0] if stage.length else x
 
 
-def _walk_ode(block: ODEBlock, variables, x: jax.Array, slots: jax.Array):
-    tableau, h = runge_kutta.TABLEAUS[block.solver.method], 1 / block.solver.steps
-    field = block.field(parent=None)
+def _scan_tied_stage(stage: depth.TiedStage, variables, x: jax.Array, slots: jax.Array):
+    if not stage.length:
+        return x
+    return _scan_steps("euler", stage.f, variables["params"][stage.name]["f"], x, slots)
+
+
+def _scan_ode(block: ODEBlock, variables, x: jax.Array, slots: jax.Array):
     theta = jax.tree.map(lambda leaf: leaf[0], variables["params"][block.name]["f"])
+    return _scan_steps(block.solver.method, block.field, theta, x, slots)
 
-    def one(x, own):
-        number, slot = own
-        f = partial(field.apply, {"params": theta})
-        return _probe(runge_kutta.step(tableau, f, x, number * h, h), slot), None
 
-    return jax.lax.scan(one, x, (jnp.arange(len(slots), dtype=x.dtype), slots))[0]
+def _scan_steps(method: str, make_field, theta, x: jax.Array, slots: jax.Array):
+    """Integrates from 0 to 1 with a step per slot."""
+    tableau, h = runge_kutta.TABLEAUS[method], 1 / len(slots)
+    field = partial(make_field(parent=None).apply, {"params": theta})
+
+    def body(x, number_and_slot):
+        number, slot = number_and_slot
+        return _probe(runge_kutta.step(tableau, field, x, number * h, h), slot), None
+
+    return jax.lax.scan(body, x, (jnp.arange(len(slots), dtype=x.dtype), slots))[0]
 
 
 @jax.custom_vjp
 def _probe(x: jax.Array, slot: jax.Array) -> jax.Array:
-    """x; the gradient by `slot` is the sum of squares of the gradient by x."""
+    """x; the gradient with respect to `slot` is the sum of squares of that of x."""
     del slot
     return x
 
