@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -246,3 +247,36 @@ def test_table_json_figure_and_page(write_run, tmp_path):
     assert "<note>" not in page
     assert page.count("<tr>") == 3
     assert "http" not in page  # it needs nothing else
+
+
+def test_watching_ends_when_all_are_finished(write_run, tmp_path, monkeypatch, capsys):
+    folder = write_run("a", finished=False)
+    waits = []
+
+    def finish(seconds):
+        waits.append(seconds)
+        summary = {"step": 100, "parameters": 10, METRIC: 0.25}
+        workdirs.write_json(folder / "summary.json", summary)
+
+    monkeypatch.setattr(program.time, "sleep", finish)
+    values = types.SimpleNamespace(
+        metric=METRIC,
+        baseline="",
+        by=[],
+        watch=True,
+        output=str(tmp_path / "out"),
+        html=str(tmp_path / "page.html"),
+    )
+    monkeypatch.setattr(program.flags, "FLAGS", values)
+    program.main([str(folder)])
+    assert len(waits) == 1
+    shown = capsys.readouterr().out
+    assert "step 50 of 100" in shown
+    assert "25.00" in shown
+    content = json.loads((tmp_path / "out/compare.json").read_text())
+    assert content["rows"][0]["state"] == "finished"
+    assert "25.00" in (tmp_path / "out/compare.md").read_text()
+    assert (tmp_path / "out/compare.png").stat().st_size > 1_000
+    assert "25.00" in (tmp_path / "page.html").read_text()
+    with pytest.raises(UserError, match="name the folders"):
+        program.main([])

@@ -42,7 +42,7 @@ def draw_comparison(
     for panel, cost in zip(panels[1:], COSTS, strict=True):
         label_axes(panel, shown[cost][0], shown[metric][0])
         costs = [row.values[cost]["mean"] for row in rows if cost in row.values]
-        if costs and min(costs) > 0 and max(costs) > 5 * min(costs):
+        if costs and min(costs) > 0 and max(costs) > 20 * min(costs):
             panel.set_xscale("log")
     names = [row.name for row in rows]
     figure.legend(handles, names, loc="outside lower center", fontsize=8, ncols=2)

@@ -99,6 +99,8 @@ def essential(run: Run) -> dict[str, Any]:
     free = FREE_KEYS
     if run.config["data.name"] not in OWN_DATA:
         free += ("data.data_dir",)
+    if run.config["data.name"] != "folder" and not run.config["data.streaming"]:
+        free += ("data.image_size", "data.resize")  # which do nothing there
     return {key: value for key, value in run.config.items() if key not in free}
 
 

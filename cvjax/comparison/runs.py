@@ -3,6 +3,7 @@
 Nothing is changed and no lock is taken: runs may be going on.
 """
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -110,7 +111,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     numbers = _numbers(
         summary, rows, _read_json(folder / f"evaluation/test_step{last}.json")
     )
-    numbers |= _costs(folder, nested["model"], numbers)
+    numbers = _costs(folder, nested["model"], numbers) | numbers
     losses = [row[key] for row in rows for key in ("train/loss", "val/loss") if key in row]
     if summary.get("step") == total:
         state = "finished"
@@ -161,12 +162,17 @@ def macs_per_image(model, image_shape: tuple[int, ...], nfe: Mapping[str, float]
 
 
 @functools.lru_cache(maxsize=256)
-def _macs(model: str, classes: int, shape: tuple[int, ...], nfe: tuple) -> float | None:
-    fields = json.loads(model)
+def _counted(
+    model: str, classes: int, shape: tuple[int, ...], nfe: tuple
+) -> dict[str, float]:
     try:
-        return macs_per_image(create_model(num_classes=classes, **fields), shape, dict(nfe))
-    except (UserError, KeyError, TypeError):  # of an older version, or no NFE yet
-        return None
+        network = create_model(num_classes=classes, **json.loads(model))
+        costs = {"parameters": account(network, shape[0], shape[2]).parameters}
+    except (UserError, TypeError):  # of an older version
+        return {}
+    with contextlib.suppress(KeyError):  # no NFE yet
+        costs["macs"] = macs_per_image(network, shape, dict(nfe))
+    return costs
 
 
 def _numbers(summary, rows, evaluation) -> dict[str, float]:
@@ -196,15 +202,15 @@ def _costs(folder, model, numbers) -> dict[str, float]:
     shape = tuple(map(int, statistics.mean.shape))
     if shape[0] != shape[1]:
         return {}
+    split = "test" if "test/nfe" in numbers else "val"
     nfe = {
-        key.partition("/nfe_")[2]: value
+        key.removeprefix(f"{split}/nfe_"): value
         for key, value in sorted(numbers.items())
-        if key.startswith("test/nfe_") and "max" not in key
+        if key.startswith(f"{split}/nfe_") and "max" not in key
     }
     if not nfe and "nfe" in numbers:
         nfe = {"ode": numbers["nfe"]}
-    macs = _macs(json.dumps(model), len(names), shape, tuple(nfe.items()))
-    return {} if macs is None else {"macs": macs}
+    return _counted(json.dumps(model), len(names), shape, tuple(nfe.items()))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

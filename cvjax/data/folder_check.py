@@ -152,7 +152,7 @@ def _examine(
     digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     file = cache / "folders" / f"{digest}.json"
     known = _read(file)
-    stamps = {path: _stamp(root / path) for path in paths}
+    stamps = {path: _stamp(f"{root}/{path}") for path in paths}
     kept = {
         path: entry
         for path, entry in known.items()
@@ -169,12 +169,12 @@ def _examine(
     return {path: Picture(*kept[path][1:]) for path in paths}
 
 
-def _stamp(path: pathlib.Path) -> list[int]:
+def _stamp(path: str) -> list[int]:
     """Size and time of change; of a link that leads nowhere its own."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
-        status = path.lstat()
+        status = os.lstat(path)
     return [status.st_size, status.st_mtime_ns]
 
 
