@@ -155,14 +155,14 @@ class ODEBlock(nn.Module):
             x = runge_kutta.walk(
                 one_step, theta, x, solver.steps, rolled=rolled, checkpoint=checkpoint
             )
-        batch = len(jax.tree.leaves(x)[0])
+        batch = jax.tree.leaves(x)[0].shape[0]
         evaluations = jnp.full(batch, solver.steps * len(tableau.b), jnp.int32)
         steps = jnp.full(batch, solver.steps, jnp.int32)
         zeros = jnp.zeros(batch, jnp.int32)
         return x, Stats(evaluations, steps, rejected=zeros, result=zeros)
 
     def _diffrax(self, f, theta, x):
-        batch = len(jax.tree.leaves(x)[0])
+        batch = jax.tree.leaves(x)[0].shape[0]
         alone = self.solver.per_sample == "always" or (
             self.solver.per_sample == "eval" and not self.train
         )
