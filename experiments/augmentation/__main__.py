@@ -224,7 +224,7 @@ def draw(
 
 
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row an augmentation: "n" (seeds), and mean and sample deviation of each error."""
+    """A row per augmentation: "n" (seeds), and mean and sample deviation of each error."""
     table = []
     for name in dict.fromkeys(run["augmentation"] for run in runs):
         own = [run["summary"] for run in runs if run["augmentation"] == name]
