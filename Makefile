@@ -1,8 +1,8 @@
 # make demo   trains plain and residual nets on real images and draws the result
 # make test   runs the tests (make test TESTS="-m slow" for the slow ones)
 #
-# Both build .venv from requirements.txt when it is missing or older; with it in place
-# neither needs a network. PYTHON=python3.13 builds it with that Python (make clean first,
+# Both build .venv from requirements.txt when it is missing or older, and oneDNN's kernels for
+# the CPU where there is a C++ compiler (cvjax/nn/onednn); with it in place neither needs a network. PYTHON=python3.13 builds it with that Python (make clean first,
 # or VENV=.venv313 for one beside it).
 
 PYTHON ?= python3
@@ -24,6 +24,7 @@ $(VENV)/installed: requirements.txt
 	  { $(PYTHON) --version; echo "cvjax needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	$(VENV)/bin/python -m cvjax.nn.onednn
 	touch $@
 
 clean:

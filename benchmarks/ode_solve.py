@@ -1,4 +1,4 @@
-"""An ODE block beside torchdiffeq's, and beside diffrax with flax's own convolution.
+"""An ODE block beside torchdiffeq's, and beside diffrax's own loop over equal steps.
 
     pip install torch torchdiffeq
     python -m benchmarks.ode_solve --workdir=results/ode_solve
@@ -11,9 +11,8 @@ round. Compilation stands apart.
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
 steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
-The other sides show what nn/conv.py and nn/runge_kutta.py are for: diffrax as it comes with
-`flax.linen.Conv` (on CPU, XLA's own gradients of a convolution are slow within a loop), and
-diffrax's loop with our convolution for equal steps, which nn/runge_kutta.py unrolls on CPU.
+"cvjax, direct" differentiates through the solver's steps without checkpoints, as
+torchdiffeq does. Diffrax's loop over equal steps shows what nn/runge_kutta.py is for.
 """
 
 import dataclasses
@@ -25,12 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags, logging
-from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax import cli, timing
 from cvjax.errors import UserError
-from cvjax.models.odenet_layers import ACTIVATIONS, Residual, groups_of
+from cvjax.models.odenet_layers import Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.report import tables
@@ -56,31 +54,6 @@ SOLVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "midpoint", "options": {"step_size": 1 / 8}},
     ),
 }
-
-
-class FlaxResidual(nn.Module):
-    """`Residual` with flax's own convolution, and parameters of the same names."""
-
-    activation: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        features, act = x.shape[-1], ACTIVATIONS[self.activation]
-
-        def norm(x, name):
-            return nn.GroupNorm(groups_of(features), epsilon=1e-5, name=name)(x)
-
-        def conv(x, name):
-            x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
-            return nn.Conv(features, (3, 3), padding=((1, 1), (1, 1)), name=name)(x)
-
-        y = conv(act(norm(x, "norm1")), "conv1")
-        return norm(conv(act(norm(y, "norm2")), "conv2"), "norm3")
-
-
-def rename(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of `Residual` for `FlaxResidual`."""
-    return {name: leaf.get("group_norm", leaf) for name, leaf in params.items()}
 
 
 def create_torch_side(params: dict[str, Any], x: np.ndarray, arguments: dict[str, Any]):
@@ -234,16 +207,9 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
     torch_run, read, *versions = create_torch_side(params, x, there)
     compile_seconds = {}
     ours = partial(Residual, "group", ACTIVATION.value)
-    plain = partial(FlaxResidual, ACTIVATION.value)
     direct = dataclasses.replace(solver, gradient="direct")
-    for name, field, how, own in (
-        ("cvjax", ours, solver, params),
-        ("cvjax, direct", ours, direct, params),
-        ("diffrax + nn.Conv", plain, solver, rename(params)),
-    ):
-        if name.startswith("diffrax") and solver.steps:
-            continue
-        sides[name], compile_seconds[name] = create_jax_side(field, how, own, x)
+    for name, how in (("cvjax", solver), ("cvjax, direct", direct)):
+        sides[name], compile_seconds[name] = create_jax_side(ours, how, params, x)
     if solver.steps:
         name = "diffrax's loop"
         sides[name], compile_seconds[name] = create_diffrax_side(ours, solver, params, x)

@@ -8,11 +8,11 @@ A step is augmentation (pad by 4, crop, flip), forward and backward pass and SGD
 momentum 0.9 and weight decay 1e-4, from a batch of uint8 on the host to updated parameters
 on the device: `cvjax.training.steps.train_step` itself, which also keeps the sums that
 training logs. PyTorch does the same eagerly and through `torch.compile`, channels last. All
-take turns; compilation stands apart. On CPU there is one side more, in which each core is a
-device of its own and has a share of the batch, as in `train.py` with
-XLA_FLAGS=--xla_force_host_platform_device_count=N. On a GPU products of float32 are TF32
-on both sides; set XLA_PYTHON_CLIENT_PREALLOCATE=false there, so that JAX leaves memory to
-PyTorch.
+take turns; compilation stands apart. On CPU two sides more show what it owes to what: one
+whose stages of blocks are loops, and one with XLA's own convolutions instead of oneDNN's.
+All sides profit from a heap that keeps what is freed (cvjax/memory.py), PyTorch's too. On a
+GPU products of float32 are TF32 on both sides; set XLA_PYTHON_CLIENT_PREALLOCATE=false
+there, so that JAX leaves memory to PyTorch.
 
 The peak is what the better of the two libraries reaches in a large product of square
 matrices of the same type, in the same turns. The operations of a step are 2 for each
@@ -23,7 +23,6 @@ Without --net: on CPU two small nets, which take minutes; on an accelerator all 
 8 pixels.
 """
 
-import os
 from typing import Any
 
 import jax
@@ -34,13 +33,13 @@ from jax import numpy as jnp
 from benchmarks import nets, report
 from cvjax import cli, timing
 from cvjax.costs.accounting import account
+from cvjax.nn import onednn
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
-from cvjax.training import devices
 
 CPU_NETS = ("ResNet-14, 8 px", "ResNet-20")
 OURS, EAGER, COMPILED = "cvjax", "PyTorch", "torch.compile"
-SHARED = "cvjax, each core a device"
+ROLLED, BY_XLA = "cvjax, rolled", "cvjax, XLA's convolutions"
 MATMULS = {OURS: "product, JAX", EAGER: "product, PyTorch"}
 HEADINGS = (
     "net",
@@ -70,7 +69,6 @@ def define_flags() -> None:
 def main(arguments):
     cli.refuse_arguments(arguments)
     values, torch = flags.FLAGS, report.import_torch()
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     on_cpu = jax.default_backend() == "cpu"
     names = values.net or (CPU_NETS if on_cpu else tuple(nets.NETS)[1:])
@@ -113,9 +111,12 @@ def measure(
     logging.info("Compiling %s, %s, batch %d.", net.model, dtype, batch_size)
     ours, seconds = nets.create_step(model, batch)
     sides, compile_seconds, failed = {OURS: ours}, {OURS: seconds}, {}
-    if jax.default_backend() == "cpu" and batch_size % jax.device_count() == 0:
-        mesh = devices.create_mesh()
-        sides[SHARED], compile_seconds[SHARED] = nets.create_step(model, batch, mesh)
+    if jax.default_backend() == "cpu":
+        if hasattr(model, "walk"):
+            rolled = model.clone(walk="rolled")
+            sides[ROLLED], compile_seconds[ROLLED] = nets.create_step(rolled, batch)
+        with onednn.off():
+            sides[BY_XLA], compile_seconds[BY_XLA] = nets.create_step(model, batch)
     device = torch_nets.pick_device(jax.default_backend())
     mean = batch["image"].mean(axis=0, dtype=np.float32) / 255
     for side, compiled in ((EAGER, False), (COMPILED, True)):

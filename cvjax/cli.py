@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from cvjax import memory
 from cvjax.errors import EXIT_CODES, UserError
 
 
@@ -109,6 +110,7 @@ def _tell(message: str, code: int) -> int:
 
 
 def _prepare() -> None:
+    memory.keep_freed()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(
         python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")

@@ -4,9 +4,11 @@
     python -m cvjax.predict --workdir=runs/cifar10_resnet --json photos/*.jpg > out.jsonl
 
 Takes JPEG, PNG, WebP, GIF, BMP, TIFF and PPM files of any size and colour mode. Of each the
-largest centred part with the aspect ratio of the network's images is resized to their size
-(for a network trained on a stream without a border, as in its evaluation); for the details
-see cvjax/data/image_files.py. The data set is not needed.
+largest centred part with the aspect ratio of the network's images is resized to their size;
+for a network trained on a stream, and for an imported one whose import says --resize, it is
+the centre crop that they are evaluated with; with data.resize "squash" the whole picture is
+resized, as in training. For the details see cvjax/data/image_files.py. The data set is not
+needed.
 
 A file that cannot be read gets one line on stderr and the others go on; the exit code is
 then 2, and 0 if all were read.
@@ -23,9 +25,10 @@ import numpy as np
 from absl import flags
 
 from cvjax import cli
-from cvjax.data.image_files import load_picture
+from cvjax.data.image_files import BORDER, load_picture
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
+from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 
 
@@ -34,6 +37,18 @@ def predict(network: Network, image: np.ndarray) -> np.ndarray:
     images = normalize(image[None], network.statistics)
     logits = apply_model(network.variables, images, model=network.recipe.model)
     return probabilities(logits, network.run.loss.name)[0]
+
+
+def crop_border(network: Network, workdir: workdirs.Path) -> float | None:
+    """What is cut off each end of a picture's short side, a fraction; None: no centre crop.
+
+    Training on a stream evaluates on 224 of 256 pixels; an import says with --resize what
+    the short side was resized to.
+    """
+    resize = workdirs.read_manifest(workdir).get("imported", {}).get("resize")
+    if resize:
+        return (1 - network.image_shape[0] / resize) / 2
+    return BORDER if network.run.data.streaming else None
 
 
 def most_probable(
@@ -62,12 +77,14 @@ def main(arguments):
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     values = flags.FLAGS
     network = load_network(values.workdir, values.checkpoint)
+    data = network.run.data
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    border = crop_border(network, values.workdir)
     failed = False
     for path in arguments:
         try:
-            image = load_picture(path, network.image_shape, network.run.data.streaming)
+            image = load_picture(path, network.image_shape, border, data.resize)
         except UserError as error:
             message = " ".join(str(error).split())
             print(f"{cli.command_name()}: {message}", file=sys.stderr)

@@ -209,10 +209,11 @@ def test_table_by_hand():
     point = {"kind": "single", "name": "a", "macs": 7.0, "milliseconds": 1.0}
     runs = [{"points": [{**point, "error": error}]} for error in (0.1, 0.3)]
     (row,) = tabulate(runs)
-    assert row["error"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.02**0.5)}
+    assert row["error"]["mean"] == pytest.approx(0.2)
+    assert row["error"]["std"] == pytest.approx(0.02**0.5)
     assert (row["n"], row["name"], row["macs"]["mean"]) == (2, "a", 7)
     (single,) = tabulate(runs[:1])
-    assert single["error"] == {"mean": 0.1, "std": None}
+    assert (single["error"]["mean"], single["error"]["std"]) == (0.1, None)
 
 
 # Trained networks

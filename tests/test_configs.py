@@ -18,8 +18,10 @@ SHAPES = {
     "mnist": (28, 28, 1),
     "cifar10": (32, 32, 3),
     "imagenet2012": (32, 32, 3),  # small, like the networks
+    "folder": (32, 32, 3),
 }
 LARGE = (
+    "folder_finetune",
     "imagenet_resnet",
     "imagenet_vgg",
     "cifar10_vgg",

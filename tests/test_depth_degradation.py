@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from cvjax.errors import UserError
 from cvjax.report.tables import percent
@@ -130,10 +131,8 @@ def a_run(net, depth, seed, error, **more):
 def test_table_by_hand():
     runs = [a_run("plain", 8, seed, error) for seed, error in ((0, 0.1), (1, 0.3))]
     (row,) = tables.tabulate(runs)
-    assert row["val/error"] == {
-        "mean": pytest.approx(0.2),
-        "std": pytest.approx(0.02**0.5),
-    }
+    assert row["val/error"]["mean"] == pytest.approx(0.2)
+    assert row["val/error"]["std"] == pytest.approx(0.02**0.5)
     assert percent(row["val/error"]) == "20.00 ± 14.14"
     (single,) = tables.tabulate(runs[:1])
     assert percent(single["val/error"]) == "10.00"
@@ -149,7 +148,7 @@ def test_contrast_is_welchs():
         for seed, error in enumerate(errors)
     ]
     runs.append(a_run("residual", 110, 0, 0.5))  # no plain net to compare it with
-    claims = tables.contrasts(tables.tabulate(runs))
+    claims = tables.contrasts(runs)
     assert [(c["net"], c["error"]) for c in claims] == [
         ("plain", "train_eval/error"),
         ("plain", "test/error"),
@@ -159,28 +158,30 @@ def test_contrast_is_welchs():
     claim = claims[0]
     assert (claim["shallow"], claim["deep"]) == (20, 56)
     assert claim["difference"] == pytest.approx(0.12)
-    # Variances 0.0002 and 0.0018, each over two seeds.
-    assert claim["standard_error"] == pytest.approx((0.0001 + 0.0009) ** 0.5)
-    assert claim["z"] == pytest.approx(0.12 / 0.001**0.5)
-    assert "+12.00 points against 20 layers (standard error 3.16: +3.8" in tables.describe(
-        claim
-    )
+    # Variances 0.0002 and 0.0018, each over two seeds, so that 1e-4 and 9e-4 add up.
+    assert claim["df"] == pytest.approx(1e-3**2 / (1e-4**2 + 9e-4**2))
+    theirs = scipy.stats.ttest_ind(values[56], values[20], equal_var=False)
+    assert claim["p"] == pytest.approx(theirs.pvalue)
+    said = tables.describe(claim)
+    assert "+12.00" in said and f"p = {theirs.pvalue:.2g}" in said
 
 
-def test_published_numbers_in_standard_errors():
+def test_published_numbers_beside_ours():
     runs = [a_run("residual", 20, s, e) for s, e in enumerate((0.085, 0.087, 0.089))]
     runs += [a_run("residual", 110, s, e) for s, e in enumerate((0.066, 0.068, 0.070))]
     runs += [a_run("residual", 32, 0, 0.07), a_run("plain", 20, 0, 0.1)]
-    twenty, deepest, single = tables.published(tables.tabulate(runs))
+    twenty, deepest, single = tables.published(runs)
     assert twenty["depth"] == 20
-    assert twenty["ours"] == {"mean": pytest.approx(8.7), "std": pytest.approx(0.2)}
+    assert twenty["ours"]["mean"] == pytest.approx(8.7)
+    assert twenty["ours"]["std"] == pytest.approx(0.2)
     assert (twenty["paper"], twenty["pytorch"]) == (8.75, 8.27)
-    assert twenty["paper_z"] == pytest.approx((8.7 - 8.75) / (0.2 / 3**0.5))
-    assert twenty["pytorch_z"] == pytest.approx((8.7 - 8.27) / (0.2 / 3**0.5))
+    theirs = scipy.stats.ttest_1samp([8.5, 8.7, 8.9], 8.27)
+    assert twenty["pytorch_test"]["difference"] == pytest.approx(8.7 - 8.27)
+    assert twenty["pytorch_test"]["p"] == pytest.approx(theirs.pvalue)
     # The paper says 6.61 +- 0.16 of five.
-    error = (0.2**2 / 3 + 0.16**2 / 5) ** 0.5
-    assert deepest["paper_z"] == pytest.approx((6.8 - 6.61) / error)
-    assert single["depth"] == 32 and single["paper_z"] is None
+    theirs = scipy.stats.ttest_ind_from_stats(6.8, 0.2, 3, 6.61, 0.16, 5, equal_var=False)
+    assert deepest["paper_test"]["p"] == pytest.approx(theirs.pvalue)
+    assert single["depth"] == 32 and single["paper_test"]["p"] is None
 
 
 def test_what_is_cut_short_is_of_use():

@@ -22,6 +22,7 @@ from cvjax.interop import torch as interop
 from cvjax.interop.inputs import Inputs
 from cvjax.interop.names import Place, torch_names
 from cvjax.interop.tensors import load_tensors
+from cvjax.interop.torch_export import to_torch, write_safetensors
 from cvjax.models import create_model
 from cvjax.training import default_config, trainer
 from cvjax.training.trained_network import apply_model, load_network
@@ -377,6 +378,23 @@ def test_imported_network_is_trained_on(imported, tmp_path, monkeypatch):
     assert not any(jax.tree.leaves(changed))
 
 
+def test_exported_file(imported, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    path = tmp_path / "net.safetensors"
+    workdir, _ = imported
+    write_safetensors(workdir, path)
+    network = load_network(workdir)
+    again = interop.convert(load_tensors(path), network.recipe.model, network.image_shape)
+    jax.tree.map(np.testing.assert_array_equal, again, network.variables)
+    with safetensors.safe_open(path, "numpy") as file:
+        about = file.metadata()
+    assert json.loads(about["model"]) == "resnet_cifar"
+    assert tuple(json.loads(about["class_names"])) == network.class_names
+    assert np.shape(json.loads(about["mean"])) == network.image_shape[-1:]
+    with pytest.raises(UserError, match="safetensors"):
+        write_safetensors(workdir, tmp_path / "net.pth")
+
+
 def test_import_does_not_overwrite(imported, tmp_path):
     workdir, _ = imported
     inputs = Inputs((8, 8, 1), (0.0,), (1.0,), tuple("0123456789"))
@@ -457,7 +475,7 @@ class Values:
     def __init__(self, **given):
         defaults = {"normalization": None, "mean": ["0.5"], "std": ["0.5"]}
         defaults |= {"dataset": "", "data_dir": "", "num_classes": None}
-        defaults |= {"class_names": "", "image_size": None}
+        defaults |= {"class_names": "", "image_size": None, "resize": None}
         self.__dict__ |= defaults | given
 
 
@@ -471,6 +489,10 @@ FLAGS = {
     "channels": (
         {"mean": ["1", "1"], "std": ["1", "1"], "dataset": "digits"},
         "images of digits have channels: 1, the normalisation: 2",
+    ),
+    "small": (
+        {"num_classes": 2, "image_size": 224, "resize": 200},
+        "--resize=200 is the short side before the centre of --image_size=224",
     ),
     "no names": (
         {"num_classes": 2, "image_size": 8, "class_names": "/none"},
@@ -491,7 +513,9 @@ def test_inputs_of_flags(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     given = {"mean": [], "std": [], "normalization": "imagenet", "num_classes": 2}
     names = str(tmp_path / "names.txt")
-    inputs = interop.create_inputs(Values(**given, image_size=224, class_names=names))
+    sizes = {"image_size": 224, "resize": 256}
+    inputs = interop.create_inputs(Values(**given, **sizes, class_names=names))
+    assert inputs.resize == 256
     assert inputs.image_shape == (224, 224, 3)
     assert (inputs.mean, inputs.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert inputs.class_names == ("cat", "dog")
@@ -840,6 +864,24 @@ def test_same_logits_as_pytorch(case, tmp_path):
     assert np.abs(expected).max() < 20
     assert np.abs(expected[0] - expected[1]).max() > 0.1  # they do depend on the images
     assert difference < TOLERANCE
+
+
+@needs_torch
+@pytest.mark.parametrize("case", NETS)
+def test_pytorch_gets_back_what_was_imported(case, tmp_path):
+    create, (name, fields), side = NETS[case]
+    net = create()
+    with torch.no_grad():
+        for number, tensor in enumerate(net.state_dict().values(), start=1):
+            if tensor.is_floating_point():  # all values of all tensors differ
+                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + number / 512)
+    model, variables = import_file(net, tmp_path / "net.pth", name, fields, side)
+    tensors = to_torch(model, variables)
+    fresh = create()
+    fresh.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()}, strict=True)
+    expected = net.state_dict()
+    for key, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
 
 
 @needs_torch

@@ -84,10 +84,8 @@ def test_tables_by_hand():
     good = {"solver": "Dopri5", "test/nfe": 20.0, "test/error": 0.1}
     runs = [one(0.1, 20, [ok, bad]), one(0.3, 30, [ok, good])]
     (row,) = experiment.tabulate(runs, {"Dopri5": {"step_ms": 3.0}})
-    assert row["test/error"] == {
-        "mean": pytest.approx(0.2),
-        "std": pytest.approx(np.sqrt(0.02)),
-    }
+    assert row["test/error"]["mean"] == pytest.approx(0.2)
+    assert row["test/error"]["std"] == pytest.approx(np.sqrt(0.02))
     assert (row["nfe"]["mean"], row["n"], row["step_ms"]) == (25, 2, 3.0)
     euler, dopri5 = experiment.tabulate_swaps(runs)
     assert (euler["nfe"], euler["error"]["mean"]) == (1.0, 0.5)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,28 @@ def test_prediction_of_a_file_equals_evaluation(workdir, tmp_path, monkeypatch):
         Image.fromarray(test.images[k, ..., 0]).save(tmp_path / "digit.png")
         image = load_picture(tmp_path / "digit.png", network.image_shape)
         np.testing.assert_allclose(predict.predict(network, image), scores[k], rtol=1e-5)
+
+
+def test_an_import_says_how_pictures_are_cropped(tmp_path):
+    run = SimpleNamespace(data=SimpleNamespace(streaming=False))
+    network = SimpleNamespace(run=run, image_shape=(224, 224, 3))
+    path = tmp_path / "config.json"
+    path.write_text('{"config": {}, "imported": {"resize": 256}}')
+    border = predict.crop_border(network, tmp_path)
+    # A white square of 224 of 256 pixels, on black, in the middle of a wide picture.
+    pixels = np.zeros((512, 700, 3), np.uint8)
+    pixels[32:480, 126:574] = 255
+    Image.fromarray(pixels).save(tmp_path / "square.png")
+    picture = load_picture(tmp_path / "square.png", network.image_shape, border)
+    assert picture.shape == (224, 224, 3)
+    assert picture[1:-1, 1:-1].min() == 255
+    whole = load_picture(tmp_path / "square.png", network.image_shape)
+    assert whole[:, :10].max() == 0
+    path.write_text('{"config": {}, "imported": {"resize": 0}}')
+    assert predict.crop_border(network, tmp_path) is None
+    path.write_text('{"config": {}}')
+    run.data.streaming = True
+    assert predict.crop_border(network, tmp_path) == 1 / 16
 
 
 def test_most_probable_classes_in_order():

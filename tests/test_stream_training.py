@@ -19,7 +19,7 @@ from benchmarks.photograph_set import photograph, write_set
 from cvjax import data, evaluate, predict
 from cvjax.data import prefetch
 from cvjax.data.dataset import ArraySplit
-from cvjax.data.image_files import load_picture
+from cvjax.data.image_files import BORDER, load_picture
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import InterruptedRun, UserError
 from cvjax.evaluation import predictions
@@ -184,7 +184,7 @@ def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
     scores, _ = predictions.predict_split(network, test, Views())
     for (encoded, _), expected in zip(test.records.read(range(TEST)), scores, strict=True):
         (tmp_path / "picture.jpg").write_bytes(encoded)
-        image = load_picture(tmp_path / "picture.jpg", network.image_shape, streamed=True)
+        image = load_picture(tmp_path / "picture.jpg", network.image_shape, BORDER)
         np.testing.assert_allclose(predict.predict(network, image), expected, atol=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_the_program_crops_so_too(create_config, finished, tmp_path):
     network = load_network(workdir)
     records = data.load(**network.run.data.source).test.records
     (tmp_path / "picture.jpg").write_bytes(records.read([0])[0][0])
-    image = load_picture(tmp_path / "picture.jpg", network.image_shape, streamed=True)
+    image = load_picture(tmp_path / "picture.jpg", network.image_shape, BORDER)
     command = [sys.executable, "-m", "cvjax.predict", f"--workdir={workdir}", "--json"]
     ran = subprocess.run(
         [*command, tmp_path / "picture.jpg"],

@@ -37,3 +37,13 @@ def test_a_sum_is_set_off(capsys):
     plain = capsys.readouterr().out.splitlines()
     tables.show("", HEADINGS, ROWS, total=True)
     assert len(capsys.readouterr().out.splitlines()) == len(plain) + 1
+
+
+def test_intervals_and_p_in_words():
+    test = {"difference": 0.038, "interval": [0.005, 0.071], "p": 0.0367, "df": 2.2}
+    assert tables.difference(test, 1, 100) == "+3.8 (95 % interval 0.5 to 7.1, p = 0.037)"
+    assert tables.percent_interval(test) == "0.50 to 7.10"
+    assert tables.p_value(0.0002) == "p < 0.001"
+    alone = {"difference": -0.01, "interval": None, "p": None, "df": None}
+    assert tables.difference(alone) == "-0.01 (no p)"
+    assert tables.interval(alone) == tables.interval(None) == "-"

@@ -7,7 +7,8 @@ padding: a little more or less than 2 * MACs. Its memory is that of its plan: ar
 between at one time.
 
 On CPU, jaxlib 0.10 hands whole chains of layers to a library (YNNPACK), whose memory XLA
-does not see; `COMPILER_OPTIONS` forbids it, so that this is the plan of XLA's own code.
+does not see; `COMPILER_OPTIONS` forbids it, so that this is the plan of XLA's own code. Nor
+are convolutions oneDNN's here (`nn.onednn.off`).
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
+
+from cvjax.nn import onednn
 
 COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
 
@@ -64,9 +67,9 @@ def measure(
 
 
 def _compile(function, *arguments: Any) -> dict[str, float]:
-    lowered = jax.jit(function).lower(*arguments)
     options = COMPILER_OPTIONS.get(jax.default_backend(), {})
-    compiled = lowered.compile(compiler_options=options)
+    with onednn.off():
+        compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,

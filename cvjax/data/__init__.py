@@ -2,6 +2,8 @@
 
 digits                       bundled with scikit-learn, needs no network
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
+folder                       your own pictures (`data.folder`)
+npz                          your own arrays (`data.arrays`)
 any other TFDS name          if it is prepared already (`data.tfds`)
 
 A set that does not fit in memory, or whose images differ in size, is streamed, with
@@ -16,8 +18,10 @@ import re
 from absl import logging
 
 from cvjax.data import cache, tfds
+from cvjax.data.arrays import load_npz
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.digits import load_digits
+from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.data.splits import check_val_examples, reduced, stratified
 from cvjax.data.streaming import StreamOptions, open_stream
@@ -35,20 +39,25 @@ def load(
     val_examples: int = -1,
     train_examples: int = -1,
     shrink: int = 1,
+    image_size: int = 224,
+    resize: str = "crop",
     stream: StreamOptions | None = None,
 ) -> Dataset:
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
     Args:
-      name: "digits", or a TFDS set's NAME[/CONFIG][:VERSION].
+      name: "digits", "folder", "npz", or a TFDS set's NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
-        ~/tensorflow_datasets.
+        ~/tensorflow_datasets. For "folder" the folder of pictures, see
+        `data.folder_listing`; for "npz" the file, see `data.arrays`.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
-        class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others.
+        class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others. A
+        folder is split by the names of its files: -1.
       train_examples: how many of the other training images are kept, stratified by class;
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
+      image_size, resize: of a folder in memory, see `data.folder.load_folder`.
       stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
         images in memory.
 
@@ -66,7 +75,24 @@ def load(
                     f"data.{key} {value} is for images in memory; set it to {neutral}, or "
                     "data.streaming to false."
                 )
+    if name == "folder":
+        if val_examples != -1:
+            raise UserError(
+                f"data.val_examples is {val_examples}, but a folder is split by the names "
+                "of its files; set it to -1, or put pictures for validation into val/."
+            )
+        options = stream or StreamOptions(image_size, resize=resize)
+        dataset = load_folder(data_dir, cache_dir, options, streamed=stream is not None)
+        return dataset if stream else reduced(dataset, train_examples, shrink)
+    if stream:
         return load_stream(name, stream, data_dir=data_dir, val_examples=val_examples)
+    if resize != "crop":
+        raise UserError(
+            f"data.resize {resize!r} is for pictures of any size: a folder, or a stream; "
+            "set it to 'crop'."
+        )
+    if name == "npz":
+        return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":
         return reduced(load_digits(val_examples), train_examples, shrink)
     decoded = _load_tfds(name, data_dir, cache_dir)
@@ -112,9 +138,9 @@ def load_stream(
       UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
         with these options.
     """
-    if name == "digits":
+    if name in ("digits", "npz"):
         raise UserError(
-            "digits has no files to stream; set data.streaming=false, or name a TFDS set."
+            f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
         )
     folder = tfds.resolve_data_dir(data_dir)
     _check_name(name, folder)
@@ -175,13 +201,14 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    names = {"digits", *_catalog(), *prepared} - {"downloads"}
+    names = {"digits", "folder", "npz", *_catalog(), *prepared} - {"downloads"}
     near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (
         f"did you mean {near[0]}?"
         if near
         else f"choose digits, {', '.join(PREPARABLE)}, or another image classification set "
-        "of https://www.tensorflow.org/datasets/catalog that is prepared."
+        "of https://www.tensorflow.org/datasets/catalog that is prepared; folder or npz "
+        "for your own."
     )
     return UserError(f"there is no data set {name!r}; {hint}")
 

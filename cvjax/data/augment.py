@@ -31,7 +31,7 @@ class Augmentation:
       brightness: most by which an image is made brighter or darker, a fraction.
       contrast: most by which its contrast is made higher or lower, a fraction.
       lighting: standard deviation of the shift along the principal axes of colour, in
-        units of the colours' own (Krizhevsky et al. 2012: 0.1).
+        units of their eigenvalues (Krizhevsky et al. 2012: 0.1).
     """
 
     crop_padding: int
@@ -190,16 +190,15 @@ def compute_color_axes(images: np.ndarray, examples: int = 5_000) -> jax.Array:
         million pixels in all.
 
     Returns:
-      float32 [channels, channels]: an axis a row, as long as the standard deviation of the
-      pixels along it, in [0, 1]. (The paper writes eigenvalue for that length; but then the
-      effect would depend on the unit of the pixels.)
+      float32 [channels, channels]: an axis per row, as long as its eigenvalue: the variance
+      of the pixels along it, of images in [0, 1] (Krizhevsky et al. 2012, section 4.1; the
+      effect depends on that unit, which the paper does not name).
     """
     pixels = images[:: max(1, len(images) // examples)].reshape(-1, images.shape[-1])
     pixels = pixels[:: max(1, len(pixels) // 5_000_000)] / 255
     covariance = np.atleast_2d(np.cov(pixels, rowvar=False, bias=True))
     variances, axes = np.linalg.eigh(covariance)
-    lengths = np.sqrt(variances.clip(min=0))
-    return jnp.asarray(lengths[:, None] * axes.T, jnp.float32)
+    return jnp.asarray(variances.clip(min=0)[:, None] * axes.T, jnp.float32)
 
 
 def _factors(rng: jax.Array, images: jax.Array, most: float) -> jax.Array:

@@ -6,9 +6,11 @@ pixels of an image whose short side is 256. Resizing is bilinear, and antialiase
 shrinks; only the part that is kept is resized.
 """
 
+import contextlib
 import os
 import pathlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 178_956_970
 # What evaluation cuts off at each end of the short side: 16 of 256 pixels.
 BORDER = 1 / 16
+RESIZES = ("crop", "squash")
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -28,7 +31,8 @@ _MODES = {1: "L", 3: "RGB"}
 def load_picture(
     path: str | os.PathLike[str],
     image_shape: tuple[int, int, int],
-    streamed: bool = False,
+    border: float | None = None,
+    resize: str = "crop",
 ) -> np.ndarray:
     """Reads one image file.
 
@@ -36,14 +40,16 @@ def load_picture(
     transparent, and made grey (ITU-R 601 luma) or RGB, as the network has one or three
     channels; colour profiles are not applied. Its largest centred part with the aspect
     ratio of the network's images is resized to their size, antialiased (bicubic): the short
-    side is resized and the ends of the long side are cut off. A picture of that very size
-    stays as it is. Of moving pictures the first frame is taken.
+    side is resized and the ends of the long side are cut off; with a `border` it is cropped
+    by `center_crop` instead. A picture of that very size stays as it is. Of moving pictures
+    the first frame is taken.
 
     Args:
       path: of a file in one of `FORMATS`.
       image_shape: (height, width, channels) of the network's images.
-      streamed: whether these came from a stream; then the picture is cropped as they were
-        in evaluation, see `center_crop`.
+      border: what a network that was evaluated on `center_crop` had cut off, or None.
+      resize: "crop" as said above; "squash" resizes the whole picture (bicubic) instead,
+        whatever becomes of its proportions.
 
     Returns:
       uint8 of that shape.
@@ -53,6 +59,32 @@ def load_picture(
         `MAX_PIXELS` pixels.
     """
     height, width, channels = image_shape
+    with quiet():
+        image = read_picture(path, channels)
+    if resize == "squash":
+        image = squash(image, height, width)
+    elif border is not None:
+        image = center_crop(image, height, border)
+    else:
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image_shape)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Pillow's warnings of files that are large (checked here) or have odd metadata
+    (of no interest). It is the whole process that is quiet: not for one of many threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def read_picture(path: str | os.PathLike[str], channels: int) -> Image.Image:
+    """Reads one image file in its own size; grey or RGB, see `load_picture`.
+
+    Raises:
+      UserError: as `load_picture`.
+    """
     if channels not in _MODES:
         raise UserError(
             f"the network takes images with {channels} channels; image files give 1 or 3."
@@ -65,7 +97,7 @@ def load_picture(
     if not path.is_file():
         raise UserError(f"{path} is not a regular file.")
     try:
-        image = _decode(path, _MODES[channels])
+        return _decode(path, _MODES[channels])
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -80,21 +112,13 @@ def load_picture(
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} is broken: {reason}.") from error
-    if streamed:
-        image = center_crop(image, height)
-    else:
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(image_shape)
 
 
 def _decode(path: pathlib.Path, mode: str) -> Image.Image:
-    with warnings.catch_warnings():
-        # Of files that are large (checked here) or have odd metadata (of no interest).
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _too_large(path)
-            return _convert(ImageOps.exif_transpose(image), mode, path)
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_large(path)
+        return _convert(ImageOps.exif_transpose(image), mode, path)
 
 
 def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
@@ -140,6 +164,24 @@ def scale_crop(image: Image.Image, size: int, short: int, place: np.ndarray) -> 
     return image.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, without 1/16 of the short side at each end, resized to `size`."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=BORDER)
+def squash(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The whole picture, resized (bicubic) without regard to its proportions."""
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def evaluation_crop(image: Image.Image, size: int, resize: str) -> Image.Image:
+    """What evaluation sees of a streamed picture: `center_crop`, or `squash`."""
+    if resize == "squash":
+        return squash(image, size, size)
+    return center_crop(image, size)
+
+
+def center_crop(image: Image.Image, size: int, border: float = BORDER) -> Image.Image:
+    """The middle square, without a `border` at each end, resized to `size`.
+
+    Args:
+      image: of any size.
+      size: the side of the square.
+      border: a fraction of the short side; 1/16 is 224 pixels of a short side of 256.
+    """
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR, bleed=border)

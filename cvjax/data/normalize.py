@@ -38,9 +38,7 @@ def compute_statistics(images: np.ndarray, normalization: str) -> Statistics:
         mean = images.mean(axis=0, dtype=np.float64) / 255
     elif normalization == "channel":
         # Exact, and without a float copy of the images: from the counts of the 256 values.
-        counts = [
-            np.bincount(images[..., c].ravel(), minlength=256) for c in range(shape[2])
-        ]
+        counts = [_count_values(images[..., c]) for c in range(shape[2])]
         values = np.arange(256) / 255
         means = [np.average(values, weights=count) for count in counts]
         variances = [
@@ -57,6 +55,13 @@ def compute_statistics(images: np.ndarray, normalization: str) -> Statistics:
             np.broadcast_to(np.sqrt(variances), shape),
         )
     return Statistics(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
+
+
+def _count_values(channel: np.ndarray) -> np.ndarray:
+    """How often each of 0 to 255 occurs, with little memory: numpy counts in int64."""
+    starts = range(0, len(channel), 1_000)
+    chunks = (channel[start : start + 1_000] for start in starts)
+    return sum(np.bincount(chunk.ravel(), minlength=256) for chunk in chunks)
 
 
 def to_unit(images: jax.Array) -> jax.Array:

@@ -15,15 +15,16 @@ import hashlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 from PIL import Image
 
+from cvjax.checks import check_choice
 from cvjax.data import prefetch
 from cvjax.data import records as record_files
 from cvjax.data.dataset import ALL, Batch, Dataset, batch_indices
-from cvjax.data.image_files import center_crop, scale_crop
+from cvjax.data.image_files import RESIZES, evaluation_crop, scale_crop
 from cvjax.data.records import Records
 from cvjax.data.splits import SPLIT_SEED, check_val_examples
 from cvjax.data.tfds import Source
@@ -45,12 +46,15 @@ class StreamOptions:
         image is resized before a random crop (ImageNet's 256 to 480 for crops of 224); 0
         and 0 for the centre crop of evaluation.
       num_workers: processes that read, decode and crop; 0 for a thread of this process.
+      resize: "crop", or "squash": whole pictures, whatever becomes of their proportions
+        (see `image_files.load_picture`), in training too.
     """
 
     image_size: int = 224
     scale_min: int = 0
     scale_max: int = 0
     num_workers: int = 0
+    resize: str = "crop"
 
     def __post_init__(self):
         for name, least in (("image_size", 1), ("num_workers", 0)):
@@ -66,6 +70,30 @@ class StreamOptions:
                 f"be data.image_size ({self.image_size}) or more, in this order (or both "
                 "0)."
             )
+        check_choice("data.resize", self.resize, RESIZES)
+        if self.resize == "squash" and self.scale_max:
+            raise UserError(
+                f"data.scale_min {self.scale_min} and data.scale_max {self.scale_max} crop "
+                "streamed pictures, and data.resize 'squash' takes them whole; set both to "
+                "0, or data.resize to 'crop'."
+            )
+
+    def crop(self, picture: Image.Image) -> Image.Image:
+        """What evaluation, and training without scales, sees of a picture."""
+        return evaluation_crop(picture, self.image_size, self.resize)
+
+
+class Pictures(Protocol):
+    """Encoded pictures with labels: `records.Records`, or `folder.Files`."""
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+
+    def __len__(self) -> int: ...
+
+    def decode(self, indices: Sequence[int]) -> Iterator[tuple[Image.Image, int]]:
+        """Yields the pictures of these numbers, and their labels."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,12 +101,12 @@ class StreamedSplit:
     """A part of the records: what `dataset.ArraySplit` is to images in memory.
 
     Attributes:
-      records: of the TFDS split.
+      records: the pictures that it is part of.
       indices: int64 [n], which of them, sorted.
       options: see `StreamOptions`.
     """
 
-    records: Records
+    records: Pictures
     indices: np.ndarray
     options: StreamOptions
 
@@ -114,7 +142,7 @@ class StreamedSplit:
         pictures = self.records.decode(self.indices[chosen])
         images = np.empty((len(chosen), *self.image_shape), np.uint8)
         for image, (picture, _) in zip(images, pictures, strict=True):
-            image[:] = _pixels(center_crop(picture, self.options.image_size), self)
+            image[:] = _pixels(self.options.crop(picture), self)
         return images
 
     def train_batches(
@@ -257,7 +285,7 @@ def _load(
     labels = np.empty(len(indices), np.int32)
     for row, (picture, label) in enumerate(split.records.decode(indices)):
         if positions is None or not options.scale_max:
-            crop = center_crop(picture, options.image_size)
+            crop = options.crop(picture)
         else:
             rng = np.random.default_rng((seed, CROP_DRAWS, positions[row]))
             short = rng.integers(options.scale_min, options.scale_max + 1)

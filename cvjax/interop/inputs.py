@@ -28,6 +28,8 @@ class Inputs:
       class_names: one per class.
       dataset: the name of the data set it is evaluated on, or "".
       fingerprint: of that data set.
+      resize: the short side that pictures are resized to before their centre is cropped,
+        or 0 for as much of a picture as fits.
     """
 
     image_shape: tuple[int, int, int]
@@ -36,6 +38,7 @@ class Inputs:
     class_names: tuple[str, ...]
     dataset: str = ""
     fingerprint: str = ""
+    resize: int = 0
 
 
 def create_inputs(values) -> Inputs:
@@ -59,10 +62,11 @@ def create_inputs(values) -> Inputs:
             f"{mean} and {std}."
         )
     if values.dataset:
-        if values.num_classes or values.class_names or values.image_size:
+        given = (values.num_classes, values.class_names, values.image_size, values.resize)
+        if any(given):
             raise UserError(
-                "--dataset says what --num_classes, --class_names and --image_size say; "
-                "give either it or them."
+                "--dataset says what --num_classes, --class_names, --image_size and "
+                "--resize say; give either it or them."
             )
         return _inputs_of_dataset(values.dataset, values.data_dir, mean, std)
     if not values.num_classes or not values.image_size:
@@ -74,7 +78,13 @@ def create_inputs(values) -> Inputs:
     names = tuple(str(number) for number in range(values.num_classes))
     if values.class_names:
         names = _read_class_names(values.class_names, values.num_classes)
-    return Inputs((values.image_size,) * 2 + (len(mean),), mean, std, names)
+    size, resize = values.image_size, values.resize or 0
+    if resize and resize < size:
+        raise UserError(
+            f"--resize={resize} is the short side before the centre of --image_size={size} "
+            "pixels is cropped; it must be at least as large."
+        )
+    return Inputs((size, size, len(mean)), mean, std, names, resize=resize)
 
 
 def _inputs_of_dataset(name: str, data_dir: str, mean, std) -> Inputs:

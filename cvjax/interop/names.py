@@ -73,6 +73,12 @@ class Place:
         arrays = [self._turn(tensors[name]) for name in self.names]
         return np.stack(arrays) if self.stacked else np.ascontiguousarray(arrays[0])
 
+    def scatter(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """Those tensors, from our array: `gather` backwards."""
+        arrays = array if self.stacked else [array]
+        turned = map(self._turn_back, arrays)
+        return dict(zip(self.names, map(np.ascontiguousarray, turned), strict=True))
+
     def _turn(self, tensor: np.ndarray) -> np.ndarray:
         if tensor.ndim == 4:
             return tensor.transpose(2, 3, 1, 0)
@@ -80,6 +86,14 @@ class Place:
             pixels = tensor.reshape(len(tensor), -1, self.side, self.side)
             return pixels.transpose(2, 3, 1, 0).reshape(-1, len(tensor))
         return tensor.T
+
+    def _turn_back(self, array: np.ndarray) -> np.ndarray:
+        if array.ndim == 4:
+            return array.transpose(3, 2, 0, 1)
+        if self.side:
+            pixels = array.reshape(self.side, self.side, -1, array.shape[-1])
+            return pixels.transpose(3, 2, 0, 1).reshape(array.shape[-1], -1)
+        return array.T
 
 
 def torch_names(model: nn.Module, variables) -> dict[tuple[str, ...], Place]:
@@ -98,8 +112,7 @@ def torch_names(model: nn.Module, variables) -> dict[tuple[str, ...], Place]:
     if type(model) not in NAMERS:
         known = ", ".join(cls.__name__ for cls in NAMERS)
         raise UserError(
-            f"there are no PyTorch names for {type(model).__name__}; weights can be "
-            f"imported into {known}."
+            f"there are no PyTorch names for {type(model).__name__}, only for {known}."
         )
     name_of = NAMERS[type(model)](model)
     places = {}

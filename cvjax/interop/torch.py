@@ -1,4 +1,4 @@
-"""Weights from PyTorch, as the workdir of a run.
+"""Weights from PyTorch, as the workdir of a run; and back.
 
     python -m cvjax.interop.torch resnet20.th --model=resnet_cifar \\
         --fields=depth=20,pad_channels=both --dataset=cifar10 \\
@@ -6,6 +6,7 @@
     python -m cvjax.interop.torch resnet50.pth --model=resnet --fields=depth=50 \\
         --num_classes=1000 --class_names=imagenet.txt --image_size=224 \\
         --normalization=imagenet --workdir=runs/resnet50
+    python -m cvjax.interop.torch --export=resnet20.safetensors --workdir=runs/resnet20
 
 FILE holds a state dict: of torch.save (opened with weights_only=True), .safetensors or
 .npz. The names are those of torchvision for alexnet, vgg, googlenet and resnet, and those
@@ -22,7 +23,8 @@ with "imagenet", and torchvision's trained GoogLeNet expects "symmetric" (its
 
 The workdir is one for `python -m cvjax.evaluate` (if there is a --dataset), for
 `python -m cvjax.predict` and for fine-tuning, `train.py --config.init_from=DIR`. Reading
-.safetensors needs no PyTorch.
+.safetensors needs no PyTorch. What --export writes is said in
+cvjax/interop/torch_export.py.
 """
 
 import dataclasses
@@ -45,6 +47,7 @@ from cvjax.errors import UserError
 from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
 from cvjax.interop.names import torch_names
 from cvjax.interop.tensors import load_tensors
+from cvjax.interop.torch_export import write_safetensors
 from cvjax.models import MODELS, SAME_EQUATION, create_model
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
@@ -166,6 +169,7 @@ def write_workdir(
             "sha256": digest,
             "mean": inputs.mean,
             "std": inputs.std,
+            "resize": inputs.resize,
         },
         **workdirs.provenance(),
     }
@@ -199,6 +203,12 @@ def _shape(shape: tuple[int, ...]) -> str:
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
     flags.DEFINE_string("workdir", None, "The folder to make, or an empty one.")
+    flags.DEFINE_string(
+        "export", "", "Instead of reading a file: the .safetensors to write, of --workdir."
+    )
+    flags.DEFINE_string(
+        "checkpoint", "last", "With --export: last, best (on validation) or a step."
+    )
     flags.DEFINE_enum("model", None, list(MODELS), "The network.")
     flags.DEFINE_list("fields", [], "Its fields, such as depth=20,shortcut=A.")
     flags.DEFINE_string("dataset", "", "The data set it was trained on, such as cifar10.")
@@ -208,21 +218,33 @@ def define_flags() -> None:
         "class_names", "", "Without --dataset: a file with one name per line."
     )
     flags.DEFINE_integer("image_size", None, "Without --dataset: pixels per side.")
+    flags.DEFINE_integer(
+        "resize",
+        None,
+        "Short side of pictures before the centre crop of --image_size pixels, such as "
+        "torchvision's 256 for 224; without it cvjax.predict crops the whole centre.",
+    )
     flags.DEFINE_enum(
         "normalization", None, list(NORMALIZATIONS), "How its images were normalised."
     )
     flags.DEFINE_list("mean", [], "Instead: of each channel, of images in [0, 1].")
     flags.DEFINE_list("std", [], "Instead: of each channel, of images in [0, 1].")
-    flags.mark_flags_as_required(["workdir", "model"])
+    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
+    values = flags.FLAGS
+    if values.export:
+        cli.refuse_arguments(arguments)
+        write_safetensors(values.workdir, values.export, values.checkpoint)
+        return
+    if values.model is None:
+        raise UserError(f"say with --model which network it is: {', '.join(MODELS)}.")
     if len(arguments) != 1:
         raise UserError(
             "name one file of weights besides the flags, and separate --fields by commas; "
             f"got {', '.join(arguments) or 'none'}."
         )
-    values = flags.FLAGS
     fields = cli.parse_fields(values.fields)
     inputs = create_inputs(values)
     if values.model == "googlenet" and values.normalization == "imagenet":

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from jax import numpy as jnp
 
-from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.conv import DTYPES, Conv, he_normal
+from cvjax.nn.conv import conv as convolve
 from cvjax.nn.norm import GroupNorm
 
 NORMS = ("group", "none")
@@ -50,6 +53,36 @@ class Norm(nn.Module):
         return norm(x)
 
 
+class TimeConv(nn.Module):
+    """A 3x3 convolution of x with one channel more, which is t everywhere; with bias.
+
+    Convolving a channel that is t everywhere makes t times a map that no image changes: it
+    is made once for all of them, of one image of ones, instead of a channel for each.
+
+    Parameters: `kernel` [3, 3, channels + 1, features], the channel of t last, and `bias`
+    [features]. The result is float32 at least, as `conv`'s.
+    """
+
+    features: int
+    dtype: Any = None
+    kernel_init: nn.initializers.Initializer = he_normal
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """[batch, height, width, channels], [] -> [batch, height, width, features]."""
+        shape = (3, 3, x.shape[-1] + 1, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+        pads = ((1, 1), (1, 1))
+        ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+        y, of_time = (
+            convolve(a, part, padding=pads).astype(jnp.promote_types(a.dtype, jnp.float32))
+            for a, part in ((x, kernel[:, :, :-1]), (ones, kernel[:, :, -1:]))
+        )
+        return y + (t * of_time + bias.reshape(1, 1, 1, -1))
+
+
 class Residual(nn.Module):
     """f: norm, activation, conv, norm, activation, conv (He et al. 2016).
 
@@ -72,9 +105,9 @@ class Residual(nn.Module):
         def layer(x, name, **init):
             features = x.shape[-1]
             if continuous:
-                x = jnp.concatenate([x, jnp.full_like(x[..., :1], t)], axis=-1)
-            settings = {"padding": 1, "use_bias": continuous}
-            return conv(x, features, 3, name=name, dtype=self.dtype, **settings, **init)
+                make = TimeConv(features, DTYPES[self.dtype], name=name, **init)
+                return make(x, t)
+            return conv(x, features, 3, padding=1, name=name, dtype=self.dtype, **init)
 
         last_kernel = {"kernel_init": zeros} if self.zero_init and not norm_ends else {}
         y = layer(act(Norm(self.norm, name="norm1")(x)), "conv1")

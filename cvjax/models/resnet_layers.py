@@ -58,6 +58,9 @@ class Shortcut(nn.Module):
        channels, all of them at the end or half of them on both sides. No parameters.
     B: the identity; where shapes change, a 1x1 convolution and BatchNorm.
     C: always a 1x1 convolution and BatchNorm.
+
+    In the pre-activation form, too, B and C read x as it is and normalise behind the
+    convolution (He et al. 2016 convolve the activated x there, without BatchNorm).
     """
 
     option: str

@@ -8,8 +8,9 @@ arXiv:1705.08741).
 
 Both are y = (x - mean) * a + bias with a = scale / sqrt(var + epsilon). Their derivative is
 written out below: the sums over an image map are two in the forward pass and two in the
-backward pass, all others are over a few numbers per channel. Squares are of differences
-from a value of the map, so that a mean far from zero costs no digits.
+backward pass, all others are over a few numbers per channel. The variance is E[x^2] -
+mean^2, one pass over the map; where a mean is so far from zero that this would cost digits,
+a second pass makes it E[(x - mean)^2].
 """
 
 import functools
@@ -21,6 +22,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
+
+# mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
+_FAR = 256.0
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -45,15 +49,16 @@ def normalize(
       The result, and mean and variance (divided by the number of elements), which have
       length 1 along `axes`.
     """
-    origin = x[tuple(slice(1) if axis in axes else slice(None) for axis in range(x.ndim))]
-    moved = x - origin
-    mean = moved.mean(axes, keepdims=True)
-    var = jnp.square(moved).mean(axes, keepdims=True) - jnp.square(mean)
-    mean = mean + origin
+    mean = x.mean(axes, keepdims=True)
+    var = jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean)
+    var = lax.cond(
+        jnp.any(jnp.square(mean) > _FAR * var),
+        lambda: jnp.square(x - mean).mean(axes, keepdims=True),
+        lambda: var,
+    )
     if channels > 1:
         mean, own = _over_neighbours(mean, channels), mean
         var = _over_neighbours(var + jnp.square(own - mean), channels)
-    var = jnp.maximum(var, 0.0)
     return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
 
 
@@ -73,11 +78,12 @@ def _normalize_jvp(axes, channels, epsilon, primals, tangents):
         return _over_neighbours(array.mean(axes, keepdims=True), channels)
 
     slope = lax.rsqrt(var + epsilon)
-    unit = (x - mean) * slope
-    dmean, drift = average(dx), average(unit * dx)
+    dmean = average(dx)
+    drift = slope * (average(x * dx) - mean * dmean)
+    # Products over whole maps are few, and sums with x; backwards, these are the two sums.
     factor = slope * scale
-    # What goes over whole maps stands last: backwards, these are the two sums.
-    dy = factor * dx + (dbias - factor * dmean) + unit * (dscale - factor * drift)
+    along = slope * (dscale - factor * drift)
+    dy = factor * dx + x * along + (dbias - factor * dmean - mean * along)
     return (y, mean, var), (dy, dmean, 2 / slope * drift)
 
 
@@ -113,7 +119,9 @@ class BatchNorm(nn.Module):
 
     Parameters: `scale` and `bias` [features]; in "batch_stats" the running `mean` and `var`
     [features]. A running average moves by the mean over the groups of their statistics
-    (variances are those within groups, without the spread of the groups' means).
+    (variances are those within groups, without the spread of the groups' means). The
+    running variance is that of the biased batch variances, which training normalises by, as
+    in Flax; the paper and PyTorch keep m / (m - 1) of them, for m values per feature.
 
     Attributes:
       use_running_average: instead of the batch's own statistics, as in evaluation.

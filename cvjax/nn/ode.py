@@ -6,12 +6,13 @@ Time runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) i
 of that axis, or the line between two. With Euler's method, a step a piece and theta
 piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
-Equal steps are walked as a stage is (nn/runge_kutta.py: unrolled on CPU, a loop elsewhere),
+Equal steps are walked as a stage is (nn/runge_kutta.py: few of them unrolled on CPU),
 adaptive ones are diffrax's (nn/diffrax_solve.py); nn/solver.py has the settings.
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
 "kinetic" is asked for, the block also integrates and sows its kinetic energy, the integral
-of the mean of f**2 over an image's values (Finlay et al. 2020, arXiv:2002.02798), [batch].
+of the mean of f**2 over an image's values, [batch]: the first of the two terms of Finlay et
+al. 2020 (arXiv:2002.02798), with a factor 1 and without their norm of f's Jacobian.
 If the collection "trajectory" is asked for, it sows x before the first and after each of
 its equal steps, [steps + 1, batch, height, width, channels].
 """
@@ -66,7 +67,7 @@ class ODEBlock(nn.Module):
         if self.is_initializing():
             self._sow(Stats(*[jnp.zeros(len(x), jnp.int32)] * 4))
             return x
-        rolled = depth.is_rolled(self.walk) or not self.solver.unrolls
+        rolled = depth.is_rolled(self.walk, self.solver.steps)
         f = self._vector_field()
         wants_energy = self.is_mutable_collection("kinetic")
         if wants_energy:

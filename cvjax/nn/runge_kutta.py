@@ -5,8 +5,8 @@ A step of length h evaluates f at a few times and adds a weighted sum of the res
     k[i] = f(x + h * sum_j a[i, j] k[j], t + c[i] h)        x + h * sum_i b[i] k[i]
 
 Euler is the residual block x + h f(x, t). As in a residual stage (nn/depth.py) the steps
-are a loop or unrolled, and unlike diffrax's loop, an unrolled one keeps XLA's fast
-convolution gradients on CPU (nn/conv.py).
+are a loop or unrolled; either is faster than diffrax's loop, which keeps what it may need
+for steps of any number (benchmarks/ode_solve.py).
 """
 
 import functools

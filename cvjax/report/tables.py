@@ -4,6 +4,7 @@ Columns of words are left-aligned, columns of numbers right-aligned.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.box
 import rich.console
@@ -14,9 +15,7 @@ import rich.table
 Rows = Sequence[Sequence[str]]
 
 
-def mean_std(
-    value: Mapping[str, float | None] | None, digits: int = 2, scale: float = 1
-) -> str:
+def mean_std(value: Mapping[str, Any] | None, digits: int = 2, scale: float = 1) -> str:
     """A mean with its standard deviation, "0.53 ± 0.02", as of `statistics.spread`.
 
     Both are multiplied by `scale`. Without a deviation the mean alone; "-" for None.
@@ -28,9 +27,36 @@ def mean_std(
     return text if std is None else f"{text} ± {scale * std:.{digits}f}"
 
 
-def percent(value: Mapping[str, float | None] | None, digits: int = 2) -> str:
+def percent(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     """`mean_std` of a fraction, in per cent."""
     return mean_std(value, digits, 100)
+
+
+def interval(value: Mapping[str, Any] | None, digits: int = 2, scale: float = 1) -> str:
+    """The 95 % interval of a mean or a difference of `statistics`, "0.48 to 0.58"."""
+    if value is None or value["interval"] is None:
+        return "-"
+    return " to ".join(f"{scale * end:.{digits}f}" for end in value["interval"])
+
+
+def percent_interval(value: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """`interval` of a fraction, in per cent."""
+    return interval(value, digits, 100)
+
+
+def p_value(p: float | None) -> str:
+    """ "p = 0.037", "p < 0.001"; "no p" where nothing varies or a sample is alone."""
+    if p is None:
+        return "no p"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def difference(test: Mapping[str, Any], digits: int = 2, scale: float = 1) -> str:
+    """A difference of `statistics`: "+3.81 (95 % interval 0.54 to 7.09, p = 0.037)"."""
+    value = f"{scale * test['difference']:+.{digits}f}"
+    if test["p"] is None:
+        return f"{value} ({p_value(None)})"
+    return f"{value} (95 % interval {interval(test, digits, scale)}, {p_value(test['p'])})"
 
 
 def show(title: str, headings: Sequence[str], rows: Rows, *, total: bool = False) -> None:

@@ -19,6 +19,7 @@ import jax
 
 import cvjax
 from cvjax import cli, errors
+from cvjax.nn import onednn
 
 Path = str | os.PathLike[str]
 
@@ -110,6 +111,7 @@ def provenance() -> dict[str, Any]:
             "kind": device.device_kind,
             "count": jax.device_count(),
         },
+        "convolution": onednn.kernels() if device.platform == "cpu" else "XLA",
         "prng_impl": jax.config.jax_default_prng_impl,
         "threefry_partitionable": jax.config.jax_threefry_partitionable,
         "git": _git(),

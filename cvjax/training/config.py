@@ -35,8 +35,10 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      name: "digits" (bundled), or a TFDS image classification set such as "cifar10".
-      data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default.
+      name: "digits" (bundled), "folder" (your own pictures), "npz" (your own arrays), or a
+        TFDS image classification set such as "cifar10".
+      data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default. The
+        folder of your pictures, or the .npz file of your arrays.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
       train_examples: how many of the other training images are used, stratified by class;
@@ -46,7 +48,9 @@ class DataConfig:
       streaming: whether images are read, decoded and cropped while training, for a set that
         does not fit in memory or whose images differ in size; then `scale_min` and
         `scale_max` are pixels of the images as they are stored.
-      image_size, num_workers: of a stream, see `data.streaming.StreamOptions`.
+      image_size, resize: what pictures of a folder or of a stream become: squares of so
+        many pixels a side, by cropping ("crop") or by squashing ("squash").
+      num_workers: of a stream, see `data.streaming.StreamOptions`.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
       normalization: see `data.augment.compute_statistics`; or "init_from", the statistics
@@ -63,6 +67,7 @@ class DataConfig:
     shrink: int = 1
     streaming: bool = False
     image_size: int = 224
+    resize: str = "crop"
     num_workers: int = 0
     batch_size: int = 128
     eval_batch_size: int = 500
@@ -79,7 +84,7 @@ class DataConfig:
     def source(self) -> dict[str, Any]:
         """The arguments of `data.load`."""
         names = ("name", "data_dir", "cache_dir", "val_examples", "train_examples")
-        names += ("shrink",)
+        names += ("shrink", "image_size", "resize")
         return {name: getattr(self, name) for name in names} | {"stream": self.stream}
 
     @property

@@ -37,8 +37,8 @@ from cvjax import cli, data
 from cvjax.data.augment import compute_color_axes
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
-from cvjax.report.statistics import spread
-from cvjax.report.tables import percent
+from cvjax.report.statistics import difference, spread
+from cvjax.report.tables import p_value, percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.config import DataConfig, parse_config
@@ -224,23 +224,37 @@ def draw(
 
 
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per augmentation: "n" (seeds), and mean and sample deviation of each error."""
+    """A row per augmentation: "n" (seeds), each error's mean and spread, and "difference".
+
+    That is Welch's test of the validation error against that without augmentation.
+    """
     table = []
+    plain = [run["summary"]["val/error"] for run in runs if run["augmentation"] == "none"]
     for name in dict.fromkeys(run["augmentation"] for run in runs):
         own = [run["summary"] for run in runs if run["augmentation"] == name]
         errors = {key: spread([summary[key] for summary in own]) for key in ERRORS}
-        table.append({"augmentation": name, "n": len(own), **errors})
+        test = difference([summary["val/error"] for summary in own], plain)
+        table.append({"augmentation": name, "n": len(own), **errors, "difference": test})
     return table
 
 
 def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
     rows = [
-        [row["augmentation"], str(row["n"]), *(percent(row[key]) for key in ERRORS)]
+        [
+            *(row["augmentation"], str(row["n"])),
+            *(percent(row[key]) for key in ERRORS),
+            percent_interval(row["val/error"]),
+            "" if row["augmentation"] == "none" else p_value(row["difference"]["p"]),
+        ]
         for row in table
     ]
-    title = "Error in %, mean ± standard deviation over the seeds"
-    tables.show(title, ("augmentation", "seeds", *ERRORS.values()), rows)
+    title = (
+        "Error in %, mean ± standard deviation over the seeds; of validation the 95 % "
+        "interval\nof the mean, and p of the difference from none"
+    )
+    headings = ("augmentation", "seeds", *ERRORS.values(), "95 %", "p")
+    tables.show(title, headings, rows)
 
 
 if __name__ == "__main__":

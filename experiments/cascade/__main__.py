@@ -34,7 +34,7 @@ from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.errors import UserError
 from cvjax.report import tables
-from cvjax.report.tables import mean_std, percent
+from cvjax.report.tables import mean_std, percent, percent_interval
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
@@ -208,10 +208,11 @@ def measure_once(
 def show(table: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent, and what was chosen."""
     title = "Error in %, mean ± standard deviation over n seeds (layers x width)"
-    headings = ("net", "n", "error", "1e6 MACs", "ms/image", "speed-up")
+    headings = ("net", "n", "error", "95 %", "1e6 MACs", "ms/image", "speed-up")
     rows = [
         [
             *(row["name"], str(row["n"]), percent(row["error"])),
+            percent_interval(row["error"]),
             *(mean_std(row["macs"], 2, 1e-6), mean_std(row["milliseconds"], 3)),
             mean_std(row["speed_up"]) if "speed_up" in row else "",
         ]

@@ -6,7 +6,7 @@ import numpy as np
 
 from cvjax.report import tables
 from cvjax.report.statistics import spread
-from cvjax.report.tables import mean_std, percent
+from cvjax.report.tables import interval, mean_std, percent, percent_interval
 from experiments.continuous_limit import convergence
 
 ORDERS = {"euler": 1, "midpoint": 2, "rk4": 4, "dopri5": 5}
@@ -88,11 +88,12 @@ def show(results: dict[str, Any]) -> None:
     n = results["orders"][0]["n"]
     tables.show(
         f"order of the distance to the limit, mean ± standard deviation of n = {n} nets",
-        ("method", "theory", "x(1)", "logits", "steps fitted"),
+        ("method", "theory", "x(1)", "95 %", "logits", "steps fitted"),
         [
             [
                 *(row["method"], str(row["theory"])),
-                *(mean_std(row[key], 3) for key in ("features", "logits")),
+                *(mean_std(row["features"], 3), interval(row["features"], 3)),
+                mean_std(row["logits"], 3),
                 "-".join(map(str, row["range"] or ("none",))),
             ]
             for row in results["orders"]
@@ -100,11 +101,12 @@ def show(results: dict[str, Any]) -> None:
     )
     tables.show(
         "test error in %",
-        ("solver", "NFE", "error", "distance of x(1)"),
+        ("solver", "NFE", "error", "95 %", "distance of x(1)"),
         [
             [
                 f"{row['method']}, {row['steps'] or 'rtol {:g}'.format(row['rtol'])}",
                 *(f"{row['nfe']:.0f}", percent(row["test/error"])),
+                percent_interval(row["test/error"]),
                 f"{row['features']['mean']:.1e}",
             ]
             for row in results["solvers"]
@@ -121,12 +123,13 @@ def show(results: dict[str, Any]) -> None:
     )
     tables.show(
         "relative move of x by one block; test error in %",
-        ("start", "n", "initial", "trained", "test error"),
+        ("start", "n", "initial", "trained", "test error", "95 %"),
         [
             [
                 *(row["start"], str(row["blocks"])),
                 *(mean_std(row[f"{when}/move"], 3) for when in ("initial", "trained")),
                 percent(row["test/error"]),
+                percent_interval(row["test/error"]),
             ]
             for row in results["blocks"]
         ],

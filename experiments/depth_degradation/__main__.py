@@ -138,8 +138,8 @@ def report(
             "depth_degradation",
             preset,
             table=table,
-            claims=tables.contrasts(table),
-            published=tables.published(table) if is_papers(runs) else [],
+            claims=tables.contrasts(runs),
+            published=tables.published(runs) if is_papers(runs) else [],
             runs=runs,
         )
         draw_degradation(runs, folder / "depth_degradation.png")

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import spread, standard_error
-from cvjax.report.tables import mean_std, percent
+from cvjax.report.statistics import difference, difference_from, spread
+from cvjax.report.tables import mean_std, p_value, percent, percent_interval
 
 ERRORS = {
     "train_eval/error": "training",
@@ -23,8 +23,8 @@ PAPER_SPREAD = {110: (0.16, 5)}
 # akamaster/pytorch_resnet_cifar10, README: the best epoch *on the test images*.
 NOTE = (
     "Paper and PyTorch port (akamaster's) are single runs, but for the paper's 110 layers: "
-    "their spread is unknown and left out of z, and n is small. The port reports its best "
-    "epoch on the test images."
+    "their spread is unknown and left out, so that p is too small. The port reports its "
+    "best epoch on the test images."
 )
 PYTORCH = {20: 8.27, 32: 7.37, 44: 6.90, 56: 6.61, 110: 6.32, 1202: 6.18}
 
@@ -34,14 +34,11 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
       A row for each net and depth, in the order of the runs: "net", "depth",
-      "parameters", "n" (seeds), for each error (a fraction) its "mean" and "std" (None
-      for a single seed), and "seconds" (mean).
+      "parameters", "n" (seeds), for each error (a fraction) its "mean", "std"
+      and 95 % "interval" (None for a single seed), and "seconds" (mean).
     """
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault((run["net"], run["depth"]), []).append(run)
     table = []
-    for (net, depth), own in groups.items():
+    for (net, depth), own in _groups(runs).items():
         summaries = [run["summary"] for run in own]
         row = {"net": net, "depth": depth, "parameters": summaries[0]["parameters"]}
         row["n"] = len(own)
@@ -52,67 +49,71 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def contrasts(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The claim: the deepest net against the shallowest, in training and in test error.
 
     Returns:
       For plain and for residual nets, at the shallowest and the deepest depth that both
-      have, and for each of the two errors: "net", "error", "shallow", "deep" (layers),
-      "difference" (deep less shallow, a fraction), its "standard_error" (of two independent
-      means, Welch) and "z", the one over the other; the last two are None where a seed is
-      alone or nothing varies.
+      have, and for each of the two errors: "net", "error", "shallow", "deep" (layers), and
+      of the errors, fractions, deep less shallow: Welch's test (`statistics.difference`).
     """
-    rows = {(row["net"], row["depth"]): row for row in table}
-    shared = sorted(
-        {depth for net, depth in rows if net == "plain"}
-        & {depth for net, depth in rows if net == "residual"}
-    )
+    groups = _groups(runs)
+    plain, residual = ({d for n, d in groups if n == net} for net in ("plain", "residual"))
+    shared = sorted(plain & residual)
     if len(shared) < 2:
         return []
     found = []
     for net in ("plain", "residual"):
-        shallow, deep = rows[net, shared[0]], rows[net, shared[-1]]
         for key in ("train_eval/error", "test/error"):
-            difference = deep[key]["mean"] - shallow[key]["mean"]
-            error = standard_error([(row[key]["std"], row["n"]) for row in (shallow, deep)])
+            shallow, deep = (
+                [run["summary"][key] for run in groups[net, depth]]
+                for depth in (shared[0], shared[-1])
+            )
             found.append(
                 {
                     **{"net": net, "error": key, "shallow": shared[0], "deep": shared[-1]},
-                    **{"difference": difference, "standard_error": error},
-                    "z": difference / error if error else None,
+                    **difference(deep, shallow),
                 }
             )
     return found
 
 
-def published(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def published(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Our residual nets beside the paper's and the common PyTorch port's.
 
     Returns:
       A row for each residual net that they have: "depth", "n", "ours" and "ours_best" (test
       errors of the last state and of the one that was best on validation, in per cent:
-      "mean", "std"), "paper", "paper_z", "pytorch", "pytorch_z": ours (the last) less
-      theirs, in standard errors; None for a single seed. Where theirs is a single number
-      its own spread, which is unknown, is left out, so that z is too large.
+      "mean", "std", "interval"), "paper", "pytorch", "paper_test" and "pytorch_test": ours
+      (the last) less theirs, in points (`statistics.difference_from`). Where theirs is a
+      single number its own spread, which is unknown, is left out, so that p is too small.
     """
     rows = []
-    for row in table:
-        depth, n = row["depth"], row["n"]
-        if row["net"] != "residual" or depth not in PAPER:
+    for (net, depth), group in _groups(runs).items():
+        if net != "residual" or depth not in PAPER:
             continue
         ours, best = (
-            {k: v if v is None else 100 * v for k, v in row[key].items()}
+            [100 * run["summary"][key] for run in group]
             for key in ("test/error", "best/test/error")
         )
-        theirs = {"paper": PAPER[depth], "pytorch": PYTORCH[depth]}
-        known = {"paper": [PAPER_SPREAD[depth]] if depth in PAPER_SPREAD else []}
-        beside: dict[str, Any] = {"depth": depth, "n": n, "ours": ours, "ours_best": best}
-        beside |= theirs
-        for name, value in theirs.items():
-            error = standard_error([(ours["std"], n), *known.get(name, [])])
-            beside[f"{name}_z"] = (ours["mean"] - value) / error if error else None
-        rows.append(beside)
+        paper = PAPER[depth], *PAPER_SPREAD.get(depth, ())
+        rows.append(
+            {
+                **{"depth": depth, "n": len(group)},
+                **{"ours": spread(ours), "ours_best": spread(best)},
+                **{"paper": PAPER[depth], "pytorch": PYTORCH[depth]},
+                "paper_test": difference_from(ours, paper if len(paper) > 1 else paper[0]),
+                "pytorch_test": difference_from(ours, PYTORCH[depth]),
+            }
+        )
     return rows
+
+
+def _groups(runs: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["net"], run["depth"]), []).append(run)
+    return groups
 
 
 def show(
@@ -125,27 +126,31 @@ def show(
         [
             *(row["net"], str(row["depth"]), str(row["n"])),
             *(percent(row[key]) for key in ERRORS),
+            percent_interval(row["train_eval/error"]),
             f"{row['seconds'] / 60:.1f}",
         ]
         for row in table
     ]
     title = "Error in %, mean ± standard deviation over the seeds"
-    tables.show(title, ("net", "layers", "n", *ERRORS.values(), "min"), rows)
-    print("* at the best validation error; min: of training steps, mean of a run")
+    tables.show(title, ("net", "layers", "n", *ERRORS.values(), "95 %", "min"), rows)
+    print(
+        "* at the best validation error; 95 %: interval of the mean training error; min: "
+        "of training steps, mean of a run"
+    )
     for claim in claims:
         print(describe(claim))
     if beside:
-        headings = ("layers", "n", "ours", "ours*", "paper", "z", "PyTorch", "z")
+        headings = ("layers", "n", "ours", "ours*", "paper", "p", "PyTorch", "p")
         rows = [
             [
                 *(str(row["depth"]), str(row["n"])),
                 *(mean_std(row[key]) for key in ("ours", "ours_best")),
-                *(f"{row['paper']:.2f}", _signed(row["paper_z"])),
-                *(f"{row['pytorch']:.2f}", _signed(row["pytorch_z"])),
+                *(f"{row['paper']:.2f}", p_value(row["paper_test"]["p"])),
+                *(f"{row['pytorch']:.2f}", p_value(row["pytorch_test"]["p"])),
             ]
             for row in beside
         ]
-        title = "Test error in % beside published numbers; z in standard errors"
+        title = "Test error in % beside published numbers, p of the difference"
         tables.show(title, headings, rows)
         print(NOTE)
 
@@ -153,12 +158,5 @@ def show(
 def describe(claim: dict[str, Any]) -> str:
     """One row of `contrasts` as a sentence."""
     what = f"{claim['net']} nets: {ERRORS[claim['error']]} error of {claim['deep']} layers"
-    points = f"{100 * claim['difference']:+.2f} points against {claim['shallow']} layers"
-    if claim["z"] is None:
-        return f"{what} {points}."
-    error = f"{100 * claim['standard_error']:.2f}"
-    return f"{what} {points} (standard error {error}: {claim['z']:+.1f} of them)."
-
-
-def _signed(z: float | None) -> str:
-    return "" if z is None else f"{z:+.1f}"
+    points = tables.difference(claim, 2, 100)
+    return f"{what} against {claim['shallow']}, in points: {points}."

@@ -40,7 +40,7 @@ from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import load_data
 from cvjax.report import tables
 from cvjax.report.statistics import spread
-from cvjax.report.tables import percent
+from cvjax.report.tables import percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import Network, draw_variables, load_network
@@ -285,12 +285,14 @@ def show(results: dict[str, Any]) -> None:
         f"Of the {COUNT} images that excite a channel most, those of one class in %, by "
         f"chance {100 * results['chance']:.0f}\n(mean ± standard deviation over channels)"
     )
-    headings = ("layer", "sees, pixels", "channels", "silent", "trained", "untrained")
+    headings = ("layer", "sees, pixels", "channels", "silent", "trained", "95 %")
+    headings += ("untrained", "95 %")
     rows = [
         [
             *(row["layer"], "×".join(map(str, row["field"]))),
             *(str(row["channels"]), str(row["silent"])),
-            *(percent(row[kind], 0) for kind in ("trained", "untrained")),
+            *(percent(row["trained"], 0), percent_interval(row["trained"], 0)),
+            *(percent(row["untrained"], 0), percent_interval(row["untrained"], 0)),
         ]
         for row in results["table"]
     ]

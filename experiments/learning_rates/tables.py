@@ -8,7 +8,7 @@ import numpy as np
 
 from cvjax.report import tables
 from cvjax.report.statistics import spread
-from cvjax.report.tables import mean_std, percent
+from cvjax.report.tables import mean_std, percent, percent_interval
 from experiments.learning_rates.range_test import RULE
 
 FITS = ("train_eval/loss", "val/loss", "train_eval/error", "val/error")
@@ -63,12 +63,14 @@ def show(results: dict[str, Any]) -> None:
         rows.append([f"{row['rate']:g}", mean_std(row["loss"], 3), diverged])
     tables.show("learning rates", ("rate", "last training loss", "diverged"), rows)
     headings = ("training loss", "validation loss", "training %", "validation error %")
+    headings += ("95 %",)
     for part in ("capacity", "regularisation"):
         rows = [
             [
                 row["setting"],
                 *(mean_std(row[key], 3) for key in FITS[:2]),
                 *(percent(row[key], 1) for key in FITS[2:]),
+                percent_interval(row["val/error"], 1),
             ]
             for row in results[part]
         ]

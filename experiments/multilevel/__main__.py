@@ -41,7 +41,7 @@ from cvjax import cli, data
 from cvjax.costs.accounting import account
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.report import tables
-from cvjax.report.tables import mean_std, percent
+from cvjax.report.tables import mean_std, percent, percent_interval
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps, train_and_evaluate, transfer
@@ -244,14 +244,15 @@ def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
 def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
     title = (
-        "Error in %, mean ± standard deviation over n seeds; seconds, of these compiling;\n"
-        f"time of the steps and of all, and MACs, over those of {REFERENCE}"
+        "Error in %, mean ± standard deviation over n seeds, 95 % interval; seconds,\n"
+        f"of these compiling; time of steps and of all, and MACs, over those of {REFERENCE}"
     )
     headings = (
         "method",
         "layers",
         "n",
         "test",
+        "95 %",
         "seconds",
         "compile",
         "steps",
@@ -262,6 +263,7 @@ def show(table: list[dict[str, Any]]) -> None:
     rows = [
         [
             *(row["method"], str(row["layers"]), str(row["n"]), percent(row["test/error"])),
+            percent_interval(row["test/error"]),
             *(mean_std(row["seconds"], 0), f"{row['compile_seconds']:.0f}"),
             *(mean_std(row[key]) for key in ("step_ratio", "time_ratio")),
             f"{row['macs'] / whole:.2f}",

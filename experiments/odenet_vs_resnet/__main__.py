@@ -33,7 +33,7 @@ from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import first_examples
 from cvjax.report import tables
 from cvjax.report.statistics import spread
-from cvjax.report.tables import percent
+from cvjax.report.tables import percent, percent_interval
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, steps, train_and_evaluate
@@ -321,16 +321,18 @@ def _groups(runs) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 def show(part: dict[str, Any]) -> None:
     """The table on the terminal."""
-    headings = ("net", "seeds", "parameters", "NFE", "test error %", "step ms", "MB")
+    headings = ("net", "seeds", "parameters", "NFE", "test error %", "95 %")
+    headings += ("step ms", "MB")
     rows = [
         [
             *(row["row"], str(row["n"]), f"{row['parameters']:,}"),
             *(f"{row['nfe']['mean']:.1f}", percent(row["test/error"])),
+            percent_interval(row["test/error"]),
             *(f"{row['step_ms']:.0f}", f"{row['memory_mb']:.0f}"),
         ]
         for row in part["table"]
     ]
-    title = f"{part['name']}: mean ± standard deviation over the seeds"
+    title = f"{part['name']}: mean ± standard deviation over the seeds, 95 % interval"
     tables.show(title, headings, rows)
 
 

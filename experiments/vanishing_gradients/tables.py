@@ -1,4 +1,4 @@
-"""Do gradients vanish? The theory and the table."""
+"""Do gradients vanish or explode? The theory and the table."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from cvjax.report import tables
 from cvjax.report.statistics import spread
-from cvjax.report.tables import mean_std, percent
+from cvjax.report.tables import interval, mean_std, percent
 
 
 def padding_factor(side: int, depth: int) -> float:
@@ -29,14 +29,15 @@ def padding_factor(side: int, depth: int) -> float:
 
 
 def theory(net: str, side: int, depth: int) -> tuple[str, float]:
-    """("about", "at most" or "near", the factor of |dL/dx| a layer) at initialisation.
+    """("about", "at most", "limit" or "near", the factor of |dL/dx| per layer) at start.
 
-    See experiments/vanishing_gradients for the reasons.
+    See experiments/vanishing_gradients for the reasons. "limit" is that of wide nets and
+    large batches without zero padding, which may be exceeded or missed.
     """
     return {
         "sigmoid": ("at most", padding_factor(side, depth) * math.sqrt(2) / 4),
         "relu": ("about", padding_factor(side, depth)),
-        "plain": ("at most", math.sqrt(math.pi / (math.pi - 1))),
+        "plain": ("limit", math.sqrt(math.pi / (math.pi - 1))),
         "residual": ("near", 1.0),
         "ode": ("near", 1.0),
     }[net]
@@ -84,16 +85,19 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(table: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
-    headings = ("net", "layers", "theory", "at start", "trained", "first/last at start")
+    headings = ("net", "layers", "theory", "at start", "95 %", "trained")
+    headings += ("first/last at start",)
     rows = []
     for row in table:
         word, value = row["theory"]
         rows.append(
             [
                 *(row["net"], str(row["depth"]), f"{word} {value:.3f}"),
-                *(mean_std(row[f"factor/{when}"], 3) for when in ("initial", "trained")),
+                mean_std(row["factor/initial"], 3),
+                interval(row["factor/initial"], 3),
+                mean_std(row["factor/trained"], 3),
                 *(f"{row['ratio/initial']:.1e}", percent(row["train/error"], 1)),
             ]
         )
-    title = "by what |dL/dx| is multiplied a layer, on its way back to the image"
+    title = "by what |dL/dx| is multiplied per layer, on its way back to the image"
     tables.show(title, (*headings, "training error %"), rows)

@@ -12,6 +12,7 @@ says so and XLA's own kernels take over. The environment variable CVJAX_CONV dec
 instead: "xla" never looks for oneDNN, "onednn" fails where it cannot be used.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -63,6 +64,26 @@ def kernels() -> str:
     return "XLA" if library is None else f"oneDNN {library.version}"
 
 
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Programs that are traced and compiled meanwhile have XLA's own kernels.
+
+    For programs that leave this machine, and for accounts of operations and memory, in
+    which XLA does not see what a foreign call does. Compilations so far are forgotten,
+    before and after, for JAX would find them again.
+    """
+    jax.clear_caches()
+    _off.append(True)
+    try:
+        yield
+    finally:
+        _off.pop()
+        jax.clear_caches()
+
+
+_off: list[bool] = []
+
+
 class Call(NamedTuple):
     """A product of nn/conv.py: which of the three arrays is wanted, and how it is made.
 
@@ -77,12 +98,16 @@ class Call(NamedTuple):
     groups: int
 
 
-@functools.cache
 def takes(call: Call) -> bool:
     """Whether oneDNN has fast kernels for this on this machine's processor.
 
     It takes float32 and, where the processor does, bfloat16; nothing empty.
     """
+    return not _off and _takes(call)
+
+
+@functools.cache
+def _takes(call: Call) -> bool:
     if call.dtype not in TYPES or not all(math.prod(shape) for shape in call.shapes):
         return False
     library = _registered()

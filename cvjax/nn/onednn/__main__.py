@@ -1,8 +1,13 @@
 """Builds the CPU kernels ahead of their first use, and says which ones will run."""
 
-from absl import logging
-
+from cvjax import cli
 from cvjax.nn import onednn
 
-logging.set_verbosity(logging.INFO)
-print(f"Convolutions on this CPU: {onednn.kernels()}.")
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    print(f"Convolutions on this CPU: {onednn.kernels()}.")
+
+
+if __name__ == "__main__":
+    cli.run(main)

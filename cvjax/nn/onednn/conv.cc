@@ -10,7 +10,8 @@
 //
 // Threads are XLA's own: a product is cut into parts along members and batch, which the
 // calling thread shares with whichever threads of XLA's pool are free; oneDNN runs each part on
-// one thread. How a product is cut, and the order in which the parts of a kernel's gradient
+// one thread. Without AVX-512 its kernels' gradients are slow, and made by matrix products
+// instead (`AddUp`). How a product is cut, and the order in which the parts of a kernel's gradient
 // are added up, depend on shapes and the size of the pool alone: results are equal bit for
 // bit from run to run.
 
@@ -271,6 +272,47 @@ void Reorder(const Product& product, const memory::desc& from, const void* in,
   Stream().wait();
 }
 
+// Whether a kernel's gradient is made by `AddUp`.
+bool AddsUp(Wanted wanted, const Shape& s) {
+  static const bool is_wide =
+      dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core;
+  return wanted == kKernel && s.type == memory::data_type::f32 && s.groups == 1 && !is_wide;
+}
+
+// A kernel's gradient: what each of its positions saw of x, transposed, times y. Pieces of a
+// few hundred pixels of y, with what was seen from them, stay in the cache.
+void AddUp(const Shape& s, const float* x, const float* y, float* sum) {
+  const int64_t row = s.kernel_width * s.channels, seen = s.kernel_height * row;
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  const int64_t piece = std::clamp<int64_t>((1 << 19) / seen, 64, 512);
+  auto* store = reinterpret_cast<float*>(Scratch(0, 4 * seen * std::min(piece, pixels)));
+  for (int64_t first = 0; first < pixels; first += piece) {
+    const int64_t end = std::min(pixels, first + piece);
+    float* to = store;
+    for (int64_t pixel = first; pixel < end; ++pixel) {
+      const int64_t column = pixel % s.out_width, line = pixel / s.out_width;
+      const float* image = x + line / s.out_height * s.height * s.width * s.channels;
+      const int64_t top = line % s.out_height * s.strides[0] - s.padding[0];
+      const int64_t left = column * s.strides[1] - s.padding[2];
+      const int64_t begin = std::clamp<int64_t>(-left, 0, s.kernel_width);
+      const int64_t stop = std::clamp<int64_t>(s.width - left, begin, s.kernel_width);
+      for (int64_t i = top; i < top + s.kernel_height; ++i, to += row) {
+        if (i < 0 || i >= s.height || begin == stop) {
+          std::fill_n(to, row, 0.f);
+          continue;
+        }
+        std::fill(to, to + begin * s.channels, 0.f);
+        std::copy_n(image + (i * s.width + left + begin) * s.channels,
+                    (stop - begin) * s.channels, to + begin * s.channels);
+        std::fill(to + stop * s.channels, to + row, 0.f);
+      }
+    }
+    const float more = first ? 1.f : 0.f;
+    dnnl::sgemm('T', 'N', seen, s.features, end - first, 1.f, store, seen,
+                y + first * s.features, s.features, more, sum, s.features);
+  }
+}
+
 uint16_t RoundToBfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -329,8 +371,9 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   Shape whole = shape, rest = shape;
   whole.batch = images;
   rest.batch = shape.batch - (parts - 1) * images;
-  const auto usual = Find(wanted, whole);
-  const auto last = rest.batch == images ? usual : Find(wanted, rest);
+  const bool adds_up = AddsUp(wanted, shape);
+  const auto usual = adds_up ? nullptr : Find(wanted, whole);
+  const auto last = adds_up || rest.batch == images ? usual : Find(wanted, rest);
   OneThread one_thread;
 
   if (wanted != kKernel) {
@@ -368,10 +411,16 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   Share(pool, members * parts, [&](int64_t number) {
     OneThread one_thread;
     const int64_t member = number / parts, part = number % parts;
-    const Product& product = part == parts - 1 ? *last : *usual;
     const int64_t image = member * shape.batch + part * images;
     void* sum = is_direct ? static_cast<void*>(kernel + member * kernel_size * item)
                           : sums + number * kernel_size;
+    if (adds_up) {
+      AddUp(part == parts - 1 ? rest : whole,
+            reinterpret_cast<const float*>(x) + image * x_size,
+            reinterpret_cast<const float*>(y) + image * y_size, static_cast<float*>(sum));
+      return;
+    }
+    const Product& product = part == parts - 1 ? *last : *usual;
     void* target = product.packs() ? Scratch(2, product.kernel.get_size()) : sum;
     Execute(product, kKernel, x + image * x_size * item, target, y + image * y_size * item);
     if (product.packs())
@@ -408,6 +457,7 @@ extern "C" __attribute__((visibility("default"))) int cvjax_can_convolve(
   std::memcpy(&shape, sizes, offsetof(Shape, type));
   shape.type = is_float ? memory::data_type::f32 : memory::data_type::bf16;
   try {
+    if (AddsUp(static_cast<Wanted>(wanted), shape)) return 1;
     return Find(static_cast<Wanted>(wanted), shape)->kernels.rfind("ref", 0) != 0;
   } catch (const std::exception&) {
     return 0;

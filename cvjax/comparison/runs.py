@@ -1,0 +1,215 @@
+"""What the folder of a run tells, finished or not: its config, its numbers, its curve.
+
+Nothing is changed and no lock is taken: runs may be going on.
+"""
+
+import dataclasses
+import functools
+import glob
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cvjax.costs.accounting import account
+from cvjax.errors import UserError
+from cvjax.models import create_model
+from cvjax.models.odenet import ODENet
+from cvjax.storage import metrics_log
+from cvjax.storage import workdir as workdirs
+from cvjax.storage.inputs import read_inputs
+from cvjax.training.config import complete_config
+
+CURVE = "val/error"  # what is drawn against steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that can be read, as far as it has got.
+
+    Attributes:
+      folder: its workdir.
+      config: flat, {"model.depth": 20, ...}, with the defaults of settings that are newer
+        than the run.
+      state: "finished", "unfinished" or "diverged".
+      step: the last one in its log or summary.
+      numbers: those of `METRICS` in `rows` that are known, by key.
+      curve: (step, validation error) of each evaluation.
+      device: what it ran on.
+    """
+
+    folder: pathlib.Path
+    config: dict[str, Any]
+    state: str
+    step: int
+    numbers: dict[str, float]
+    curve: tuple[tuple[int, float], ...]
+    device: str
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+
+def find_runs(places: Sequence[str]) -> list[pathlib.Path]:
+    """The folders of runs that are named, sorted and each once.
+
+    Args:
+      places: workdirs, folders with workdirs somewhere below, or patterns such as
+        "runs/*_seed?".
+
+    Raises:
+      UserError: for a place without any run.
+    """
+    found = {}
+    for place in places:
+        literal = pathlib.Path(place).expanduser()
+        matches = [literal] if literal.exists() else sorted(glob.glob(place))
+        here = {}
+        for path in map(pathlib.Path, matches):
+            inner = [path] if (path / "config.json").exists() else _inner_runs(path)
+            here |= {folder.resolve(): folder for folder in inner}
+        found |= here
+        if not here:
+            raise UserError(
+                f"{place!r} names no run; give workdirs of train.py, folders that hold "
+                "such, or patterns like 'runs/*'."
+            )
+    return list(found.values())
+
+
+def _inner_runs(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [file.parent for file in sorted(folder.rglob("config.json"))]
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """Reads a run.
+
+    Raises:
+      UserError: its config.json cannot be read or understood, or a line of its log.
+    """
+    folder = pathlib.Path(folder)
+    manifest = workdirs.read_manifest(folder)
+    try:
+        nested = complete_config(manifest["config"]).to_dict()
+        config = flatten(nested)
+        total, device = config["total_steps"], manifest.get("device") or {}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/config.json is not of a run of this version ({error!r})."
+        ) from error
+    log = folder / "metrics.jsonl"
+    rows = metrics_log.read_metrics(log) if log.exists() else []
+    summary = _read_json(folder / "summary.json")
+    last = max([summary.get("step", 0), *(row["step"] for row in rows)])
+    curve = tuple((row["step"], row[CURVE]) for row in rows if CURVE in row)
+    numbers = _numbers(
+        summary, rows, _read_json(folder / f"evaluation/test_step{last}.json")
+    )
+    numbers |= _costs(folder, nested["model"], numbers)
+    losses = [row[key] for row in rows for key in ("train/loss", "val/loss") if key in row]
+    if summary.get("step") == total:
+        state = "finished"
+    else:
+        broken = bool(losses) and not math.isfinite(losses[-1])
+        state = "diverged" if broken else "unfinished"
+    kind = f"{device.get('count', 1)} x {device.get('kind', 'unknown')}"
+    return Run(folder, config, state, last, numbers, curve, kind)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"depth": 20}} -> {"model.depth": 20}"""
+    flat = {}
+    for key, value in config.items():
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def training_seconds(rows: list[dict[str, Any]]) -> float:
+    """Time spent on training steps: no compilation, evaluation or checkpoint."""
+    seconds, before = 0.0, 0
+    for row in rows:
+        if "time/step_ms" in row:
+            seconds += row["time/step_ms"] / 1000 * (row["step"] - before)
+            before = row["step"]
+    return seconds
+
+
+def macs_per_image(model, image_shape: tuple[int, ...], nfe: Mapping[str, float]) -> float:
+    """Multiply-adds of a forward pass; of an ODE-net with as many evaluations as it took.
+
+    Args:
+      model: the network.
+      image_shape: (height, width, channels), a square.
+      nfe: mean evaluations of f an image, by block ("ode", or "ode1", "ode2", ...); used
+        where steps are adaptive, else they are known.
+    """
+    counted = account(model, image_shape[0], image_shape[2])
+    if not (isinstance(model, ODENet) and counted.loops):
+        return counted.macs
+    total = 0.0
+    for row in counted.layers:
+        block = row.name.partition("/")[0]
+        # Counted with one evaluation for each piece of theta.
+        total += row.macs * (nfe[block] / model.pieces if block in counted.loops else 1)
+    return total
+
+
+@functools.lru_cache(maxsize=256)
+def _macs(model: str, classes: int, shape: tuple[int, ...], nfe: tuple) -> float | None:
+    fields = json.loads(model)
+    try:
+        return macs_per_image(create_model(num_classes=classes, **fields), shape, dict(nfe))
+    except (UserError, KeyError, TypeError):  # of an older version, or no NFE yet
+        return None
+
+
+def _numbers(summary, rows, evaluation) -> dict[str, float]:
+    known = {}
+    for row in rows:  # the last of each; "val/..." of a run that goes on
+        known |= {key: value for key, value in row.items() if key.startswith("val/")}
+    known |= {key: value for key, value in summary.items() if key != "step"}
+    if "expected_calibration_error" in evaluation:
+        known["test/calibration"] = evaluation["expected_calibration_error"]
+    for key in ("test/nfe", "val/nfe"):
+        if key in known:
+            known["nfe"] = known[key]
+            break
+    paces = [row["time/step_ms"] for row in rows if "time/step_ms" in row]
+    if paces:
+        known["time/step_ms"] = float(np.median(paces))
+        known["time/training_seconds"] = training_seconds(rows)
+    numbers = {key: value for key, value in known.items() if isinstance(value, int | float)}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
+def _costs(folder, model, numbers) -> dict[str, float]:
+    try:
+        statistics, names = read_inputs(folder)
+    except UserError:  # the run has hardly begun, or is of an older version
+        return {}
+    shape = tuple(map(int, statistics.mean.shape))
+    if shape[0] != shape[1]:
+        return {}
+    nfe = {
+        key.partition("/nfe_")[2]: value
+        for key, value in sorted(numbers.items())
+        if key.startswith("test/nfe_") and "max" not in key
+    }
+    if not nfe and "nfe" in numbers:
+        nfe = {"ode": numbers["nfe"]}
+    macs = _macs(json.dumps(model), len(names), shape, tuple(nfe.items()))
+    return {} if macs is None else {"macs": macs}
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

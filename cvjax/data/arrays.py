@@ -1,0 +1,136 @@
+"""Images and labels from one .npz file: x_train, y_train, x_test, y_test.
+
+x_* are uint8 [n, height, width] or [n, height, width, channels], y_* class numbers from 0,
+[n] or [n, 1]. x_val and y_val may be there too, else validation is split off training. So
+may class_names, one a class.
+"""
+
+import hashlib
+import pathlib
+import zipfile
+
+import numpy as np
+
+from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.data.splits import check_val_examples, stratified
+from cvjax.errors import UserError
+
+_IMAGES = "uint8 [n, height, width] or [n, height, width, channels]"
+
+
+def load_npz(path: str, val_examples: int = -1) -> Dataset:
+    """Loads such a file.
+
+    Args:
+      path: of the file.
+      val_examples: split off training, stratified by class; -1 for a tenth. It must be -1
+        if the file has a validation split.
+
+    Raises:
+      UserError: for a file that cannot be read or holds something else.
+    """
+    if not path:
+        raise UserError(
+            "data.name 'npz' takes the path of a file with x_train, y_train, x_test and "
+            "y_test; name it with --config.data.data_dir=FILE.npz."
+        )
+    file = pathlib.Path(path).expanduser().absolute()
+    arrays = _read(file)
+    splits = {
+        split: _split(arrays, split, file)
+        for split in ("train", "val", "test")
+        if f"x_{split}" in arrays or f"y_{split}" in arrays or split != "val"
+    }
+    train = splits["train"]
+    for split, part in splits.items():
+        if part.image_shape != train.image_shape:
+            raise UserError(
+                f"in {file} the images of train are {train.image_shape} and those of "
+                f"{split} {part.image_shape}; they must agree."
+            )
+    names = _class_names(arrays, splits, file)
+    if "val" in splits:
+        if val_examples != -1:
+            raise UserError(
+                f"{file} has x_val, so data.val_examples must be -1, got {val_examples}."
+            )
+    else:
+        count = max(1, round(len(train) / 10)) if val_examples == -1 else val_examples
+        check_val_examples(count, len(train), str(file))
+        val, rest = stratified(train.labels, (count, len(train) - count))
+        splits["val"] = ArraySplit(train.images[val], train.labels[val])
+        splits["train"] = ArraySplit(train.images[rest], train.labels[rest])
+    digest = hashlib.sha256("\n".join(names).encode())
+    for split in ("train", "val", "test"):
+        digest.update(f"{split} {splits[split].images.shape}".encode())
+        digest.update(np.ascontiguousarray(splits[split].images).data)
+        digest.update(splits[split].labels.tobytes())
+    return Dataset(
+        name=file.stem, **splits, class_names=names, fingerprint=digest.hexdigest()
+    )
+
+
+def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with open(file, "rb") as content, np.load(content, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{file} cannot be read as .npz ({error}); write it with numpy.savez."
+        ) from error
+
+
+def _split(arrays: dict[str, np.ndarray], split: str, file: pathlib.Path) -> ArraySplit:
+    for name in (f"x_{split}", f"y_{split}"):
+        if name not in arrays:
+            raise UserError(
+                f"{file} has {', '.join(arrays) or 'no arrays'}, but no {name}; it takes "
+                "x_train, y_train, x_test and y_test."
+            )
+    images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise UserError(
+            f"x_{split} in {file} is {images.dtype} {list(images.shape)}; it takes "
+            f"{_IMAGES}. Floats from 0 to 1 become that by "
+            "numpy.round(255 * x).astype('uint8')."
+        )
+    if images.shape[1] <= 4 < images.shape[3]:
+        raise UserError(
+            f"x_{split} in {file} is {list(images.shape)}, which looks like channels "
+            "first; give numpy.moveaxis(x, 1, -1)."
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"y_{split} in {file} is {labels.dtype} {list(labels.shape)}; it takes whole "
+            f"numbers, one for each of the {len(images)} images."
+        )
+    if not len(images):
+        raise UserError(f"x_{split} in {file} is empty.")
+    return ArraySplit(images, labels.astype(np.int32))
+
+
+def _class_names(
+    arrays: dict[str, np.ndarray], splits: dict[str, ArraySplit], file: pathlib.Path
+) -> tuple[str, ...]:
+    present = np.unique(splits["train"].labels)
+    if "class_names" in arrays:
+        names = tuple(map(str, arrays["class_names"].ravel().tolist()))
+    else:
+        names = tuple(map(str, range(len(present))))
+    if len(names) < 2 or present.tolist() != list(range(len(names))):
+        raise UserError(
+            f"y_train in {file} has {len(present)} classes, {present.min()} to "
+            f"{present.max()}; it takes two or more, all numbers from 0 on"
+            f"{' for each of class_names' if 'class_names' in arrays else ''}."
+        )
+    for split, part in splits.items():
+        if part.labels.min() < 0 or part.labels.max() >= len(names):
+            raise UserError(
+                f"y_{split} in {file} has a class that y_train lacks: it reaches from "
+                f"{part.labels.min()} to {part.labels.max()}."
+            )
+    return names

@@ -1,0 +1,211 @@
+"""Opening each picture of a folder once: is it sound, how large, is it there twice?
+
+What is found is kept in CACHE/folders, and looked up by path, size and time: a second start
+opens only what has changed.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from cvjax import progress
+from cvjax.data import image_files
+from cvjax.data.folder_listing import Listing
+from cvjax.errors import UserError
+
+FORMAT = 1  # of the files in CACHE/folders; another number never reads this one's
+# A larger part of broken pictures than this stops the run.
+BROKEN_ALLOWED = 0.05
+NAMED = 10  # broken pictures, in the log
+_CHUNK = 1_000  # pictures between two looks at the clock
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What opening a file has shown: its size, a hex digest of its bytes; or what is wrong.
+
+    Attributes:
+      width, height: in pixels; 0 if it is broken.
+      digest: of the file; "" if it cannot be read.
+      flaw: a sentence; "" if it is sound.
+    """
+
+    width: int
+    height: int
+    digest: str
+    flaw: str
+
+
+def check(listing: Listing, cache: pathlib.Path) -> tuple[Listing, dict[str, Picture]]:
+    """Opens the pictures of a folder, and leaves out those that are broken.
+
+    Args:
+      listing: of the folder.
+      cache: see `cache.resolve_cache_dir`.
+
+    Returns:
+      The listing without the broken ones, and what each of the others is like, by path.
+
+    Raises:
+      UserError: more than `BROKEN_ALLOWED` of all are broken, or a split or a class of
+        training would be empty.
+    """
+    paths = [path for pairs in listing.files.values() for path, _ in pairs]
+    pictures = _examine(listing.root, paths, cache)
+    broken = [path for path in paths if pictures[path].flaw]
+    if len(broken) > BROKEN_ALLOWED * len(paths):
+        raise UserError(
+            f"{len(broken)} of the {len(paths)} pictures in {listing.root} are broken, "
+            f"more than {100 * BROKEN_ALLOWED:g} %, for example: "
+            f"{pictures[broken[0]].flaw} Mend or remove them."
+        )
+    if not broken:
+        return listing, pictures
+    for path in broken[:NAMED]:
+        logging.warning("Left out: %s", pictures[path].flaw)
+    if len(broken) > NAMED:
+        logging.warning("Left out: %d more that are broken.", len(broken) - NAMED)
+    files = {
+        split: [pair for pair in pairs if not pictures[pair[0]].flaw]
+        for split, pairs in listing.files.items()
+    }
+    empty = [split for split, pairs in files.items() if not pairs]
+    lost = set(range(len(listing.class_names))) - {label for _, label in files["train"]}
+    if empty or lost:
+        what = empty[0] if empty else f"class {listing.class_names[min(lost)]!r} in train"
+        raise UserError(f"all pictures of {what} in {listing.root} are broken.")
+    left_out = listing.left_out | {"broken": len(broken)}
+    kept = dataclasses.replace(listing, files=files, left_out=left_out)
+    return kept, {path: pictures[path] for pairs in files.values() for path, _ in pairs}
+
+
+def warn_of_copies(listing: Listing, pictures: dict[str, Picture]) -> None:
+    """Says in the log which pictures of training are also in val or test, byte by byte."""
+    known = {pictures[path].digest: path for path, _ in listing.files["train"]}
+    for split in ("val", "test"):
+        copies = [
+            (known[pictures[path].digest], path)
+            for path, _ in listing.files[split]
+            if pictures[path].digest in known
+        ]
+        if copies:
+            logging.warning(
+                "%d of the %d pictures in %s are in training too, for example %s as %s: "
+                "errors on %s will look better than they are.",
+                *(len(copies), len(listing.files[split]), split, *copies[0], split),
+            )
+
+
+def describe(listing: Listing, pictures: dict[str, Picture]) -> str:
+    """What a folder holds and what is left out, in one line of the log."""
+    sizes = collections.Counter((each.height, each.width) for each in pictures.values())
+    if len(sizes) == 1:
+        size = "all of {}x{} pixels".format(*next(iter(sizes)))
+    else:
+        small, large = min(sizes, key=min), max(sizes, key=max)
+        size = "from {}x{} to {}x{} pixels (height x width)".format(*small, *large)
+    made = ""
+    if listing.hashed:
+        made = f"; in {' and in '.join(listing.hashed)} a tenth, by the files' names"
+    reasons = [f"{count:,} {reason}" for reason, count in listing.left_out.items()]
+    left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
+    return (
+        f"{listing.root}: {len(pictures):,} pictures of {len(listing.class_names)} "
+        f"classes, {size}{made}{left_out}."
+    )
+
+
+def for_each(
+    function: Callable[[Any], Any], items: Sequence[Any], description: str
+) -> Iterator[Any]:
+    """Yields the function's results in order, by threads, with a progress bar.
+
+    The function should spend its time in decoders, which let other threads run.
+    """
+    if not items:
+        return
+    workers = os.cpu_count() or 1
+    with (
+        image_files.quiet(),
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        progress.open(len(items), 0, description) as show,
+    ):
+        done = 0
+        for start in range(0, len(items), _CHUNK):
+            for result in pool.map(function, items[start : start + _CHUNK]):
+                done += 1
+                show(done, description if done % (10 * _CHUNK) == 0 else "")
+                yield result
+
+
+def _examine(
+    root: pathlib.Path, paths: list[str], cache: pathlib.Path
+) -> dict[str, Picture]:
+    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    file = cache / "folders" / f"{digest}.json"
+    known = _read(file)
+    stamps = {path: _stamp(root / path) for path in paths}
+    kept = {
+        path: entry
+        for path, entry in known.items()
+        if path in stamps and entry[0] == stamps[path]
+    }
+    new = [path for path in paths if path not in kept]
+    try:
+        results = for_each(lambda path: _open(root / path), new, "pictures checked")
+        for path, picture in zip(new, results, strict=True):
+            kept[path] = [stamps[path], *dataclasses.astuple(picture)]
+    finally:  # what is known when it is stopped by Ctrl-C is kept too
+        if new or len(kept) < len(known):
+            _write(file, kept)
+    return {path: Picture(*kept[path][1:]) for path in paths}
+
+
+def _stamp(path: pathlib.Path) -> list[int]:
+    """Size and time of change; of a link that leads nowhere its own."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = path.lstat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _open(path: pathlib.Path) -> Picture:
+    digest = ""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        image = image_files.read_picture(path, channels=3)
+    except OSError as error:
+        return Picture(0, 0, digest, f"{path} cannot be read: {error.strerror}.")
+    except UserError as error:
+        return Picture(0, 0, digest, str(error))
+    return Picture(image.width, image.height, digest, "")
+
+
+def _read(file: pathlib.Path) -> dict[str, list]:
+    try:
+        content = json.loads(file.read_text())
+        return content["pictures"] if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write(file: pathlib.Path, pictures: dict[str, list]) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        temporary.write_text(json.dumps({"format": FORMAT, "pictures": pictures}))
+        temporary.replace(file)
+    except OSError as error:
+        # It saves time at the next start, no more.
+        logging.warning("%s cannot be written (%s).", file, error.strerror)
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Weights for PyTorch: a run's network as .safetensors, with the names of `names`.
+
+The file holds what `interop.torch` reads: every tensor once, float32. PyTorch's module of
+the same network takes it with `load_state_dict(..., strict=True)`. Beside the tensors, in
+the file's metadata, stand "model", "fields", "image_shape", "class_names", "mean" and "std"
+of images in [0, 1] (a number a channel, or a pixel where they differ by pixel), each as
+JSON, and "step". Which form of a network a module is has to be seen to: akamaster's CIFAR
+ResNets have shortcut "A" with pad_channels "both", torchvision's ResNets version "1.5".
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from flax import linen as nn
+from flax import traverse_util
+
+from cvjax.errors import UserError
+from cvjax.interop.names import torch_names
+from cvjax.storage import workdir as workdirs
+from cvjax.training.trained_network import Network, load_network
+
+
+def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The state dict of a network, float32, without BatchNorm's counters.
+
+    Args:
+      model: see `names.torch_names`.
+      variables: "params" and "batch_stats" (which may be empty).
+
+    Raises:
+      UserError: for a network that PyTorch has no common names for.
+    """
+    variables = {key: tree for key, tree in variables.items() if tree}
+    places = torch_names(model, variables)
+    flat = traverse_util.flatten_dict(variables)
+    tensors = {}
+    for path, place in places.items():
+        tensors |= place.scatter(np.asarray(flat[path], np.float32))
+    return tensors
+
+
+def describe(network: Network) -> dict[str, str]:
+    """What a state dict does not tell, for the file's metadata."""
+    fields = dict(network.run.model)
+    name = fields.pop("name")
+    return {
+        "model": json.dumps(name),
+        "fields": json.dumps(fields),
+        "image_shape": json.dumps(network.image_shape),
+        "class_names": json.dumps(network.class_names),
+        "mean": json.dumps(_by_channel(network.statistics.mean)),
+        "std": json.dumps(_by_channel(network.statistics.std)),
+        "step": str(network.step),
+    }
+
+
+def write_safetensors(
+    workdir: workdirs.Path, path: workdirs.Path, checkpoint: str = "last"
+) -> None:
+    """Writes the network of a run, see `trained_network.load_network`.
+
+    Raises:
+      UserError: the run has no such network, it has no names in PyTorch, or the package
+        safetensors is missing.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--export writes .safetensors, got {str(path)!r}.")
+    try:
+        from safetensors.numpy import save
+    except ModuleNotFoundError:
+        raise UserError(
+            "--export needs the package safetensors: `pip install safetensors`."
+        ) from None
+    network = load_network(workdir, checkpoint)
+    tensors = to_torch(network.recipe.model, network.variables)
+    workdirs.check_writable(path.absolute().parent)
+    workdirs.write_bytes(path, save(tensors, metadata=describe(network)))
+    logging.info(
+        "Wrote %s: %d tensors of %s, step %d, for images of %s.",
+        *(path, len(tensors), network.run.model["name"], network.step),
+        "x".join(map(str, network.image_shape)),
+    )
+
+
+def _by_channel(statistics) -> list:
+    values = np.asarray(statistics)
+    channel = values[0, 0]
+    return (channel if (values == channel).all() else values).tolist()

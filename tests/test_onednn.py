@@ -1,0 +1,156 @@
+"""oneDNN's kernels where something is missing, broken, or asked for; the heap."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from cvjax.nn import onednn
+
+ROOT = pathlib.Path(__file__).parents[1]
+HERE = onednn.kernels()
+needs_onednn = pytest.mark.skipif(HERE == "XLA", reason="needs oneDNN and a C++ compiler")
+
+# A compiler that copies what was compiled before, and counts how often it was asked.
+COMPILER = """#!/bin/sh
+echo called >> {folder}/calls
+while [ "$1" != -o ]; do shift; done
+{before}
+cp {library} "$2"
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """Makes a stand-in for the compiler, which does `before` first."""
+
+    def make(before=""):
+        library = onednn.build(onednn.find())
+        path = tmp_path / "compiler"
+        path.write_text(COMPILER.format(folder=tmp_path, library=library, before=before))
+        path.chmod(0o755)
+        return {"CXX": str(path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    make.calls = lambda: (tmp_path / "calls").read_text().count("called")
+    make.libraries = lambda: list((tmp_path / "cache/cvjax/native").glob("*.so"))
+    return make
+
+
+def start(variables, *command):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    command = [sys.executable, "-m", *(command or ("cvjax.nn.onednn",))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def run(variables, *command):
+    process = start(variables, *command)
+    out, told = process.communicate(timeout=200)
+    return process.returncode, out, told
+
+
+def test_a_machine_without_onednn_says_so_once_and_goes_on(tmp_path):
+    code, out, told = run({"DNNLROOT": str(tmp_path)})
+    assert (code, out) == (0, "Convolutions on this CPU: XLA.\n")
+    assert len(told.splitlines()) == 1
+    assert "oneDNN" in told and "pip install" in told and "half as fast" in told
+
+
+@needs_onednn
+def test_a_machine_without_a_compiler_says_so_once_and_goes_on(tmp_path):
+    variables = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
+    code, out, told = run(variables)
+    assert (code, out) == (0, "Convolutions on this CPU: XLA.\n")
+    assert len(told.splitlines()) == 1 and "install g++" in told
+
+
+@needs_onednn
+def test_a_compiler_that_fails(compiler):
+    code, out, told = run(compiler("echo no such header >&2; exit 1"))
+    assert (code, out) == (0, "Convolutions on this CPU: XLA.\n")
+    assert "no such header" in told and not compiler.libraries()
+
+
+@pytest.mark.parametrize(("choice", "told"), [("onednn", "pip install"), ("mkl", "auto, ")])
+def test_what_is_asked_for_and_impossible_is_refused(choice, told, tmp_path):
+    variables = {"CVJAX_CONV": choice, "DNNLROOT": str(tmp_path)}
+    code, out, sentence = run(variables)
+    assert (code, out) == (2, "")
+    assert len(sentence.splitlines()) == 1 and told in sentence and choice in sentence
+
+
+@needs_onednn
+def test_a_library_that_was_damaged_is_built_again(compiler):
+    variables = compiler()
+    assert run(variables)[1] == f"Convolutions on this CPU: {HERE}.\n"
+    assert run(variables)[:2] == (0, f"Convolutions on this CPU: {HERE}.\n")
+    assert compiler.calls() == 1
+    (library,) = compiler.libraries()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:10_000])
+    assert run(variables)[1] == f"Convolutions on this CPU: {HERE}.\n"
+    assert compiler.calls() == 2 and library.read_bytes() == whole
+    library.with_suffix(".sha256").unlink()
+    assert run(variables)[0] == 0 and compiler.calls() == 3
+
+
+@needs_onednn
+def test_two_processes_build_once_and_a_killed_compiler_leaves_nothing(compiler):
+    variables = compiler("kill -9 $PPID")  # the process that waits for it
+    assert run(variables)[0] == -9 and not compiler.libraries()
+    variables = compiler("sleep 1")
+    both = [start(variables) for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate(timeout=200)
+        assert (process.returncode, out) == (0, f"Convolutions on this CPU: {HERE}.\n")
+    assert compiler.calls() == 2  # one of them was killed
+
+
+@needs_onednn
+def test_a_cache_that_cannot_be_written(compiler, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert run(compiler())[:2] == (0, f"Convolutions on this CPU: {HERE}.\n")
+
+
+@needs_onednn
+@pytest.mark.parametrize("choice", ["onednn", "xla"])
+def test_a_run_records_its_kernels(choice, tmp_path):
+    settings = ["--config=configs/digits_resnet.py", f"--workdir={tmp_path}"]
+    settings += ["--config.model.depth=8", "--config.model.width=4"]
+    settings += ["--config.total_steps=4", "--config.eval_every=4"]
+    code, _, told = run({"CVJAX_CONV": choice}, "train", *settings)
+    assert code == 0, told
+    manifest = json.loads((tmp_path / "config.json").read_text())
+    assert manifest["convolution"] == {"onednn": HERE, "xla": "XLA"}[choice]
+
+
+def test_the_quota_of_a_container_is_read(tmp_path):
+    assert onednn.cpu_limit(tmp_path) == 0
+    for text, limit in (("150000 100000", 2), ("max 100000", 0), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert onednn.cpu_limit(tmp_path) == limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_freed_memory_is_kept():
+    """A second array of the same size must not fault its pages in again."""
+    code = """
+import resource
+from cvjax import memory
+{call}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    counts = []
+    for call in ("assert memory.keep_freed()", ""):
+        command = [sys.executable, "-c", code.format(call=call)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        counts.append(int(done.stdout))
+    assert counts[0] < 100 < counts[1]
