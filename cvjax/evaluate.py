@@ -80,14 +80,14 @@ def evaluate(
       UserError: for a mistake that the user can mend.
     """
     network = load_network(workdir, checkpoint, fields)
-    _tell_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
+    _warn_of_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
     views = choose_views(network, crops, scales)
     folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
     if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
         raise UserError(
-            f"{dataset.name} has several classes an image; only sets with one can be "
+            f"{dataset.name} has several classes per image; only sets with one can be "
             "evaluated here."
         )
     scores, labels = predict_split(network, examples, views, batch_size)
@@ -142,7 +142,7 @@ def evaluate(
     return results
 
 
-def _tell_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
+def _warn_of_changes(was: dict[str, Any], fields: Mapping[str, Any]) -> None:
     changes = [
         f"{name}={value} instead of {was[name]}"
         for name, value in fields.items()

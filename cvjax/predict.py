@@ -66,7 +66,7 @@ def define_flags() -> None:
         "checkpoint", "last", "last, best (on validation) or the number of a step."
     )
     flags.DEFINE_integer("top", 5, "Classes named for each image.", lower_bound=1)
-    flags.DEFINE_boolean("json", False, "Print one JSON object a line for each image.")
+    flags.DEFINE_boolean("json", False, "Print one JSON object per image and line.")
     flags.mark_flag_as_required("workdir")
 
 

@@ -1,4 +1,4 @@
-"""How a long loop gets on: a bar on a terminal, lines in the log elsewhere."""
+"""Progress reporting: a bar on a terminal, lines in the log elsewhere."""
 
 import contextlib
 import sys

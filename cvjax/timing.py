@@ -1,6 +1,6 @@
-"""Times of several ways to do the same, taken in turns.
+"""Times of several implementations of the same, interleaved.
 
-A machine's speed may change from one minute to the next. Ways that take turns see the same
+A machine's speed may change from one minute to the next. What is interleaved sees the same
 machine, so that ratios are taken round by round, and their median is what counts.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 def interleave(
     ways: Mapping[Hashable, Callable[[], Any]], rounds: int, *, warm_up: int = 1
 ) -> dict[Hashable, np.ndarray]:
-    """Seconds of each call, float64 [rounds], the ways taking turns.
+    """Seconds of each call, float64 [rounds], interleaved.
 
     Args:
       ways: what to time; JAX's arrays that a call returns are waited for.

@@ -421,7 +421,7 @@ def test_mistakes_get_one_sentence():
         ),
         (
             lambda: experiment.check_targets(None, 0.0),
-            "a part, above 0 and up to 1, got 0.0.",
+            "a fraction, above 0 and up to 1, got 0.0.",
         ),
         (lambda: experiment.parse_member("runs/a@x"), "resized, got 'runs/a@x'."),
         (lambda: experiment.parse_member("runs/a@0"), "resized, got 'runs/a@0'."),

@@ -844,7 +844,7 @@ def import_file(net, path, model_name, fields, side):
     torch.save({"state_dict": net.state_dict(), "epoch": 3}, path)
     tensors = load_tensors(path)
     num_classes = [len(a) for name, a in tensors.items() if name.endswith("bias")][-1]
-    fields = interop.evident_fields(model_name, tensors) | fields
+    fields = interop.infer_fields(model_name, tensors) | fields
     model = create_model(model_name, num_classes, **fields)
     return model, interop.convert(tensors, model, (side, side, 3))
 

@@ -598,7 +598,7 @@ BAD = [
     (
         "resnet_cifar",
         {"depth": 14, "blocks": (3, 3)},
-        "blocks takes three numbers, one a stage, got (3, 3).",
+        "blocks takes three numbers, one per stage, got (3, 3).",
     ),
     (
         "resnet_cifar",
@@ -665,7 +665,7 @@ BAD = [
     (
         "convnet",
         {"kernels": (3,)},
-        "features, kernels, strides and paddings need one number a layer each, but they "
+        "features, kernels, strides and paddings need one number per layer each, but they "
         "have 2, 1, 2, 2.",
     ),
     ("convnet", {"paddings": (0, -1)}, "paddings must be 0 or more, got (0, -1)."),

@@ -923,13 +923,13 @@ def test_impossible_models(name, fields, sentence):
         (
             "alexnet",
             (62, 80, 3),
-            "AlexNet needs images of 63 pixels a side or more, got "
+            "AlexNet needs images of 63 pixels per side or more, got "
             "62x80; use larger images, or vgg or resnet for small ones.",
         ),
         (
             "vgg",
             (40, 31, 3),
-            "VGG needs images of 32 pixels a side or more, got 40x31; use "
+            "VGG needs images of 32 pixels per side or more, got 40x31; use "
             "larger images, or resnet_cifar for small ones.",
         ),
     ],

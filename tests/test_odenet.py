@@ -302,7 +302,7 @@ def test_the_first_failure_in_time_is_told_whatever_its_block_is_called():
         (
             solvers.NOT_FINITE,
             {},
-            "not finite .*8 equal steps of heun.*lower optim.learning",
+            "not finite .*8 fixed steps of heun.*lower optim.learning",
         ),
     ],
 )

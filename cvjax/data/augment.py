@@ -172,7 +172,7 @@ def jitter_lighting(
     """To every pixel of an image the same colour is added, drawn along the colour axes.
 
     Args:
-      rng: draws one number an image and axis, normal with standard deviation `spread`.
+      rng: draws one number per image and axis, normal with standard deviation `spread`.
       images: floats in [0, 1], [batch, height, width, channels].
       color_axes: see `compute_color_axes`.
       spread: 0.1 in the paper.

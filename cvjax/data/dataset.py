@@ -88,7 +88,7 @@ class Dataset:
       train: what is trained on.
       val: split off the training images, for choosing and stopping.
       test: for the final numbers only.
-      class_names: one a class.
+      class_names: one per class.
       fingerprint: hex digest of what the splits hold; a run resumes on equal data only.
     """
 

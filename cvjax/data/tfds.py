@@ -46,7 +46,7 @@ class Decoded:
     Attributes:
       images: uint8 [n, height, width, channels] by TFDS split.
       labels: int32 [n] by TFDS split.
-      class_names: one a class.
+      class_names: one per class.
       fingerprint: hex digest of the other three. The PNG files around the same pixels
         differ from one encoder to another, so the source's own says less.
     """

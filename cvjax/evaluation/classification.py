@@ -80,12 +80,12 @@ def draw_confusion_matrix(
 ) -> None:
     """Draws a confusion matrix into a PNG.
 
-    Colours are fractions of the true class, on a scale that tells small ones from none; the
-    numbers, where there is room for them, are examples.
+    Colours are fractions of the true class, on a scale that separates small ones from none;
+    the numbers, where there is room for them, are examples.
 
     Args:
       matrix: see `confusion_matrix`.
-      class_names: one a class.
+      class_names: one per class.
       path: the PNG, replaced when it is complete.
       title: stands above it.
     """

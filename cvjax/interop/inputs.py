@@ -1,4 +1,4 @@
-"""What an imported network takes in and tells apart, from the command line."""
+"""What an imported network takes in and distinguishes, from the command line."""
 
 import dataclasses
 import pathlib
@@ -20,12 +20,12 @@ NORMALIZATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a network takes in and tells apart.
+    """What a network takes in, and the classes that it distinguishes.
 
     Attributes:
       image_shape: (height, width, channels).
       mean, std: of each channel, of images in [0, 1].
-      class_names: one a class.
+      class_names: one per class.
       dataset: the name of the data set it is evaluated on, or "".
       fingerprint: of that data set.
       resize: the short side that pictures are resized to before their centre is cropped,

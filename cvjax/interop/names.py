@@ -57,7 +57,7 @@ class Place:
     """Where in a state dict one of our arrays is.
 
     Attributes:
-      names: of its tensors: one, or one a block for an array that stacks blocks.
+      names: of its tensors: one, or one per block for an array that stacks blocks.
       shape: of each of those tensors.
       stacked: whether ours has a leading axis for them.
       side: of the images under a dense layer on pixels; 0 for all else.

@@ -18,7 +18,7 @@ How images are normalised is a part of the network that no state dict holds: it 
 said, with --normalization or with --mean and --std. The authors of a file know; guesses
 cost accuracy. Two that are easy to get wrong: the CIFAR ResNets of akamaster were trained
 with "imagenet", and torchvision's trained GoogLeNet expects "symmetric" (its
-`transform_input`). What a state dict does not tell either: for CIFAR ResNets with shortcut
+`transform_input`). What a state dict does not show either: for CIFAR ResNets with shortcut
 "A" the field pad_channels, which is "both" in that repository.
 
 The workdir is one for `python -m cvjax.evaluate` (if there is a --dataset), for
@@ -102,8 +102,8 @@ def convert(
     return {"batch_stats": {}} | traverse_util.unflatten_dict(flat)
 
 
-def evident_fields(model_name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The fields of a network that the names in a state dict tell by themselves."""
+def infer_fields(model_name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a network that the names in a state dict determine."""
     if model_name == "googlenet":
         has_heads = any(name.startswith("aux") for name in tensors)
         return {"variant": "3x3", "batch_norm": True, "auxiliary_heads": has_heads}
@@ -127,7 +127,7 @@ def write_workdir(
       workdir: a folder that holds no run yet, created if need be.
       source: see `tensors.load_tensors`.
       model_name: a key of `models.MODELS`.
-      fields: of the model; those in `evident_fields` need not be given.
+      fields: of the model; those in `infer_fields` need not be given.
       inputs: what the network takes in.
 
     Raises:
@@ -136,7 +136,7 @@ def write_workdir(
     check_choice("--model", model_name, tuple(MODELS))
     tensors = load_tensors(source)
     config = default_config(model_name)
-    fields = evident_fields(model_name, tensors) | dict(fields)
+    fields = infer_fields(model_name, tensors) | dict(fields)
     # Before the config takes them: it knows names and types, but not what makes a net.
     model = create_model(model_name, len(inputs.class_names), **fields)
     config.model.update(fields)
@@ -214,8 +214,10 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", "", "The data set it was trained on, such as cifar10.")
     flags.DEFINE_string("data_dir", "", "Where prepared TFDS sets are.")
     flags.DEFINE_integer("num_classes", None, "Without --dataset: the number of classes.")
-    flags.DEFINE_string("class_names", "", "Without --dataset: a file, one name a line.")
-    flags.DEFINE_integer("image_size", None, "Without --dataset: pixels a side.")
+    flags.DEFINE_string(
+        "class_names", "", "Without --dataset: a file with one name per line."
+    )
+    flags.DEFINE_integer("image_size", None, "Without --dataset: pixels per side.")
     flags.DEFINE_integer(
         "resize",
         None,

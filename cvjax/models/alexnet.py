@@ -116,7 +116,7 @@ VARIANTS = {
 }
 KERNELS, STRIDES, PADDINGS = (11, 5, 3, 3, 3), (4, 1, 1, 1, 1), (2, 2, 1, 1, 1)
 POOLED = (1, 2, 5)  # layers before a pooling
-SMALLEST = 63  # pixels a side, for the last pooling to have three
+SMALLEST = 63  # pixels per side, for the last pooling to have three
 
 
 class AlexNet(nn.Module):
@@ -132,7 +132,7 @@ class AlexNet(nn.Module):
 
     Raises:
       UserError: at construction for impossible fields; on the first call for images of
-        less than 63 pixels a side.
+        less than 63 pixels per side.
     """
 
     num_classes: int
@@ -154,7 +154,7 @@ class AlexNet(nn.Module):
         height, width = images.shape[1:3]
         if min(height, width) < SMALLEST:
             raise UserError(
-                f"AlexNet needs images of {SMALLEST} pixels a side or more, got "
+                f"AlexNet needs images of {SMALLEST} pixels per side or more, got "
                 f"{height}x{width}; use larger images, or vgg or resnet for small ones."
             )
         dtype, variant = DTYPES[self.dtype], VARIANTS[self.variant]

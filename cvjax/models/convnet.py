@@ -24,9 +24,9 @@ class ConvNet(nn.Module):
 
     Attributes:
       num_classes: size of the logits.
-      features, kernels, strides, paddings: of the convolutions, one number a layer: K, F,
+      features, kernels, strides, paddings: of the convolutions, one number per layer: K, F,
         S and P of the lecture's formulas.
-      pool: "max" or "average", over `pool_size` pixels a side, without overlap.
+      pool: "max" or "average", over `pool_size` pixels per side, without overlap.
       dtype: of the computation, "float32" or "bfloat16"; parameters and logits are float32.
 
     Raises:
@@ -57,7 +57,7 @@ class ConvNet(nn.Module):
         if len({len(field) for field in fields}) > 1:
             lengths = ", ".join(str(len(field)) for field in fields)
             raise UserError(
-                "features, kernels, strides and paddings need one number a layer each, "
+                "features, kernels, strides and paddings need one number per layer each, "
                 f"but they have {lengths}."
             )
         if any(padding < 0 for padding in self.paddings):

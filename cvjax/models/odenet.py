@@ -92,7 +92,7 @@ class Frame:
 
 
 class ODENet(nn.Module):
-    """Stem, one ODE block a stage, head.
+    """Stem, one ODE block per stage, head.
 
     Attributes:
       num_classes: size of the logits.
@@ -107,8 +107,8 @@ class ODENet(nn.Module):
       theta, pieces: parameters constant, or piecewise "constant" or "linear", in time; see
         `nn.ode.ODEBlock`.
       solver, steps, rtol, atol, max_steps, gradient, per_sample: see `nn.solver.Solver`;
-        the defaults are eight equal steps of Heun's method.
-      walk: how equal steps are walked, one of `nn.depth.WALKS`.
+        the defaults are eight fixed steps of Heun's method.
+      walk: how fixed steps are compiled, one of `nn.depth.WALKS`.
       dtype: in which convolutions are computed, "float32" or "bfloat16"; parameters, what
         lies between layers (the state of the ODE), norms and logits are float32.
 
@@ -147,7 +147,7 @@ class ODENet(nn.Module):
         if self.dtype == "bfloat16" and not self.steps:
             raise UserError(
                 "dtype 'bfloat16' does not go with adaptive steps (steps 0), which would "
-                "take its rounding for the method's error; use 'float32', or equal steps."
+                "take its rounding for the method's error; use 'float32', or fixed steps."
             )
         super().__post_init__()
 
@@ -170,8 +170,8 @@ class DiscreteNet(nn.Module):
       body: "blocks": `length` blocks x + f(x), each with its own f and without t, as in
         the paper's ResNet; "tied": `length` blocks x + h f(x, t) with one f, that of the
         ODE-net, h = 1 / length and t = 0, h, 2h, ...: Euler's method.
-      length: blocks a stage; 0 for none.
-      walk: how the blocks are walked, one of `nn.depth.WALKS`.
+      length: blocks per stage; 0 for none.
+      walk: how the blocks are compiled, one of `nn.depth.WALKS`.
       Others: see `ODENet`.
 
     Raises:

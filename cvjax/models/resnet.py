@@ -88,7 +88,7 @@ class ResNet(nn.Module):
       norm_momentum: of BatchNorm's running averages.
       norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
         whole batch; see `nn.norm.BatchNorm`.
-      walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+      walk: how the blocks of a stage are compiled, one of `nn.depth.WALKS`.
       remat: whether the gradient computes the blocks of the stages again instead of keeping
         what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";

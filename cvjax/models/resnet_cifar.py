@@ -10,7 +10,7 @@
 Depth is 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper. A plain net has the same layers,
 the same parameters and the same initialisation; it lacks the shortcuts and nothing else.
 The pre-activation form (He et al. 2016, arXiv:1603.05027) is x + h * f(x), one explicit
-Euler step a block. The two blocks that halve the image are no steps in this sense: they
+Euler step per block. The two blocks that halve the image are no steps in this sense: they
 lead from one differential equation to the next, and h is not in them.
 
 Where the paper is silent: BatchNorm's running averages have momentum 0.9, kernels are
@@ -70,7 +70,7 @@ class CifarResNet(nn.Module):
       norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
         whole batch; see `nn.norm.BatchNorm`.
       activation: "relu", as in the papers, or "sigmoid".
-      walk: how the blocks of a stage are walked, one of `nn.depth.WALKS`.
+      walk: how the blocks of a stage are compiled, one of `nn.depth.WALKS`.
       remat: whether the gradient computes the blocks of the stages again instead of keeping
         what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
@@ -201,7 +201,7 @@ def refined_fields(fields: Mapping[str, Any], factor: int = 2) -> dict[str, Any]
 def _check_blocks(blocks: tuple[int, ...], depth: int) -> None:
     check_positive(blocks=blocks)
     if len(blocks) != 3:
-        raise UserError(f"blocks takes three numbers, one a stage, got {blocks}.")
+        raise UserError(f"blocks takes three numbers, one per stage, got {blocks}.")
     layers = _count_layers(blocks)
     if depth != layers:
         raise UserError(

@@ -39,7 +39,7 @@ STAGES = {
     19: (2, 2, 4, 4, 4),
 }
 HEADS = ("imagenet", "small")
-SMALLEST = 32  # pixels a side, halved five times
+SMALLEST = 32  # pixels per side, halved five times
 
 
 class VGG(nn.Module):
@@ -62,7 +62,7 @@ class VGG(nn.Module):
 
     Raises:
       UserError: at construction for impossible fields; on the first call for images of
-        less than 32 pixels a side.
+        less than 32 pixels per side.
     """
 
     num_classes: int
@@ -93,7 +93,7 @@ class VGG(nn.Module):
         height, width = images.shape[1:3]
         if min(height, width) < SMALLEST:
             raise UserError(
-                f"VGG needs images of {SMALLEST} pixels a side or more, got "
+                f"VGG needs images of {SMALLEST} pixels per side or more, got "
                 f"{height}x{width}; use larger images, or resnet_cifar for small ones."
             )
         dtype = DTYPES[self.dtype]

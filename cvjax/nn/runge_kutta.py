@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods with equal steps: depth as a number of steps.
+"""Explicit Runge-Kutta methods with fixed steps: depth as a number of steps.
 
 A step of length h evaluates f at a few times and adds a weighted sum of the results:
 

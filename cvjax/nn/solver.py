@@ -26,7 +26,7 @@ class Solver:
     Attributes:
       method: one of `METHODS`. Order 1: "euler"; 2: "midpoint", "heun", "reversible_heun";
         4: "rk4"; 5: "tsit5", "dopri5".
-      steps: the number of equal steps, or 0 for steps that adapt to the tolerances; the
+      steps: the number of fixed steps, or 0 for steps that adapt to the tolerances; the
         methods for which they can are `ADAPTIVE`.
       rtol, atol: of adaptive steps; the error estimated for a step is kept below
         atol + rtol * |x|, root mean square over what shares the step.

@@ -1,4 +1,4 @@
-"""What all figures share: how their axes are dressed, and how they reach the disk."""
+"""What all figures share: how their axes are styled, and how they reach the disk."""
 
 import os
 import pathlib

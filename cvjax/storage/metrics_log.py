@@ -1,6 +1,6 @@
 """Metrics on disk: workdir/metrics.jsonl, and event files for TensorBoard.
 
-metrics.jsonl has one JSON object a line, {"step": 200, "train/loss": 0.53, ...}: "step"
+metrics.jsonl has one JSON object per line, {"step": 200, "train/loss": 0.53, ...}: "step"
 first, then the keys in alphabetical order. A call of `write` makes one line. A step may
 have several, one with the training metrics and one for each evaluation, and they stay
 in the order of writing. Keys that depend on the clock begin with "time/"; all else is

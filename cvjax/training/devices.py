@@ -5,7 +5,7 @@ or a sum over the batch (the loss and its gradient, BatchNorm's statistics, the 
 over the batches of all devices together: the arrays are global ones and `jit` adds the
 communication, so that a run does not depend on the number of devices but for rounding.
 
-With several processes (one a host, or one a device) each reads its own share of a batch.
+With several processes (one per host or per device) each reads its own share of a batch.
 The first process alone touches the workdir: it writes everything, and what it reads there
 it passes on. All processes take the same decisions at the same steps, or they would wait
 for each other for ever; what only one of them knows goes through `any_process`,

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and Ctrl-C ask the loop to stop, and it saves first."""
+"""Graceful shutdown: SIGTERM and Ctrl-C ask the loop to stop, and it saves first."""
 
 import contextlib
 import dataclasses

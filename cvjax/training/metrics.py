@@ -197,7 +197,7 @@ def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[s
     """Means over all examples of some batches, added in float64.
 
     Args:
-      sums: one a batch.
+      sums: one per batch.
       num_classes: size of the logits.
       prefix: of the keys, for example "val".
       count: the number of examples that there must be; it is asserted.

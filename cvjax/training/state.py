@@ -107,7 +107,7 @@ class Record:
 
     Attributes:
       data_fingerprint: of the data set.
-      model: name and fields of the network, which its arrays do not tell: a plain net has
+      model: name and fields of the network, which its arrays do not show: a plain net has
         the same ones as a residual net. A checkpoint of other data or of another network
         is refused.
       last: the last evaluation: its "step" and its row of metrics.

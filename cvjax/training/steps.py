@@ -74,7 +74,7 @@ def training_images(
 def train_step(
     state: TrainState, batch: Batch, constants: Constants, *, recipe: Recipe
 ) -> TrainState:
-    """One update on a batch of "image" (uint8) and "label"; `state` is given up.
+    """One update on a batch of "image" (uint8) and "label"; `state` is donated.
 
     A model may draw from the stream "dropout", and may sow logits into the collection
     "auxiliary" [batch, classes]: the loss that is minimised, and logged, is then its own
@@ -118,7 +118,7 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     for solves in metrics.solves_of(seen).values():
         finite &= solves.failure == solvers.SUCCESSFUL
-    # What fails after the first bad step is its consequence, not the cause to be told.
+    # What fails after the first bad step is its consequence, not the cause to be reported.
     bad = state.monitor.bad_step != NEVER
     seen = jax.tree.map(partial(jnp.where, bad), metrics.without_failures(seen), seen)
     monitor = Monitor(
@@ -151,7 +151,7 @@ def train_steps(
     """Several updates in one call, each what `train_step` makes on its batch.
 
     Args:
-      state: is given up.
+      state: donated.
       examples: the whole training split, "image" and "label".
       rows: int32 [steps, batch], the examples of each batch.
       count: how many of the steps to make. It is no static number, so that calls of all
@@ -211,17 +211,17 @@ def evaluate(
       prefix: of the keys, for example "val".
       mesh: the devices that hold copies of the arrays and share each batch, which is
         rounded up to a multiple of their number; None for where the arrays are.
-      stop: asked after each batch; the evaluation is given up when it says True.
+      stop: asked after each batch; the evaluation is abandoned when it says True.
 
     Returns:
-      See `metrics.means`; None if it was given up.
+      See `metrics.means`; None if it was abandoned.
 
     Raises:
       DivergedError: if the solver of an ODE block failed.
     """
     sums = []
     fixed = {"model": recipe.model, "loss": recipe.loss}
-    # Closed, or the workers of a stream would outlive an evaluation that is given up.
+    # Closed, or the workers of a stream would outlive an evaluation that is abandoned.
     with contextlib.closing(_eval_batches(split, batch_size, mesh)) as batches:
         for batch in batches:
             sums.append(eval_step(params, batch_stats, batch, statistics, **fixed))
@@ -229,8 +229,10 @@ def evaluate(
                 return None
     failure = metrics.first_failure(jax.device_get(sums))
     if failure:
-        told = describe_failure(recipe.model, *failure)
-        raise DivergedError(f"The evaluation ({prefix or 'of the network'}) failed. {told}")
+        cause = describe_failure(recipe.model, *failure)
+        raise DivergedError(
+            f"The evaluation ({prefix or 'of the network'}) failed. {cause}"
+        )
     return metrics.means(sums, recipe.model.num_classes, prefix, len(split))
 
 
@@ -250,19 +252,19 @@ def describe_failure(model: nn.Module, block: str, solves: metrics.Solves) -> st
     tried, rejected = int(solves.failed_steps), int(solves.failed_rejected)
     kept = f"{tried - rejected} steps accepted, {rejected} rejected"
     how = (
-        f"{model.steps} equal steps of {model.solver}"
+        f"{model.steps} fixed steps of {model.solver}"
         if model.steps
         else f"{model.solver}, rtol {model.rtol:g}, atol {model.atol:g}"
     )
     if int(solves.failure) == solvers.MAX_STEPS:
         what = f"did not reach the end of its time in max_steps {model.max_steps}"
         advice = (
-            "raise model.max_steps, loosen model.rtol and model.atol, or take equal steps "
+            "raise model.max_steps, loosen model.rtol and model.atol, or take fixed steps "
             "(model.steps=8)"
         )
     elif int(solves.failure) == solvers.UNDERFLOW:
         what = "had to take steps too short for the type of its numbers"
-        advice = "loosen model.rtol and model.atol, or take equal steps (model.steps=8)"
+        advice = "loosen model.rtol and model.atol, or take fixed steps (model.steps=8)"
     else:
         what = "came to values that are not finite"
         advice = (

@@ -21,7 +21,7 @@ def draw_augmentation(
     draws: Mapping[str, np.ndarray],
     path: str | os.PathLike[str],
 ) -> None:
-    """A row an augmentation: images beside draws of them, and errors of training with it.
+    """A row per augmentation: images beside draws of them, and errors of training with it.
 
     Points are means over the seeds, bars one standard deviation; the band is that of the
     validation error without augmentation.

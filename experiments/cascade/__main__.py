@@ -5,7 +5,7 @@
 
 Trains a few nets of one data set with several seeds, or takes trained ones: any workdirs,
 each with "@20" to have its images resized to 20 pixels. The cheapest net sees every image,
-a costlier one only where the average of the probabilities so far is not sure enough
+a costlier one only where the average of the probabilities so far is not confident enough
 (`early_exit`, arXiv:2012.01988). The paper finds cascades that are several times as fast as
 the best single net of equal accuracy.
 
@@ -13,13 +13,13 @@ On validation: temperatures if asked for (--calibrate), the nets and thresholds 
 the target for the least multiply-adds, and whether this is also faster on this machine; if
 it is not, the largest net alone is taken, and that is said. The target is the largest net's
 own validation accuracy, less --tolerance times its standard error; or --target_accuracy; or
-the best accuracy for --target_cost, a part of the largest net's multiply-adds. On test:
+the best accuracy for --target_cost, a fraction of the largest net's multiply-adds. On test:
 everything that is reported. The fewer images there are to choose by, the more the choice is
 luck: the 300 of the digits (quick) show how it works and no more.
 
-Times are medians over rounds in which all candidates take turns on the same images, with
-all that a cascade costs besides its nets. Of ensembles, and of the cascades that were not
-chosen (small points), the time is computed from those of their nets.
+Times are medians over rounds in which all candidates are interleaved on the same images,
+with all that a cascade costs besides its nets. Of ensembles, and of the cascades that were
+not chosen (small points), the time is computed from those of their nets.
 
 Trained nets and measured seeds are found again when the same command is given again.
 """
@@ -54,7 +54,7 @@ def quick() -> ml_collections.ConfigDict:
 
 
 def medium() -> ml_collections.ConfigDict:
-    """MNIST, 19,200 images a net: a quarter of an hour on two CPU cores."""
+    """MNIST, 19,200 images per net: a quarter of an hour on two CPU cores."""
     config = quick()
     config.train_eval_examples = 0
     config.data.name = "mnist"
@@ -99,7 +99,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_float("target_accuracy", None, "Instead: on validation.")
     flags.DEFINE_float(
-        "target_cost", None, "Instead: a part of the largest net's multiply-adds."
+        "target_cost", None, "Instead: a fraction of the largest net's multiply-adds."
     )
     flags.DEFINE_integer(
         "batch_size", 500, "Images that the first net sees at a time.", lower_bound=1
@@ -151,7 +151,7 @@ def check_targets(accuracy: float | None, cost: float | None) -> None:
             f"--target_accuracy is a fraction above 0 and up to 1, got {accuracy}."
         )
     if cost is not None and not 0 < cost <= 1:
-        raise UserError(f"--target_cost is a part, above 0 and up to 1, got {cost}.")
+        raise UserError(f"--target_cost is a fraction, above 0 and up to 1, got {cost}.")
 
 
 def parse_member(text: str) -> tuple[str, pathlib.Path, int]:

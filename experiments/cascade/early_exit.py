@@ -1,7 +1,8 @@
 """Networks that stop early: a cascade asks the cheapest net first (Wang et al. 2022).
 
 Each net's class probabilities join the average of those before it; where the average is
-sure enough, the example is decided and the costlier nets never see it (arXiv:2012.01988).
+confident enough, the example is decided and the costlier nets never see it
+(arXiv:2012.01988).
 
   `decide`       what a cascade answers, when the probabilities of all its nets are known:
                  for choosing thresholds
@@ -132,7 +133,7 @@ def run_cascade(
     """Runs a cascade; what `decide` says, and costlier nets see undecided examples only.
 
     Args:
-      predict: one a net, the cheapest first: images [size, ...] to class probabilities
+      predict: one per net, the cheapest first: images [size, ...] to class probabilities
         [size, classes], for each size of `batch_sizes`.
       images: [n, ...].
       thresholds: one less than nets.

@@ -31,7 +31,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds of every point.
 
     Args:
-      runs: one a seed, each with "points": dicts with "kind" (a key of `KINDS`), "name",
+      runs: one per seed, each with "points": dicts with "kind" (a key of `KINDS`), "name",
         "error" (a fraction), "macs" and "milliseconds" (both an image, on average), the
         same kinds and names in each run.
 
@@ -69,8 +69,8 @@ def draw_cascade(
     figure = Figure(figsize=(10.5, 4.2), dpi=160, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, key, scale, label in (
-        (panels[0], "macs", 1e-6, "million multiply-adds an image, on average"),
-        (panels[1], "milliseconds", 1.0, "milliseconds an image, on average"),
+        (panels[0], "macs", 1e-6, "million multiply-adds per image, on average"),
+        (panels[1], "milliseconds", 1.0, "milliseconds per image, on average"),
     ):
         costs = [scale * row[key]["mean"] for row in table]
         errors = [100 * row["error"]["mean"] for row in table]

@@ -46,7 +46,7 @@ def measure(
       tolerance: how far the target is below the accuracy of the largest network on
         validation, in standard errors of the latter.
       target_accuracy: on validation, instead.
-      target_cost: instead, a part of the largest network's multiply-adds.
+      target_cost: instead, a fraction of the largest network's multiply-adds.
       batch_size: images that the first network sees at a time.
 
     Returns:

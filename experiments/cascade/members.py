@@ -32,10 +32,10 @@ class Member:
     """A network and what it costs.
 
     Attributes:
-      name: for people.
+      name: display name.
       network: as it was trained.
       views: one, which may be of another size.
-      macs: multiply-adds an image.
+      macs: multiply-adds per image.
       temperature: that logits are divided by.
     """
 

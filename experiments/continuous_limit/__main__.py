@@ -3,16 +3,16 @@
     python -m experiments.continuous_limit --preset=quick --workdir=runs/continuous_limit
 
 Solvers. An ODE-net with a smooth f is trained once a seed and then walked by Euler,
-midpoint, RK4 and Dopri5 with 1, 2, 4, ..., 64 equal steps, and by Dopri5 with adaptive
+midpoint, RK4 and Dopri5 with 1, 2, 4, ..., 64 fixed steps, and by Dopri5 with adaptive
 ones. Theory: the distance to the solution falls as steps**-p with p = 1, 2, 4, 5, once
 steps are small and as long as f is smooth (which it is not with relu). The solution is 128
 steps of Dopri5; distances are taken in float64, of x(1) and of the logits; p is fitted to
 the finest four numbers of steps that rounding leaves (`convergence.fit_order`).
 Test errors are in float32, as anywhere else.
 
-Blocks. Residual nets of n blocks a stage x + h f(x), h = 1/n, beside those that halve the
+Blocks. Residual nets of n blocks per stage x + h f(x), h = 1/n, beside those that halve the
 image, are trained from two starts: all blocks drawn independently, or those of a stage
-equal (a net of one block a stage, taken after its first step and refined). If they become
+equal (a net of one block per stage, taken after its first step and refined). If they become
 an ODE, theta[l] is a smooth function sampled at n points and neighbours differ by O(1/n).
 Independent draws differ by sqrt(2) and, as each block gets a gradient of O(1/n), may stay
 so. For the same reason blocks that start equal can differ by less than 1/n: the learning

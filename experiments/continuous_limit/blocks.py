@@ -14,7 +14,7 @@ from cvjax.nn import depth
 
 
 def stage_kernels(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The convolutions of each residual stage, a row a block: [blocks, weights].
+    """The convolutions of each residual stage, a row per block: [blocks, weights].
 
     Only kernels: BatchNorm's scales and biases start as ones and zeros in all blocks.
     """

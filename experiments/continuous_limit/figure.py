@@ -166,7 +166,7 @@ def _finish_depth(panel, counts, what: str) -> None:
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.set_xticks(counts, [str(count) for count in counts])
     panel.legend(fontsize=8, frameon=False)
-    _label(panel, "blocks a stage that keep the shape, n", what)
+    _label(panel, "blocks per stage that keep the shape, n", what)
 
 
 def _label(panel, x: str, y: str) -> None:

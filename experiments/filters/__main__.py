@@ -190,8 +190,8 @@ def load_examples(
     split = load_data(network, data_dir, cache_dir).val
     if split.labels.ndim > 1:
         raise UserError(
-            f"{network.run.data.name} has several classes an image; only sets with one can "
-            "be looked at here."
+            f"{network.run.data.name} has several classes per image; only sets with one "
+            "can be looked at here."
         )
     if len(split) < COUNT:
         raise UserError(
@@ -222,9 +222,9 @@ def look_at(
     ]
     top = top_patches.find_top(apply, batches, COUNT)
     spans = top_patches.receptive_spans(apply, shape)
-    loud = np.flatnonzero(~top.silent)
-    shown = loud[
-        np.linspace(0, len(loud) - 1, min(channels, len(loud))).round().astype(int)
+    active = np.flatnonzero(~top.silent)
+    shown = active[
+        np.linspace(0, len(active) - 1, min(channels, len(active))).round().astype(int)
     ]
     images, places = top.images[shown].reshape(-1), top.places[shown].reshape(-1, 2)
     units = np.repeat(shown, COUNT), places
@@ -253,7 +253,7 @@ def look_at(
 
 
 def agreement(top: top_patches.Top, labels: np.ndarray) -> dict[str, float | None] | None:
-    """`class_agreement` over the channels that are not silent."""
+    """`class_agreement` over the channels that are active."""
     labels = labels[top.images[~top.silent]]
     return spread(top_patches.class_agreement(labels)) if len(labels) else None
 

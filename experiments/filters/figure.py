@@ -35,7 +35,7 @@ def draw_filters(
     pictures: dict[str, list[tuple[list[np.ndarray], list[np.ndarray]]]],
     path: str | os.PathLike[str],
 ) -> None:
-    """The first kernel, and a row a layer: patches beside projections, class agreement.
+    """The first kernel, and a row per layer: patches beside projections, class agreement.
 
     Args:
       results: see experiments/filters.
@@ -53,7 +53,7 @@ def draw_filters(
         len(pictures) + 1, columns + 1, height_ratios=[0.62, *[1] * len(pictures)]
     )
     _draw_kernel(figure.add_subplot(grid[0, :columns]), kernel)
-    for row, (told, channels) in enumerate(
+    for row, (layer, channels) in enumerate(
         zip(results["table"], pictures.values(), strict=True), start=1
     ):
         for column, (patches, projections) in enumerate(channels):
@@ -61,11 +61,11 @@ def draw_filters(
             panel.imshow(_pair(patches, projections), interpolation="nearest")
             panel.set_axis_off()
             if column == 0:
-                text = f"{told['layer']}\nsees {_sight(told)}"
+                text = f"{layer['layer']}\nsees {_sight(layer)}"
                 place = {"x": -0.06, "y": 0.5, "ha": "right", "va": "center"}
                 panel.text(s=text, transform=panel.transAxes, fontsize=9, **place)
         panel = figure.add_subplot(grid[row, columns])
-        _draw_agreement(panel, told, results["chance"], is_last=row == len(pictures))
+        _draw_agreement(panel, layer, results["chance"], is_last=row == len(pictures))
     legend = figure.add_subplot(grid[0, columns])
     _draw_legend(legend)
     figure.suptitle(

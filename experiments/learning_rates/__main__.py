@@ -241,8 +241,8 @@ def measure_range(config: Config, seed: int, folder: pathlib.Path) -> dict[str, 
         [row[f"train/{key}"] for row in steps] for key in ("learning_rate", "loss")
     )
     if not steps:
-        told = run["diverged"]["message"]
-        raise DivergedError(f"The range test gave no finite loss at all. {told}")
+        message = run["diverged"]["message"]
+        raise DivergedError(f"The range test gave no finite loss at all. {message}")
     suggestion = range_test.suggest(tried, losses)
     found = {"seed": seed, "suggested": suggestion.rate, "least": suggestion.least}
     return {**found, "rates": tried, "losses": losses, **run}

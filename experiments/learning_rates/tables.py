@@ -15,7 +15,7 @@ FITS = ("train_eval/loss", "val/loss", "train_eval/error", "val/error")
 
 
 def tabulate_rates(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a learning rate: "rate", "n" (seeds), "diverged" (how many of them), "steps".
+    """A row per learning rate: "rate", "n" (seeds), "diverged" (how many of them), "steps".
 
     "loss" is the mean and spread of the last logged training loss of those that did not
     diverge, None if all did; "steps" those after which the first one diverged, or None.

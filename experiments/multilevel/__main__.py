@@ -72,7 +72,7 @@ def quick() -> ml_collections.ConfigDict:
 
 
 def medium() -> ml_collections.ConfigDict:
-    """CIFAR-10, narrow nets, 15,360 images a run: 20 minutes on two CPU cores."""
+    """CIFAR-10, narrow nets, 15,360 images per run: 20 minutes on two CPU cores."""
     config = _with_steps_of_equation(cifar10_resnet.get_config())
     config.total_steps = 240
     config.log_every = 10

@@ -12,7 +12,7 @@ After training, each ODE-net is evaluated with other solvers too: if the error s
 net has learnt an ODE; if it does not, it has learnt the steps that it was trained with.
 
 Memory is what XLA plans for one training step beyond its arguments; time is the median of
-training steps of all rows, taken in turns. Presets: quick (digits), medium (MNIST, 300
+training steps of all rows, interleaved. Presets: quick (digits), medium (MNIST, 300
 steps of 128 images), full (MNIST, 160 epochs, and CIFAR-10 as He et al.; for a GPU).
 
 Each run has a folder of its own under WORKDIR/runs; the same command goes on where it was

@@ -16,10 +16,10 @@ ROW_COLORS += ("#1f5a99", "#5b4a9e", "#a0408a", "#3d3d3d")
 
 
 def trajectories(network: Network, images: np.ndarray) -> np.ndarray:
-    """x(t) of the first ODE block, on the way of the network's equal steps.
+    """x(t) of the first ODE block, at the network's fixed steps.
 
     Args:
-      network: an ODE-net with equal steps (see the fields of `load_network`).
+      network: an ODE-net with fixed steps (see the fields of `load_network`).
       images: uint8 [n, height, width, channels].
 
     Returns:

@@ -76,7 +76,7 @@ def _draw_along(panel, net: str, runs: list[dict[str, Any]], at: int, key: str) 
     if not norms.size:
         return
     layers = 1 + np.arange(norms.shape[1])
-    if key == "states":  # two layers a block, after the stem
+    if key == "states":  # two layers per block, after the stem
         norms, layers = norms / np.maximum(norms[:, -1:], TINY), 2 * layers - 1
     label, color, marker = STYLES[net]
     logs = np.log10(np.where(norms > 0, norms, np.nan))  # zero has no place on the axis

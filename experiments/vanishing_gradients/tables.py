@@ -54,7 +54,7 @@ def ratio(states: list[float]) -> float:
 def factor(states: list[float]) -> float:
     """By what |dL/dx| is multiplied a layer, on its way from the last to the first state.
 
-    The geometric mean over two layers a block.
+    The geometric mean over two layers per block.
     """
     return ratio(states) ** (1 / (2 * (len(states) - 1)))
 
