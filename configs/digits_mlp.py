@@ -2,8 +2,8 @@
 
 Command:  python train.py --config=configs/digits_mlp.py --workdir=runs/digits_mlp
 Cost:     half a minute on two CPU cores
-Expected: test error 1 to 4 % (seeds 0 and 1: 2.0 and 1.3 %). At a learning rate of 0.1 two of
-          three seeds ended with dead ReLUs and the loss of a guess.
+Expected: test error 1 to 4 % (seeds 0 and 1: 2.0 and 1.3 %). At a learning rate of 0.1 two
+          of three seeds end at the loss of a guess.
 """
 
 from cvjax.training import default_config
