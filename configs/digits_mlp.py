@@ -2,7 +2,8 @@
 
 Command:  python train.py --config=configs/digits_mlp.py --workdir=runs/digits_mlp
 Cost:     half a minute on two CPU cores
-Expected: test error 1 to 4 %
+Expected: test error 1 to 4 % (seeds 0 and 1: 2.0 and 1.3 %). At a learning rate of 0.1 two
+          of three seeds end at the loss of a guess.
 """
 
 from cvjax.training import default_config
@@ -18,4 +19,6 @@ def get_config():
     config.data.name = "digits"
     config.data.batch_size = 64
     config.data.normalization = "channel"
+
+    config.optim.learning_rate = 0.03
     return config

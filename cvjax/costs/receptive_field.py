@@ -26,7 +26,7 @@ class Span:
 
     @property
     def field(self) -> int:
-        return self.high - self.low + 1
+        return int(self.high - self.low + 1)  # padding may be NumPy's integers
 
     def slide(self, size: int, stride: int, before: int, dilation: int = 1) -> "Span":
         """After a window over the map, with `before` rows of padding in front of it."""
