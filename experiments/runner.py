@@ -36,6 +36,7 @@ from typing import IO, Any
 import ml_collections
 from absl import flags, logging
 
+from cvjax.comparison.runs import training_seconds
 from cvjax.errors import (
     EXIT_CODES,
     DivergedError,
@@ -195,20 +196,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         **{key: manifest[key] for key in PROVENANCE},
         "seconds": training_seconds(metrics_log.read_metrics(folder / "metrics.jsonl")),
     }
-
-
-def training_seconds(rows: Iterable[Mapping[str, Any]]) -> float:
-    """Time spent on training steps: no compilation, evaluation or checkpoint.
-
-    Args:
-      rows: of metrics.jsonl.
-    """
-    seconds, before = 0.0, 0
-    for row in rows:
-        if "time/step_ms" in row:
-            seconds += row["time/step_ms"] / 1000 * (row["step"] - before)
-            before = row["step"]
-    return seconds
 
 
 def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
