@@ -74,6 +74,17 @@ def test_table_by_hand():
     assert row["train/error"]["std"] == pytest.approx(np.sqrt(0.02))
 
 
+def test_plain_against_residual_nets_by_hand():
+    runs = [canned_run("plain", 8, seed, first=64.0) for seed in (0, 1)]
+    runs += [canned_run("residual", 8, seed, first=1.0) for seed in (0, 2)]
+    runs += [canned_run("plain", 14, 0, first=1.0)]  # has no residual net beside it
+    claims = {claim["of"]: claim for claim in tables.contrasts(runs)}
+    assert {claim["depth"] for claim in claims.values()} == {8}
+    assert claims["factor/initial"]["difference"] == pytest.approx(2 - 1)
+    assert claims["train/error"]["difference"] == pytest.approx(0.2 - 0.3)
+    assert claims["train/error"]["n"] == [2, 2]
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_figure_from_given_numbers(tmp_path, seeds, capsys):
     runs = [

@@ -116,8 +116,10 @@ def main(arguments):
         for run_dir in runner.train_all(configs, processes=values.processes)
     ]
     table = tables.tabulate(runs)
+    claims = tables.contrasts(runs)
     runner.write_results(
-        folder, "vanishing_gradients", values.preset, table=table, runs=runs
+        *(folder, "vanishing_gradients", values.preset),
+        **{"table": table, "claims": claims, "runs": runs},
     )
     path = folder / "vanishing_gradients.png"
     figure.draw_gradients(runs, table, config.data.name, path)
