@@ -141,7 +141,8 @@ def test_table_by_hand():
     def run(name, error):
         return {"augmentation": name, "summary": dict.fromkeys(experiment.ERRORS, error)}
 
-    none, flip = experiment.tabulate([run("none", 0.1), run("flip", 0.3), run("none", 0.2)])
+    runs = [run("none", 0.1), run("flip", 0.3), run("none", 0.2)]
+    none, flip = experiment.tabulate(runs)
     assert (none["augmentation"], none["n"]) == ("none", 2)
     assert none["val/error"]["mean"] == pytest.approx(0.15)
     assert none["test/error"]["std"] == pytest.approx(0.005**0.5)
@@ -150,7 +151,10 @@ def test_table_by_hand():
         None,
     )
     assert percent(flip["test/error"]) == "30.00"
-    assert flip["difference"]["p"] is None  # of a single seed
+    (claim,) = experiment.contrasts(runs)
+    assert (claim["augmentation"], claim["against"]) == ("flip", "none")
+    assert claim["difference"] == pytest.approx(0.15)
+    assert claim["p"] is None  # of a single seed
 
 
 def test_names_tell_the_size():
@@ -178,6 +182,7 @@ def test_experiment_compares_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     assert [run["config"]["data"]["crop_padding"] for run in results["runs"]] == [0, 1]
     assert results["train_examples"] == 1_197
     assert [row["n"] for row in results["table"]] == [1, 1]
+    assert [claim["augmentation"] for claim in results["claims"]] == ["crop"]
     for key in ("versions", "device", "git", "command"):
         assert results["runs"][0][key]
 

@@ -382,6 +382,16 @@ def test_nets_of_a_preset(tmp_path, monkeypatch):
         assert not config.data.flip and not config.data.crop_padding
 
 
+def test_claim_by_hand():
+    """With many images Student's t is normal: 1.96 standard errors, p = 0.05."""
+    chosen = {"members": ["a", "b"], "difference": 0.00196}
+    chosen["difference_standard_error"] = 0.001
+    claim = experiment.contrast({"seed": 3, "chosen": chosen, "examples": 10**6})
+    assert claim["seed"] == 3
+    assert claim["interval"] == pytest.approx([0, 0.00392], abs=1e-6)
+    assert claim["p"] == pytest.approx(0.05, abs=1e-4)
+
+
 def test_experiment_measures_draws_and_does_nothing_twice(
     places, clock, tmp_path, monkeypatch, capsys
 ):
@@ -397,6 +407,9 @@ def test_experiment_measures_draws_and_does_nothing_twice(
     assert {"versions", "device", "git"} <= results["runs"][0].keys()
     assert results["table"][1]["name"] == "large"
     measured = results["runs"][0]["chosen"]
+    (claim,) = results["claims"]
+    assert claim["difference"] == measured["difference"]
+    assert claim["members"] == measured["members"]
     assert f"{measured['macs_ratio']:.2f} of its multiply-adds" in first
     with monkeypatch.context() as patch:
         patch.setattr(committee_report, "measure", None)  # would be called, and fail

@@ -230,6 +230,23 @@ def test_blocks_that_start_equal(tmp_path, monkeypatch):
     assert experiment.measure_resnet(*arguments) == found
 
 
+def test_claims_by_hand():
+    odenets = [
+        {"test/error": error, "solvers": [{"test/error": 9.0}, {"test/error": exact}]}
+        for error, exact in ((0.1, 0.2), (0.3, 0.5))
+    ]
+    resnets = [
+        {"blocks": 2, "start": start, "test/error": error}
+        for start, errors in (("equal", (0.1, 0.2)), ("independent", (0.4, 0.6)))
+        for error in errors
+    ]
+    exact, start = tables.contrasts({"odenet": odenets, "resnet": resnets})
+    assert exact["difference"] == pytest.approx(0.15)
+    assert exact["df"] == 1  # paired: of two differences
+    assert (start["blocks"], start["start"], start["against"]) == (2, *tables.STARTS)
+    assert start["difference"] == pytest.approx(0.5 - 0.15)
+
+
 @pytest.mark.slow
 def test_all_of_it(tmp_path, monkeypatch):
     few = tuple({"solver": "euler", "steps": n} for n in (1, 2, 4, 8))
@@ -245,6 +262,7 @@ def test_all_of_it(tmp_path, monkeypatch):
     assert drawn["initial/change"]["mean"] == pytest.approx(np.sqrt(2), rel=0.2)
     assert drawn["initial/change_f"]["mean"] > 0.3 and drawn["initial/move"]["mean"] > 0
     assert 0 < drawn["trained/moved"]["mean"] < 1
+    assert len(tables.contrasts(found["runs"])) == 3
     tables.show(found)
     figure.draw_limit(found, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from configs import digits_mlp
 from cvjax.errors import UserError
@@ -109,6 +110,28 @@ def test_table_of_fits_by_hand():
     assert row["train_eval/error"]["mean"] == pytest.approx(0.025)
     assert row["gap"]["mean"] == pytest.approx(0.25)
     assert row["gap"]["std"] == pytest.approx(0.3 / np.sqrt(2))
+
+
+def test_claims_by_hand():
+    runs = {
+        "capacity": [fit_of(setting, 0.1, 0.2) for setting in ("1", "2", "4")],
+        "regularisation": [
+            *(fit_of(setting, 0.1, val) for setting, val in (("0", 0.3), ("0", 0.5))),
+            {"setting": "0.1", "summary": None},
+            *(fit_of("crops", 0.3, val) for val in (0.6, 0.8)),
+        ],
+    }
+    claims = tables.contrasts(runs)
+    pairs = dict.fromkeys((c["part"], c["setting"], c["against"]) for c in claims)
+    assert list(pairs) == [
+        *(("capacity", "2", "1"), ("capacity", "4", "2")),
+        ("regularisation", "crops", "0"),  # 0.1 diverged
+    ]
+    found = {claim["of"]: claim for claim in claims[-3:]}
+    assert found["val/loss"]["difference"] == pytest.approx(0.7 - 0.4)
+    assert found["gap"]["difference"] == pytest.approx(0.4 - 0.3)
+    theirs = scipy.stats.ttest_ind([0.3, 0.4], [0.15, 0.25], equal_var=False)
+    assert found["val/error"]["p"] == pytest.approx(theirs.pvalue)
 
 
 def test_figures_from_given_numbers(tmp_path, capsys):

@@ -16,7 +16,7 @@ from cvjax.storage import metrics_log
 from cvjax.training import default_config, loop, trainer
 from cvjax.training.trained_network import load_network
 from experiments.multilevel import __main__ as multilevel
-from experiments.multilevel.figure import measure_time, tabulate
+from experiments.multilevel.figure import contrasts, measure_time, tabulate
 
 
 def tiny(total_steps=8):
@@ -120,6 +120,10 @@ def test_table_by_hand():
     assert several["step_ratio"]["mean"] == pytest.approx((3 / 10 + 7 / 28) / 2)
     assert single["time_ratio"]["mean"] == 1
     assert percent(several["test/error"], 1) == "20.0 ± 14.1"
+    runs[-1]["levels"][-1]["summary"]["test/error"] = 0.3
+    (claim,) = contrasts(runs)
+    assert (claim["method"], claim["against"]) == ("multi-level", "deep, h=1/4")
+    assert claim["difference"] == pytest.approx(-0.05)
 
 
 # Whole runs

@@ -12,6 +12,7 @@ from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.report.tables import percent
 from experiments.odenet_vs_resnet import __main__ as experiment
+from experiments.odenet_vs_resnet import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -83,11 +84,32 @@ def test_tables_by_hand():
     bad = {"solver": "Dopri5", "failure": "max_steps"}
     good = {"solver": "Dopri5", "test/nfe": 20.0, "test/error": 0.1}
     runs = [one(0.1, 20, [ok, bad]), one(0.3, 30, [ok, good])]
-    (row,) = experiment.tabulate(runs, {"Dopri5": {"step_ms": 3.0}})
+    (row,) = tables.tabulate(runs, {"Dopri5": {"step_ms": 3.0}})
     assert row["test/error"]["mean"] == pytest.approx(0.2)
     assert row["test/error"]["std"] == pytest.approx(np.sqrt(0.02))
     assert (row["nfe"]["mean"], row["n"], row["step_ms"]) == (25, 2, 3.0)
-    euler, dopri5 = experiment.tabulate_swaps(runs)
+    euler, dopri5 = tables.tabulate_swaps(runs)
     assert (euler["nfe"], euler["error"]["mean"]) == (1.0, 0.5)
     assert dopri5["nfe"] is None and dopri5["error"] is None
     assert percent({"mean": 0.2, "std": None}) == "20.00"
+
+
+def test_claims_by_hand():
+    def one(row, error, **nfe):
+        return {"row": row, "summary": {"test/error": error, **nfe}}
+
+    runs = [
+        *(one("1 block", error) for error in (0.1, 0.3)),
+        *(one("Dopri5", error, **{"test/nfe": 20.0}) for error in (0.2, 0.6)),
+        *(one("Dopri5, kinetic", error, **{"test/nfe": 14.0}) for error in (0.2, 0.4)),
+    ]
+    claims = {
+        (claim["row"], claim["against"], claim["of"]): claim["difference"]
+        for claim in tables.contrasts(runs)
+    }
+    assert claims == {
+        ("Dopri5", "1 block", "test/error"): pytest.approx(0.2),
+        ("Dopri5, kinetic", "Dopri5", "test/error"): pytest.approx(-0.1),
+        ("Dopri5, kinetic", "Dopri5", "test/nfe"): pytest.approx(-6),
+    }
+    assert {row for pair in tables.PAIRS for row in pair} == set(experiment.ROWS)

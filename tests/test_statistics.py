@@ -53,6 +53,16 @@ def test_pairs_as_scipy():
     assert found["interval"] == pytest.approx(list(theirs.confidence_interval()))
 
 
+def test_of_a_known_standard_error_as_scipy():
+    sample = statistics.spread(A)
+    error = sample["std"] / math.sqrt(len(A))
+    found = statistics.t_test(sample["mean"] - 0.5, error, len(A) - 1)
+    theirs = scipy.stats.ttest_1samp(A, 0.5)
+    assert found["p"] == pytest.approx(theirs.pvalue)
+    ends = [end - 0.5 for end in theirs.confidence_interval()]
+    assert found["interval"] == pytest.approx(ends)
+
+
 def test_from_a_published_number_as_scipy():
     found = statistics.difference_from(A, 0.5)
     assert found["p"] == pytest.approx(scipy.stats.ttest_1samp(A, 0.5).pvalue)

@@ -5,8 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax import lax
+from jax import numpy as jnp
 
 from cvjax.training.config import parse_config
 from experiments.vanishing_gradients import __main__ as experiment
@@ -44,6 +47,45 @@ def test_theory_by_hand():
     assert (word, round(sigmoid, 3)) == ("at most", 0.354)
 
 
+def batchnorm_factor(side, padding, layers=8, width=64, batch=64):
+    """The factor of |dL/dx| a layer, of relu(BatchNorm(conv)) drawn as He et al. do."""
+    image_rng, gradient_rng, rng = jax.random.split(jax.random.key(0), 3)
+    kernels = jax.random.normal(rng, (layers, 3, 3, width, width))
+    around = ((0, 0), (1, 1), (1, 1), (0, 0))
+
+    def layer(x, kernel):
+        x = jnp.pad(x, around, mode=padding)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        kernel *= (2 / (9 * width)) ** 0.5
+        x = lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=dimensions
+        )
+        return jax.nn.relu(jax.nn.standardize(x, axis=(0, 1, 2)))
+
+    x = jax.random.normal(image_rng, (batch, side, side, width))
+    pulls = []
+    for kernel in kernels:
+        x, pull = jax.vjp(layer, x, kernel)
+        pulls.append(pull)
+    gradient, norms = jax.random.normal(gradient_rng, x.shape), []
+    for pull in reversed(pulls):
+        gradient, _ = pull(gradient)
+        norms.append(float(jnp.linalg.norm(gradient)))
+    # The images are not behind a ReLU, as the inputs of other layers are.
+    return (norms[-2] / norms[0]) ** (1 / (layers - 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("padding", "expected"),
+    [("wrap", tables.theory("plain", 8, 44)[1]), ("constant", 1.16)],
+)
+def test_batchnorm_makes_gradients_explode_and_zero_padding_less_so(padding, expected):
+    """Periodic images have no edge, and Yang et al.'s limit; 1.16 was measured here."""
+    factors = [batchnorm_factor(side, padding) for side in (8, 4, 2)]
+    assert np.exp(np.mean(np.log(factors))) == pytest.approx(expected, abs=0.01)
+
+
 def test_factor_by_hand():
     """Three blocks of two layers: 8 = sqrt(2)^6."""
     assert tables.ratio([8.0, 5.0, 2.0, 1.0]) == 8.0
@@ -72,6 +114,17 @@ def test_table_by_hand():
     assert row["factor/trained"]["std"] == pytest.approx(np.sqrt(0.5))
     assert row["train/error"]["mean"] == pytest.approx(0.2)
     assert row["train/error"]["std"] == pytest.approx(np.sqrt(0.02))
+
+
+def test_plain_against_residual_nets_by_hand():
+    runs = [canned_run("plain", 8, seed, first=64.0) for seed in (0, 1)]
+    runs += [canned_run("residual", 8, seed, first=1.0) for seed in (0, 2)]
+    runs += [canned_run("plain", 14, 0, first=1.0)]  # has no residual net beside it
+    claims = {claim["of"]: claim for claim in tables.contrasts(runs)}
+    assert {claim["depth"] for claim in claims.values()} == {8}
+    assert claims["factor/initial"]["difference"] == pytest.approx(2 - 1)
+    assert claims["train/error"]["difference"] == pytest.approx(0.2 - 0.3)
+    assert claims["train/error"]["n"] == [2, 2]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -61,7 +61,7 @@ def difference_from(
         return _welch(_moments(values), known)
     mean, std, n = _moments(values)
     error = None if std is None else std / math.sqrt(n)
-    return {**_test(mean - known, error, n - 1), "n": [n, 1]}
+    return {**t_test(mean - known, error, n - 1), "n": [n, 1]}
 
 
 def paired_difference(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> dict[s
     differences = np.subtract(after, before)
     mean, std, n = _moments(differences)
     error = None if std is None else std / math.sqrt(n)
-    return {**_test(mean, error, n - 1), "n": [n, n]}
+    return {**t_test(mean, error, n - 1), "n": [n, n]}
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float | None, int]:
@@ -88,10 +88,17 @@ def _welch(after, before) -> dict[str, Any]:
         a, b = std**2 / n, other_std**2 / other_n
         error = math.sqrt(a + b)
         df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (other_n - 1)) if error else None
-    return {**_test(mean - other_mean, error, df), "n": [n, other_n]}
+    return {**t_test(mean - other_mean, error, df), "n": [n, other_n]}
 
 
-def _test(value: float, error: float | None, df: float | None) -> dict[str, Any]:
+def t_test(value: float, error: float | None, df: float | None) -> dict[str, Any]:
+    """Whether a difference of known standard error is zero; as `difference`, without "n".
+
+    Args:
+      value: the difference.
+      error: its standard error; None or 0 where it is unknown or nothing varies.
+      df: degrees of freedom of that error.
+    """
     if not error or error < ROUNDING:
         return {"difference": value, "interval": None, "df": None, "p": None}
     half = _critical(df) * error

@@ -173,6 +173,7 @@ def compare(
         steps=config.total_steps,
         labels={name: describe(name, choices[name]) for name in choices},
         table=tabulate(runs),
+        claims=contrasts(runs),
         runs=runs,
     )
     shown = dataset.train.images[np.array(images)]
@@ -181,7 +182,7 @@ def compare(
         for name in choices
     }
     draw_augmentation(results, shown / 255, draws, folder / "augmentation.png")
-    show(results["table"])
+    show(results["table"], results["claims"])
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {folder / 'augmentation.png'}")
 
@@ -224,28 +225,46 @@ def draw(
 
 
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per augmentation: "n" (seeds), each error's mean and spread, and "difference".
-
-    That is Welch's test of the validation error against that without augmentation.
-    """
+    """A row per augmentation: "n" (seeds), and each error's mean and spread."""
     table = []
-    plain = [run["summary"]["val/error"] for run in runs if run["augmentation"] == "none"]
-    for name in dict.fromkeys(run["augmentation"] for run in runs):
-        own = [run["summary"] for run in runs if run["augmentation"] == name]
+    for name, own in _groups(runs).items():
         errors = {key: spread([summary[key] for summary in own]) for key in ERRORS}
-        test = difference([summary["val/error"] for summary in own], plain)
-        table.append({"augmentation": name, "n": len(own), **errors, "difference": test})
+        table.append({"augmentation": name, "n": len(own), **errors})
     return table
 
 
-def show(table: list[dict[str, Any]]) -> None:
+def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claim: Welch's test of each validation error against that of no augmentation."""
+    errors = {
+        name: [summary["val/error"] for summary in own]
+        for name, own in _groups(runs).items()
+    }
+    return [
+        {
+            **{"augmentation": name, "against": "none", "error": "val/error"},
+            **difference(own, errors["none"]),
+        }
+        for name, own in errors.items()
+        if name != "none" and "none" in errors
+    ]
+
+
+def _groups(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    groups: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        groups.setdefault(run["augmentation"], []).append(run["summary"])
+    return groups
+
+
+def show(table: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
+    p = {claim["augmentation"]: p_value(claim["p"]) for claim in claims}
     rows = [
         [
             *(row["augmentation"], str(row["n"])),
             *(percent(row[key]) for key in ERRORS),
             percent_interval(row["val/error"]),
-            "" if row["augmentation"] == "none" else p_value(row["difference"]["p"]),
+            p.get(row["augmentation"], ""),
         ]
         for row in table
     ]

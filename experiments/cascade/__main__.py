@@ -34,6 +34,7 @@ from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.errors import UserError
 from cvjax.report import tables
+from cvjax.report.statistics import t_test
 from cvjax.report.tables import mean_std, percent, percent_interval
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
@@ -125,7 +126,10 @@ def report(
 ) -> None:
     """Writes, draws and prints what has been measured, a run for each seed."""
     table = tabulate(runs)
-    runner.write_results(folder, "cascade", **settings, table=table, runs=runs)
+    claims = [contrast(run) for run in runs]
+    runner.write_results(
+        folder, "cascade", **settings, table=table, claims=claims, runs=runs
+    )
     title = (
         f"{runs[0]['data']} test, {runs[0]['examples']:,} images, mean and standard "
         f"deviation of {len(runs)} seed{'s' * (len(runs) > 1)}; net: layers x width"
@@ -134,6 +138,19 @@ def report(
     show(table, runs)
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {folder / 'cascade.png'}")
+
+
+def contrast(run: dict[str, Any]) -> dict[str, Any]:
+    """The claim for a seed: the accuracy of what was chosen less the largest net's.
+
+    Both answer the same test images, so that the test is paired, over images.
+    """
+    chosen, count = run["chosen"], run["examples"]
+    test = t_test(chosen["difference"], chosen["difference_standard_error"], count - 1)
+    return {
+        **{"seed": run["seed"], "members": chosen["members"], "of": "accuracy"},
+        **{**test, "n": [count, count]},
+    }
 
 
 def check_targets(accuracy: float | None, cost: float | None) -> None:

@@ -130,6 +130,7 @@ def main(arguments):
         data=results["data"],
         exponents=results["exponents"],
         table=runner.join_parts({part: results[part] for part in parts}),
+        claims=tables.contrasts(results["runs"]),
         runs=runner.join_parts(results["runs"]),
     )
     figure.draw_limit(results, folder / "continuous_limit.png")

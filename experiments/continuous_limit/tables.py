@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import spread
+from cvjax.report.statistics import difference, paired_difference, spread
 from cvjax.report.tables import interval, mean_std, percent, percent_interval
 from experiments.continuous_limit import convergence
 
@@ -81,6 +81,33 @@ def tabulate_exponents(table: list[dict[str, Any]]) -> dict[str, dict[str, float
         }
         for start in STARTS
     }
+
+
+def contrasts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The claims, of test errors: the limit against the net as trained, and the two starts.
+
+    Args:
+      runs: those of "odenet" and of "resnet".
+
+    Returns:
+      "solvers": Dopri5 with the finest tolerance less the solver of training, paired as the
+      nets are the same. "blocks": independent less equal start for each number of blocks,
+      by Welch's test. Each with "part", "error", and as `statistics.difference`.
+    """
+    odenets, resnets = runs["odenet"], runs["resnet"]
+    exact = [run["solvers"][-1]["test/error"] for run in odenets]
+    trained = [run["test/error"] for run in odenets]
+    names = {"part": "solvers", "error": "test/error", "method": "dopri5"}
+    found = [{**names, "against": "as trained", **paired_difference(exact, trained)}]
+    for n in dict.fromkeys(run["blocks"] for run in resnets):
+        independent, equal = (
+            [run["test/error"] for run in resnets if (run["blocks"], run["start"]) == own]
+            for own in ((n, start) for start in STARTS)
+        )
+        names = {"part": "blocks", "error": "test/error", "blocks": n}
+        names |= dict(zip(("start", "against"), STARTS, strict=True))
+        found.append({**names, **difference(independent, equal)})
+    return found
 
 
 def show(results: dict[str, Any]) -> None:

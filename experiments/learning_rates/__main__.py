@@ -167,6 +167,7 @@ def main(arguments):
             data=results["data"],
             names=results["names"],
             table=runner.join_parts({part: results[part] for part in parts}),
+            claims=tables.contrasts(results["runs"]),
             runs=runner.join_parts({**results["runs"], "range": results["range"]}),
         )
         path = folder / "learning_rates.png"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import spread
+from cvjax.report.statistics import difference, spread
 from cvjax.report.tables import mean_std, percent, percent_interval
 from experiments.learning_rates.range_test import RULE
 
@@ -47,11 +47,46 @@ def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not all(own):
             continue
         row = {"setting": setting, "n": len(own)}
-        for key in FITS:
-            row[key] = spread([summary[key] for summary in own])
-        gaps = [summary["val/loss"] - summary["train_eval/loss"] for summary in own]
-        table.append({**row, "gap": spread(gaps)})
+        for key in (*FITS, "gap"):
+            row[key] = spread([measured(summary, key) for summary in own])
+        table.append(row)
     return table
+
+
+def measured(summary: dict[str, float], key: str) -> float:
+    """One of `FITS`, or "gap", of a run's summary."""
+    if key == "gap":
+        return summary["val/loss"] - summary["train_eval/loss"]
+    return summary[key]
+
+
+def contrasts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The claim: what capacity and regularisation change, by Welch's test.
+
+    Args:
+      runs: those of "capacity", each compared with the next smaller one, and of
+        "regularisation", each compared with the first, which has none.
+
+    Returns:
+      For each pair and "of" (gap, validation loss and error): "part", "setting", "against",
+      "of" and `statistics.difference`. Settings of which a run diverged are left out.
+    """
+    found = []
+    for part in ("capacity", "regularisation"):
+        groups: dict[str, list[Any]] = {}
+        for run in runs[part]:
+            groups.setdefault(run["setting"], []).append(run["summary"])
+        settings = [setting for setting, own in groups.items() if all(own)]
+        before = settings if part == "capacity" else settings[:1] * len(settings)
+        for setting, other in zip(settings[1:], before, strict=False):
+            for key in ("gap", "val/loss", "val/error"):
+                ours, theirs = (
+                    [measured(summary, key) for summary in groups[one]]
+                    for one in (setting, other)
+                )
+                names = {"part": part, "setting": setting, "against": other, "of": key}
+                found.append({**names, **difference(ours, theirs)})
+    return found
 
 
 def show(results: dict[str, Any]) -> None:

@@ -48,7 +48,13 @@ from cvjax.training import steps, train_and_evaluate, transfer
 from cvjax.training.config import parse_config
 from cvjax.training.trained_network import load_network
 from experiments import runner
-from experiments.multilevel.figure import REFERENCE, draw_multilevel, measure_time, tabulate
+from experiments.multilevel.figure import (
+    REFERENCE,
+    contrasts,
+    draw_multilevel,
+    measure_time,
+    tabulate,
+)
 
 PARTS = (60, 50, 50)
 # Methods and their folders.
@@ -128,7 +134,10 @@ def compare(
         for method in METHODS
     ]
     table = tabulate(runs)
-    runner.write_results(folder, "multilevel", preset, table=table, runs=runs)
+    claims = contrasts(runs)
+    runner.write_results(
+        folder, "multilevel", preset, table=table, claims=claims, runs=runs
+    )
     draw_multilevel(runs, table, folder / "multilevel.png")
     show(table)
     print(f"Results: {folder / 'results.json'}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report.figures import label_axes, save_figure
-from cvjax.report.statistics import spread
+from cvjax.report.statistics import difference, spread
 
 REFERENCE = "deep, h=1/4"  # the method that times are compared with
 ERRORS = ("val/error", "test/error")
@@ -73,6 +73,22 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return table
+
+
+def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claim: Welch's test of each method's test error against that of `REFERENCE`."""
+    errors: dict[str, list[float]] = {}
+    for run in runs:
+        last = run["levels"][-1]["summary"]
+        errors.setdefault(run["method"], []).append(last["test/error"])
+    return [
+        {
+            **{"method": method, "against": REFERENCE, "error": "test/error"},
+            **difference(own, errors[REFERENCE]),
+        }
+        for method, own in errors.items()
+        if method != REFERENCE
+    ]
 
 
 def draw_multilevel(

@@ -20,26 +20,22 @@ stopped.
 """
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 from absl import flags, logging
 
 from configs import cifar10_odenet, digits_odenet, mnist_odenet
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import first_examples
-from cvjax.report import tables
-from cvjax.report.statistics import spread
-from cvjax.report.tables import percent, percent_interval
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, steps, train_and_evaluate
 from cvjax.training.trained_network import load_network
 from experiments import runner
-from experiments.odenet_vs_resnet import figure
+from experiments.odenet_vs_resnet import figure, tables
 from experiments.odenet_vs_resnet.step_costs import measure_steps
 
 # label: model, its fields, settings of the loss
@@ -130,8 +126,9 @@ def main(arguments):
             {
                 "name": name,
                 "swap_examples": preset.swap_examples,
-                "table": tabulate(runs, costs["rows"]),
-                "swap_table": tabulate_swaps(runs),
+                "table": tables.tabulate(runs, costs["rows"]),
+                "swap_table": tables.tabulate_swaps(runs),
+                "claims": tables.contrasts(runs),
                 "costs": costs,
                 "runs": runs,
             }
@@ -139,7 +136,7 @@ def main(arguments):
     by_name = {part["name"]: part for part in parts}
     tables_of = {
         key: runner.join_parts({name: part[key] for name, part in by_name.items()})
-        for key in ("table", "swap_table")
+        for key in ("table", "swap_table", "claims")
     }
     runner.write_results(
         folder,
@@ -153,7 +150,7 @@ def main(arguments):
     for part in parts:
         name = part["name"]
         figure.draw_comparison(part, folder / f"odenet_vs_resnet_{name}.png")
-        show(part)
+        tables.show(part)
         print(f"Figure:  {folder / f'odenet_vs_resnet_{name}.png'}")
         adaptive = [run for run in part["runs"] if run["config"]["model"].get("steps") == 0]
         if adaptive:
@@ -263,77 +260,6 @@ def measure_swaps(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
             values = {"failure": str(error)}
         found.append({"solver": label, **values})
     return found
-
-
-def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """A row each: mean and sample standard deviation over the seeds, and the costs.
-
-    Returns:
-      "row", "n" (seeds), "parameters", "nfe" (forward, an image, in evaluation), each
-      error's "mean" and "std" (None for one seed), and of one training step "step_ms",
-      "step_ratio" (to the first row's), "memory_mb".
-    """
-    table = []
-    for row, own in _groups(runs):
-        summaries = [run["summary"] for run in own]
-        nfe = [s["test/nfe"] for s in summaries if "test/nfe" in s]
-        errors = {
-            key: spread([summary[key] for summary in summaries])
-            for key in ("val/error", "test/error")
-        }
-        table.append(
-            {
-                "row": row,
-                "n": len(own),
-                "parameters": summaries[0]["parameters"],
-                "nfe": spread(nfe or [steps_of(own[0]["config"]["model"])]),
-                **errors,
-                **costs[row],
-            }
-        )
-    return table
-
-
-def steps_of(model: dict[str, Any]) -> int:
-    """How often a discrete net applies a residual function."""
-    return model["stages"] * model["length"]
-
-
-def tabulate_swaps(runs) -> list[dict[str, Any]]:
-    """Rows "row", "solver", "nfe", "error" over the seeds; failed solves have None."""
-    table = []
-    for row, own in _groups(runs):
-        for swaps in zip(*(run["swaps"] for run in own), strict=True):
-            entry = {"row": row, "solver": swaps[0]["solver"], "n": len(swaps)}
-            if any("failure" in one for one in swaps):
-                table.append({**entry, "nfe": None, "error": None})
-                continue
-            nfe = float(np.mean([one["test/nfe"] for one in swaps]))
-            error = spread([one["test/error"] for one in swaps])
-            table.append({**entry, "nfe": nfe, "error": error})
-    return table
-
-
-def _groups(runs) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for row in dict.fromkeys(run["row"] for run in runs):
-        yield row, [run for run in runs if run["row"] == row]
-
-
-def show(part: dict[str, Any]) -> None:
-    """The table on the terminal."""
-    headings = ("net", "seeds", "parameters", "NFE", "test error %", "95 %")
-    headings += ("step ms", "MB")
-    rows = [
-        [
-            *(row["row"], str(row["n"]), f"{row['parameters']:,}"),
-            *(f"{row['nfe']['mean']:.1f}", percent(row["test/error"])),
-            percent_interval(row["test/error"]),
-            *(f"{row['step_ms']:.0f}", f"{row['memory_mb']:.0f}"),
-        ]
-        for row in part["table"]
-    ]
-    title = f"{part['name']}: mean ± standard deviation over the seeds, 95 % interval"
-    tables.show(title, headings, rows)
 
 
 if __name__ == "__main__":

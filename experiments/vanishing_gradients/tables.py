@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import spread
+from cvjax.report.statistics import difference, spread
 from cvjax.report.tables import interval, mean_std, percent
 
 
@@ -81,6 +81,33 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["train/error"] = spread([run["train/error"] for run in own])
         table.append(row)
     return table
+
+
+def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claim: plain less residual nets with BatchNorm, of each depth, by Welch's test.
+
+    Returns:
+      A row for each depth and each "of", as `tabulate` has it: "net", "against", "depth",
+      "of" and `statistics.difference`.
+    """
+    measures = {
+        "factor/initial": lambda run: factor(run["gradients"][0]["states"]),
+        "factor/trained": lambda run: factor(run["gradients"][-1]["states"]),
+        "train/error": lambda run: run["train/error"],
+    }
+    found = []
+    for depth in dict.fromkeys(run["depth"] for run in runs):
+        plain, residual = (
+            [run for run in runs if (run["net"], run["depth"]) == (net, depth)]
+            for net in ("plain", "residual")
+        )
+        if not plain or not residual:
+            continue
+        for key, measure in measures.items():
+            test = difference(list(map(measure, plain)), list(map(measure, residual)))
+            names = {"net": "plain", "against": "residual", "depth": depth, "of": key}
+            found.append({**names, **test})
+    return found
 
 
 def show(table: list[dict[str, Any]]) -> None:

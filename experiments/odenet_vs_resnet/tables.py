@@ -1,0 +1,113 @@
+"""The tables of experiments/odenet_vs_resnet, and what is claimed of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cvjax.report import tables
+from cvjax.report.statistics import difference, spread
+from cvjax.report.tables import percent, percent_interval
+
+# What is claimed: a block helps; one f over depth is better than one block of it, and as
+# good as six; two ways to write one function do the same; what the kinetic energy does.
+ONE_F = ("tied, 6 steps", "Euler, 6 steps", "Heun, 4 steps", "RK4, 2 steps", "Dopri5")
+PAIRS = (
+    ("1 block", "no block"),
+    ("6 blocks", "1 block"),
+    *((row, blocks) for row in ONE_F for blocks in ("1 block", "6 blocks")),
+    ("Euler, 6 steps", "tied, 6 steps"),
+    ("Dopri5, kinetic", "Dopri5"),
+)
+
+
+def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """A row each: mean and sample standard deviation over the seeds, and the costs.
+
+    Returns:
+      "row", "n" (seeds), "parameters", "nfe" (forward, an image, in evaluation), each
+      error's "mean" and "std" (None for one seed), and of one training step "step_ms",
+      "step_ratio" (to the first row's), "memory_mb".
+    """
+    table = []
+    for row, own in _groups(runs):
+        summaries = [run["summary"] for run in own]
+        nfe = [s["test/nfe"] for s in summaries if "test/nfe" in s]
+        errors = {
+            key: spread([summary[key] for summary in summaries])
+            for key in ("val/error", "test/error")
+        }
+        table.append(
+            {
+                "row": row,
+                "n": len(own),
+                "parameters": summaries[0]["parameters"],
+                "nfe": spread(nfe or [steps_of(own[0]["config"]["model"])]),
+                **errors,
+                **costs[row],
+            }
+        )
+    return table
+
+
+def steps_of(model: dict[str, Any]) -> int:
+    """How often a discrete net applies a residual function."""
+    return model["stages"] * model["length"]
+
+
+def tabulate_swaps(runs) -> list[dict[str, Any]]:
+    """Rows "row", "solver", "nfe", "error" over the seeds; failed solves have None."""
+    table = []
+    for row, own in _groups(runs):
+        for swaps in zip(*(run["swaps"] for run in own), strict=True):
+            entry = {"row": row, "solver": swaps[0]["solver"], "n": len(swaps)}
+            if any("failure" in one for one in swaps):
+                table.append({**entry, "nfe": None, "error": None})
+                continue
+            nfe = float(np.mean([one["test/nfe"] for one in swaps]))
+            error = spread([one["test/error"] for one in swaps])
+            table.append({**entry, "nfe": nfe, "error": error})
+    return table
+
+
+def contrasts(runs) -> list[dict[str, Any]]:
+    """The claims: `PAIRS` of rows that were trained, by Welch's test.
+
+    Returns:
+      For each pair and "of" (test error and, if the nets count them, evaluations of f):
+      "row", "against", "of" and `statistics.difference`.
+    """
+    groups = dict(_groups(runs))
+    found = []
+    for row, other in PAIRS:
+        if row not in groups or other not in groups:
+            continue
+        own, others = ([run["summary"] for run in groups[name]] for name in (row, other))
+        for key in ("test/error", "test/nfe"):
+            if key in own[0] and key in others[0]:
+                values = ([summary[key] for summary in part] for part in (own, others))
+                names = {"row": row, "against": other, "of": key}
+                found.append({**names, **difference(*values)})
+    return found
+
+
+def _groups(runs) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for row in dict.fromkeys(run["row"] for run in runs):
+        yield row, [run for run in runs if run["row"] == row]
+
+
+def show(part: dict[str, Any]) -> None:
+    """The table on the terminal."""
+    headings = ("net", "seeds", "parameters", "NFE", "test error %", "95 %")
+    headings += ("step ms", "MB")
+    rows = [
+        [
+            *(row["row"], str(row["n"]), f"{row['parameters']:,}"),
+            *(f"{row['nfe']['mean']:.1f}", percent(row["test/error"])),
+            percent_interval(row["test/error"]),
+            *(f"{row['step_ms']:.0f}", f"{row['memory_mb']:.0f}"),
+        ]
+        for row in part["table"]
+    ]
+    title = f"{part['name']}: mean ± standard deviation over the seeds, 95 % interval"
+    tables.show(title, headings, rows)
