@@ -1,5 +1,6 @@
 """A run's folder: one process in it, a record of what it is, a polite end."""
 
+import errno
 import json
 import os
 import pathlib
@@ -230,3 +231,33 @@ def test_outside_the_main_thread_nothing_is_set():
     thread.start()
     thread.join()
     assert seen == [(False, True)]
+
+
+# File systems without locks
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with workdir.lock(tmp_path):
+        for _ in range(2):
+            with pytest.raises(errors.WorkdirInUse), workdir.lock(tmp_path):
+                pass
+    with workdir.lock(tmp_path):
+        pass
+
+
+def test_what_stands_in_the_way_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    lock = workdir.lock(tmp_path)
+    with pytest.raises(errors.UserError, match=r"\.lock cannot be written"), lock:
+        pass
+
+
+def test_unfinished_files_of_a_killed_process_go(tmp_path):
+    (tmp_path / ".summary.json.x.tmp").write_text("")
+    with workdir.lock(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))

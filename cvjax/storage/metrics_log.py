@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cvjax import errors
-from cvjax.storage import workdir as workdirs
+from cvjax import errors, files
 
 Path = str | os.PathLike[str]
 
@@ -106,7 +105,7 @@ def drop_after(path: Path, step: int) -> int:
     kept = [line for row, line in rows if row["step"] <= step]
     content = b"".join(kept)
     if len(content) != path.stat().st_size:
-        workdirs.write_bytes(path, content)
+        files.write_bytes(path, content)
     return len(rows) - len(kept)
 
 

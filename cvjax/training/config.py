@@ -360,8 +360,19 @@ def _typed(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
 def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config of a run from its config.json.
 
-    Settings that are newer than the run get their defaults, which change nothing."""
-    complete = default_config(config["model"]["name"]).to_dict()
+    Settings that are newer than the run get their defaults, which change nothing.
+
+    Raises:
+      UserError: for what is no config.
+    """
+    model = config.get("model")
+    if not isinstance(model, dict) or "name" not in model:
+        raise UserError(
+            "the config.json of the run is damaged: its config has no model with a name; "
+            "put a good copy there, or train again in another --workdir."
+        )
+    complete = default_config(model["name"]).to_dict()
     for key, value in config.items():
-        complete[key] = complete[key] | value if isinstance(value, dict) else value
+        group = isinstance(value, dict) and isinstance(complete.get(key), dict)
+        complete[key] = complete[key] | value if group else value
     return ml_collections.ConfigDict(complete)
