@@ -109,8 +109,14 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
         )
 
 
-def parse_fields(texts: list[str]) -> dict[str, Any]:
+def parse_fields(
+    texts: list[str], takes: str = "--fields takes name=value,name=value"
+) -> dict[str, Any]:
     """["depth=20", "shortcut=A"] -> {"depth": 20, "shortcut": "A"}.
+
+    Args:
+      texts: a flag's.
+      takes: what to say of the flag if a text is nothing such.
 
     Raises:
       UserError: for anything that is not name=value, or a name that is no field of a model.
@@ -119,7 +125,7 @@ def parse_fields(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not value.strip():
-            raise UserError(f"--fields takes name=value,name=value, got {text!r}.")
+            raise UserError(f"{takes}, got {text!r}.")
         if not name.isidentifier() or name in ("name", "num_classes", "self", "parent"):
             raise UserError(f"{name!r} is no field of a network that can be chosen.")
         if name in fields:

@@ -3,6 +3,7 @@
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet --crops=10
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet --scales=28,32,40
+    python -m cvjax.evaluate --workdir=/shared/runs/cifar10_resnet --output=results
 
 The run may be finished or going on; nothing of it is changed. Results are shown, and
 written to WORKDIR/evaluation: a JSON file with all numbers and where they come from, the
@@ -18,6 +19,7 @@ confidence (Guo et al. 2017).
 
 import json
 import pathlib
+import re
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +60,7 @@ def evaluate(
     data_dir: str = "",
     cache_dir: str = "",
     fields: Mapping[str, Any] | None = None,
+    output: workdirs.Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the network of a run, and writes results and figures to its folder.
 
@@ -71,6 +74,7 @@ def evaluate(
       batch_size: in images; None for the run's own. It does not change the results.
       data_dir, cache_dir: where the data set is; "" for where it was at training.
       fields: of the model instead of those of the training, see `load_network`.
+      output: the folder that is written to; None for WORKDIR/evaluation.
 
     Returns:
       What is written as JSON; "files" are the paths of all that is written.
@@ -81,7 +85,8 @@ def evaluate(
     network = load_network(workdir, checkpoint, fields)
     _tell_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
     views = choose_views(network, crops, scales)
-    folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
+    folder = pathlib.Path(output or pathlib.Path(workdir) / "evaluation")
+    folder = workdirs.check_writable(folder, "--output")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
     if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
@@ -227,6 +232,9 @@ def _percent(fraction: float) -> str:
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
     flags.DEFINE_string("workdir", None, "The folder of a run of train.py.")
+    flags.DEFINE_string(
+        "output", None, "The folder of the results; WORKDIR/evaluation by default."
+    )
     flags.DEFINE_enum("split", "test", SPLITS, "The part of the data set.")
     flags.DEFINE_string(
         "checkpoint", "last", "last, best (on validation) or the number of a step."
@@ -277,6 +285,7 @@ def main(arguments):
         data_dir=values.data_dir,
         cache_dir=values.cache_dir,
         fields=cli.parse_fields(values.fields),
+        output=values.output,
     )
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -294,7 +303,7 @@ def parse_scales(texts: list[str]) -> tuple[int, ...]:
     Raises:
       UserError: for anything but different whole numbers above 0.
     """
-    scales = [int(text) for text in texts if text.strip().isdecimal()]
+    scales = [int(text) for text in texts if re.fullmatch(r" *[0-9]{1,9} *", text)]
     if len(scales) < len(texts) or 0 in scales or len(set(scales)) < len(scales):
         raise UserError(
             "--scales takes different whole numbers above 0, such as 28,32,40, got "

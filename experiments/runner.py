@@ -56,7 +56,7 @@ def define_flags(
     """
     flags.DEFINE_enum("preset", "quick", list(presets), "How much to train.")
     flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, f"Number of seeds per {seeds_each}.", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, f"Number of seeds per {seeds_each}.", 1, 1_000)
     flags.DEFINE_integer(
         "steps",
         None,

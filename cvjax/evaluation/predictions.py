@@ -12,7 +12,7 @@ from cvjax.data.dataset import ArraySplit, Dataset, Split
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
 from cvjax.evaluation.multicrop import Views, create_views
-from cvjax.training import steps
+from cvjax.training import memory, steps
 from cvjax.training.losses import targets
 from cvjax.training.trained_network import Network, apply_model, probabilities
 
@@ -51,6 +51,13 @@ def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views
     views = Views(crops, scales)
     images = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
     for scale in scales:
+        rows = network.run.data.eval_batch_size
+        memory.check_fits(4 * channels * scale**2, f"an image of --scales={scale}", "less")
+        memory.check_fits(
+            4 * channels * scale**2 * rows,
+            f"a batch of {rows} images of --scales={scale}",
+            "less, or a smaller --batch_size",
+        )
         view = jax.eval_shape(
             lambda images, scale=scale: next(create_views(images, Views(1, (scale,)))),
             images,

@@ -216,6 +216,8 @@ def define_flags() -> None:
 
 
 def main(arguments):
+    if len(arguments) == 1 and not arguments[0]:
+        raise UserError("the file of weights has an empty name.")
     if len(arguments) != 1:
         raise UserError(
             "name one file of weights besides the flags, and separate --fields by commas; "

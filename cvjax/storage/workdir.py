@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
@@ -45,21 +45,25 @@ class _Absent:
 _ABSENT = _Absent()
 
 
-def check_writable(workdir: Path) -> pathlib.Path:
+def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
     """Creates `workdir` and its parents if need be, and returns it as absolute path.
+
+    Args:
+      workdir: the folder.
+      flag: by which another one can be chosen.
 
     Raises:
       UserError: it cannot be created or written to.
     """
-    folder = files.user_path(workdir, "--workdir")
+    folder = files.user_path(workdir, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise errors.UserError(
-            f"The workdir {folder} cannot be written to ({error.strerror}: "
-            f"{error.filename}); choose another --workdir, or change its permissions."
+            f"The {flag.strip('-')} {folder} cannot be written to ({error.strerror}: "
+            f"{error.filename}); choose another {flag}, or change its permissions."
         ) from error
     return folder
 
@@ -120,9 +124,19 @@ def _read_holder(path: pathlib.Path) -> str:
         return "another process"
 
 
-def write_manifest(workdir: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Writes workdir/config.json: the config, and all else that made the run."""
+def write_manifest(
+    workdir: Path, config: dict[str, Any], history: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Writes workdir/config.json: the config, and all else that made the run.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's.
+      history: what happened to the run when it was resumed; left out if nothing did.
+    """
     manifest = {"config": config, "seed": config.get("seed"), **provenance()}
+    if history:
+        manifest["history"] = list(history)
     write_json(pathlib.Path(workdir) / "config.json", manifest)
     return manifest
 

@@ -18,6 +18,7 @@ from cvjax.data.augment import Augmentation
 from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
+from cvjax.files import user_path
 from cvjax.models import MODELS, model_fields
 from cvjax.nn import solver
 from cvjax.nn.norm import check_group
@@ -167,6 +168,10 @@ RESUMABLE_KEYS = (
 )
 
 
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4028235e38  # of float32
+
+
 def default_config(model: str) -> ml_collections.ConfigDict:
     """A config with every key, for one of the models.
 
@@ -225,10 +230,35 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
         raise UserError(
             f"optim.freeze {run.optim.freeze!r} is no regular expression ({error})."
         ) from error
+    _check_numbers(dataclasses.asdict(run))
     _check_ranges(run)
+    for name, path in (
+        ("init_from", run.init_from),
+        ("data.data_dir", run.data.data_dir),
+        ("data.cache_dir", run.data.cache_dir),
+    ):
+        if path:
+            user_path(path, name)
     _check_stream(run.data)
     boundary_steps(run.optim, run.total_steps)
     return run
+
+
+def _check_numbers(values: dict[str, Any], prefix: str = "") -> None:
+    """Raises UserError for what is no number of 32 bits: nan, inf, 1e39, 10**10."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{prefix}{key}.")
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not abs(number) <= LARGEST_FLOAT:
+                raise UserError(
+                    f"{prefix}{key} must be a finite number, of float32, got {number}."
+                )
+            if type(number) is int and abs(number) > LARGEST_INT:
+                raise UserError(
+                    f"{prefix}{key} must be at most {LARGEST_INT:,}, got {number}."
+                )
 
 
 def _check_ranges(run: RunConfig) -> None:
@@ -274,6 +304,11 @@ def _check_ranges(run: RunConfig) -> None:
         "optim.momentum": run.optim.momentum,
         "loss.label_smoothing": run.loss.label_smoothing,
     }
+    if "norm_momentum" in run.model:
+        at_least_zero = run.model["norm_momentum"]
+        if isinstance(at_least_zero, int | float) and at_least_zero < 0:
+            raise UserError(f"model.norm_momentum must be 0 or more, got {at_least_zero}.")
+        below_one["model.norm_momentum"] = at_least_zero
     for key, value in below_one.items():
         if not value < 1:
             raise UserError(f"{key} must be below 1, got {value}.")

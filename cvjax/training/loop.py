@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
+from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from cvjax.data.dataset import Dataset, Split
@@ -105,7 +106,8 @@ def train(
 
     def save() -> None:
         if devices.is_first():
-            info = dataclasses.asdict(record)
+            rows = metrics_log.measure(folder / "metrics.jsonl")
+            info = dataclasses.asdict(record) | {"metrics": rows}
             checkpoint.save(folder, step, state, info, run.keep_checkpoints)
 
     schedule = create_schedule(run.optim, run.total_steps)
@@ -220,6 +222,8 @@ def _check_sound(
     state: TrainState, run: RunConfig, recipe: Recipe, folder: pathlib.Path
 ) -> None:
     bad_step = int(state.monitor.bad_step)
+    if bad_step == NEVER and not bool(_is_finite((state.params, state.batch_stats))):
+        bad_step = int(state.step)  # the update itself, whose loss was still finite
     if bad_step == NEVER:
         return
     good = checkpoint.latest_step(folder)
@@ -233,11 +237,17 @@ def _check_sound(
         told = steps.describe_failure(recipe.model, *failure)
         raise DivergedError(f"Stopped at step {bad_step}; {last}. {told} {RESUME}")
     raise DivergedError(
-        f"The loss or the gradient was not finite at step {bad_step}; {last}. Start in "
-        f"another --workdir with a lower optim.learning_rate (it is "
+        f"The loss or the gradient was not finite at step {bad_step}, or a parameter after "
+        f"it; {last}. Start in another --workdir with a lower optim.learning_rate (it is "
         f"{run.optim.learning_rate:g}), a warm-up (optim.warmup_steps, "
         "optim.warmup_learning_rate) or a shallower net."
     )
+
+
+@jax.jit
+def _is_finite(tree) -> jax.Array:
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all()
 
 
 def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:

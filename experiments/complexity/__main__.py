@@ -18,7 +18,6 @@ The accuracies are published ones, each with its source in results.json: torchvi
 weights IMAGENET1K_V1 (https://docs.pytorch.org/vision/stable/models.html).
 """
 
-import ast
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -118,7 +117,7 @@ def select(names: Sequence[str] | None) -> list[Entry]:
 
 def find_entry() -> Entry:
     """The network of --model and --field, with the image size of its kin in the zoo."""
-    fields = parse_fields(FIELD.value)
+    fields = cli.parse_fields(FIELD.value, "--field takes NAME=VALUE such as depth=16")
     alike = [entry for entry in ZOO if entry.model == MODEL.value]
     for entry in alike:
         if fields and entry.fields.items() >= fields.items():
@@ -132,20 +131,6 @@ def find_entry() -> Entry:
         image_size=like.image_size,
         num_classes=like.num_classes,
     )
-
-
-def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
-    """["depth=16", "head=small"] -> {"depth": 16, "head": "small"}."""
-    fields = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise UserError(f"--field takes NAME=VALUE such as depth=16, got {text!r}.")
-        try:
-            fields[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            fields[name] = value
-    return fields
 
 
 def summarize(entry: Entry, counted: Account) -> dict[str, Any]:
