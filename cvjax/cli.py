@@ -6,12 +6,16 @@ again to go on; 130 stopped by Ctrl-C where there was nothing to save, or by a s
 """
 
 import ast
+import glob
 import logging as python_logging
 import os
 import pathlib
+import re
 import signal
 import sys
+import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -31,6 +35,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def guarded(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as behind `nohup`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             code = _call(main, arguments[1:])
         finally:
@@ -153,7 +159,32 @@ def _tell(message: str, code: int) -> int:
     return code
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """JAX never overwrites an entry of its cache, so one that is damaged has to go."""
+    damaged = re.match(
+        "Error reading persistent compilation cache entry for '([^']+)'", str(message)
+    )
+    if not damaged:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        print(text, end="", file=file or sys.stderr)
+        return
+    cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    for entry in cache.glob(f"{glob.escape(damaged[1])}-*"):
+        entry.unlink(missing_ok=True)
+    logging.warning(
+        "A damaged entry of the compilation cache was removed (%s in %s).",
+        *(damaged[1], cache),
+    )
+
+
+def _tell_of_thread(arguments) -> None:
+    """An error in a thread beside the program, such as TensorBoard's on a full disk."""
+    logging.warning("%s: %s", arguments.exc_type.__name__, arguments.exc_value)
+
+
 def _prepare() -> None:
+    warnings.showwarning = _show_warning
+    threading.excepthook = _tell_of_thread
     # A name outside of the terminal's letters is shown as well as these can.
     sys.stdout.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)

@@ -134,13 +134,16 @@ def _finite(content: Any) -> Any:
     return content
 
 
-def read_json(path: Path, keys: dict[str, type | tuple[type, ...]], hint: str) -> dict:
-    """A JSON object that has these keys with values of these types.
+def read_json(
+    path: Path, keys: dict[str, type], hint: str, kind: type[dict] | type[list] = dict
+) -> Any:
+    """A JSON object that has these keys with values of these types, or a list.
 
     Args:
       path: of the file.
       keys: what the object must hold.
       hint: what to do if it does not, for the end of the message.
+      kind: of what the file holds.
 
     Raises:
       UserError: the file cannot be read, or is none such; names file and flaw.
@@ -152,8 +155,8 @@ def read_json(path: Path, keys: dict[str, type | tuple[type, ...]], hint: str) -
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: no JSON ({error}); {hint}") from error
     flaw = None
-    if not isinstance(content, dict):
-        flaw = f"it holds {type(content).__name__}, no object"
+    if not isinstance(content, kind):
+        flaw = f"it holds {type(content).__name__}, no {kind.__name__}"
     else:
         for key, kinds in keys.items():
             if key not in content:

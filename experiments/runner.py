@@ -7,7 +7,6 @@ processes whose --workdir is one shared folder, and again after any of them was 
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from cvjax.errors import (
     UserError,
     WorkdirInUse,
 )
+from cvjax.files import read_json
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
@@ -149,13 +149,15 @@ def train_or_diverge(
             rows = metrics_log.read_metrics(folder / "metrics.jsonl")
             step = max((row["step"] for row in rows), default=0)
             workdirs.write_json(path, {"step": step, "message": str(error)})
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    return read_json(path, {"step": int, "message": str}, "delete it; the run goes on.")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What results keep of a finished run: its final numbers and its provenance."""
     manifest = workdirs.read_manifest(folder)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = workdirs.read_summary(folder)
     return {"summary": summary, **{key: manifest[key] for key in PROVENANCE}}
 
 

@@ -178,6 +178,16 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
     return files.read_json(path, {"config": dict}, hint)
 
 
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """The final numbers of a finished run.
+
+    Raises:
+      UserError: there is no summary.json, or it is damaged.
+    """
+    hint = "delete it, and the run's command makes it again from the last checkpoint."
+    return files.read_json(pathlib.Path(workdir) / "summary.json", {"step": int}, hint)
+
+
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """["optim.learning_rate was 0.1, now 0.05", ...]; what JSON equates is equal."""
     was, now = (_flatten(json.loads(json.dumps(config))) for config in (old, new))

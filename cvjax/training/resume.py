@@ -8,7 +8,6 @@ import ml_collections
 from absl import logging
 
 from cvjax.errors import UserError
-from cvjax.files import read_json
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training.config import (
@@ -91,8 +90,7 @@ def finished_summary(folder: pathlib.Path, run: RunConfig) -> dict[str, float] |
     path = folder / "summary.json"
     if not path.exists():
         return None
-    hint = "delete it, and the same command makes it again from the last checkpoint."
-    summary = read_json(path, {"step": int}, hint)
+    summary = workdirs.read_summary(folder)
     if summary["step"] > run.total_steps:
         raise UserError(
             f"{folder} holds a finished run of {summary['step']} steps, more than "

@@ -24,8 +24,8 @@ chosen (small points), the time is computed from those of their nets.
 Trained nets and measured seeds are found again when the same command is given again.
 """
 
-import json
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -34,6 +34,7 @@ from absl import flags, logging
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.errors import UserError
+from cvjax.files import read_json, user_path
 from cvjax.report import tables
 from cvjax.report.tables import mean_std, percent
 from cvjax.storage import checkpoint
@@ -161,12 +162,12 @@ def parse_member(text: str) -> tuple[str, pathlib.Path, int]:
     place, at, size = text.strip().rpartition("@")
     if not at:
         place, size = size, "0"
-    if not size.isdecimal() or (at and int(size) < 1):
+    if not re.fullmatch("[0-9]{1,9}", size) or (at and int(size) < 1):
         raise UserError(
             f"--members takes workdirs, each with @ and a size in pixels if its images are "
             f"to be resized, got {text!r}."
         )
-    return text.strip(), pathlib.Path(place), int(size)
+    return text.strip(), user_path(place, "--members"), int(size)
 
 
 def train_members(
@@ -201,7 +202,9 @@ def measure_once(
     names = [[name, str(place)] for name, place, _ in members]
     key = {**settings, "members": names, "steps": steps}
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json(
+            path, {"key": dict, "run": dict}, "delete it, and it is measured again."
+        )
         if found["key"] == key:
             logging.info("Seed %d was measured already, see %s.", seed, path)
             return found["run"]

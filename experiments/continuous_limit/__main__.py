@@ -25,7 +25,6 @@ length). Each run has a folder of its own under WORKDIR/runs; the same command g
 it was stopped, and what is finished is not run again.
 """
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from configs import cifar10_odenet, cifar10_resnet, digits_odenet, digits_resnet
 from cvjax import cli
 from cvjax.data.normalize import normalize
 from cvjax.evaluation.predictions import first_examples
+from cvjax.files import read_json
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -193,7 +193,8 @@ def measure_solvers(
             }
             found.append({**fields, **row})
         workdirs.write_json(path, found)
-    return {"seed": seed, **read_run(place), "solvers": json.loads(path.read_text())}
+    solvers = read_json(path, {}, "delete it, and it is measured again.", list)
+    return {"seed": seed, **read_run(place), "solvers": solvers}
 
 
 def measure_resnet(
@@ -229,7 +230,7 @@ def measure_resnet(
             moved = blocks.distance_moved(theta, thetas["initial"][stage])
             found[stage]["trained/moved"] = moved
         workdirs.write_json(path, found)
-    stages = json.loads(path.read_text())
+    stages = read_json(path, {}, "delete it, and it is measured again.")
     keys = stages[min(stages)]
     return {
         **{"blocks": n, "start": start, "seed": seed},
@@ -266,7 +267,7 @@ def read_run(place: pathlib.Path) -> dict[str, Any]:
     config = manifest["config"]
     if config["init_from"]:
         config["init_from"] = pathlib.Path(config["init_from"]).name
-    summary = json.loads((place / "summary.json").read_text())
+    summary = workdirs.read_summary(place)
     return {
         "test/error": summary["test/error"],
         "nfe": summary.get("test/nfe"),

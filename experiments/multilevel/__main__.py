@@ -29,7 +29,6 @@ what is finished is not run again.
 """
 
 import copy
-import json
 import pathlib
 from typing import Any
 
@@ -40,6 +39,7 @@ from absl import flags, logging
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli, data
 from cvjax.costs.accounting import account
+from cvjax.files import read_json
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.report import tables
 from cvjax.report.tables import mean_std, percent
@@ -216,7 +216,8 @@ def measure_refined(
             prefix="val",
         )
         workdirs.write_json(path, rows)
-    return json.loads(path.read_text())["val/error"]
+    hint = "delete it, and it is measured again."
+    return read_json(path, {"val/error": float}, hint)["val/error"]
 
 
 def read_level(level_dir: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ Each run has a folder of its own under WORKDIR/runs; the same command goes on wh
 stopped.
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from configs import cifar10_odenet, digits_odenet, mnist_odenet
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import first_examples
+from cvjax.files import read_json
 from cvjax.report import tables
 from cvjax.report.statistics import spread
 from cvjax.report.tables import percent
@@ -225,7 +225,7 @@ def swap(folder: pathlib.Path, examples: int) -> list[dict[str, Any]]:
         return []
     path = folder / f"swaps_{examples}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return read_json(path, {}, "delete it, and it is measured again.", list)
     found = []
     dataset = None
     for label, fields in SWAPS.items():

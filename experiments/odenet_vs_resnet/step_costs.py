@@ -14,6 +14,7 @@ import numpy as np
 from cvjax import data
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
+from cvjax.files import read_json
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.config import RunConfig, parse_config
@@ -43,7 +44,7 @@ def measure_steps(
     wanted = {name: config.to_dict() for name, config in configs.items()}
     asked = json.loads(json.dumps({"configs": wanted, "rounds": rounds}))
     if path.exists():
-        known = json.loads(path.read_text())
+        known = read_json(path, {"rows": dict}, "delete it, and it is measured again.")
         if {key: known.get(key) for key in asked} == asked:
             return known
     runs = {name: parse_config(config) for name, config in configs.items()}

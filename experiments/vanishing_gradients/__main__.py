@@ -30,7 +30,6 @@ yet run). Each run has a folder of its own under WORKDIR/runs; the same command 
 where it was stopped, and what is finished is not run again.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -40,6 +39,7 @@ from absl import flags, logging
 from cvjax import cli, data
 from cvjax.data.dataset import ArraySplit
 from cvjax.data.normalize import normalize
+from cvjax.files import read_json
 from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import Network, load_network
@@ -146,9 +146,9 @@ def measure(place: pathlib.Path) -> dict[str, Any]:
         batch = data.load(**networks[total].run.data.source).train.first(BATCH)
         rows = [norms(networks[total], variables[step], batch, step) for step in variables]
         workdirs.write_json(path, {"side": batch.images.shape[1], "gradients": rows})
-    summary = json.loads((place / "summary.json").read_text())
+    summary = workdirs.read_summary(place)
     return {
-        **json.loads(path.read_text()),
+        **read_json(path, {"gradients": list}, "delete it, and it is measured again."),
         "train/error": summary["train_eval/error"],
         "config": config,
         **{key: manifest[key] for key in ("versions", "device", "git")},
