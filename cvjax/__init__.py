@@ -1,7 +1,7 @@
 """What depth does in convolutional networks. Nothing is imported here.
 
-While one of the programs is starting, Ctrl-C and SIGTERM end it without a trace: its imports
-take seconds, and nothing is lost. `cvjax.cli.run` takes over when they are done.
+While one of the programs is starting, Ctrl-C and SIGTERM end it without a trace: its
+imports take seconds, and nothing is lost. `cvjax.cli.run` takes over when they are done.
 """
 
 import os
@@ -15,7 +15,7 @@ def _end(number: int, frame) -> None:
 
 
 # "-m" stands there as long as `python -m` looks for its module.
-if sys.argv[:1] == ["-m"] or sys.argv[:1] == ["train.py"]:
+if sys.argv and os.path.basename(sys.argv[0]) in ("-m", "train.py"):
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -261,3 +261,14 @@ def test_unfinished_files_of_a_killed_process_go(tmp_path):
     (tmp_path / ".summary.json.x.tmp").write_text("")
     with workdir.lock(tmp_path):
         assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_made_for_nothing_goes(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new", "used"):
+        folder = tmp_path / name
+        with pytest.raises(errors.UserError, match="refused"), workdir.lock(folder):
+            if name == "used":
+                (folder / "config.json").write_text("")
+            raise errors.UserError("refused")
+    assert sorted(os.listdir(tmp_path)) == ["old", "used"]

@@ -8,10 +8,12 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,6 +78,9 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
     file system without locks a file stands for it, which a killed process leaves behind;
     a later one on the same machine takes it over.
 
+    A folder that was made for this, and in which nothing was written before a UserError,
+    is removed again.
+
     Args:
       workdir: the folder.
       timeout: how many seconds to wait for another process to let go of it.
@@ -84,6 +89,7 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
       WorkdirInUse: another process holds it.
       UserError: `workdir` cannot be written to.
     """
+    new = not files.user_path(workdir, "--workdir").exists()
     folder = check_writable(workdir)
     path, holder = folder / ".lock", folder / ".holder"
     with contextlib.ExitStack() as stack:
@@ -101,12 +107,20 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
         files.write_bytes(
             holder, f"process {os.getpid()} on {socket.gethostname()}".encode()
         )
-        yield
+        try:
+            yield
+        except errors.UserError:
+            if new and set(os.listdir(folder)) == {path.name, holder.name}:
+                shutil.rmtree(folder)
+            raise
 
 
 def _acquire(path: pathlib.Path, timeout: float) -> contextlib.AbstractContextManager:
     try:
-        return filelock.FileLock(path).acquire(timeout=timeout)
+        with warnings.catch_warnings():
+            # On systems without flock(2) filelock does the same as below, and warns.
+            warnings.simplefilter("ignore")
+            return filelock.FileLock(path).acquire(timeout=timeout)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

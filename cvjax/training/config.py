@@ -304,11 +304,11 @@ def _check_ranges(run: RunConfig) -> None:
         "optim.momentum": run.optim.momentum,
         "loss.label_smoothing": run.loss.label_smoothing,
     }
-    if "norm_momentum" in run.model:
-        at_least_zero = run.model["norm_momentum"]
-        if isinstance(at_least_zero, int | float) and at_least_zero < 0:
-            raise UserError(f"model.norm_momentum must be 0 or more, got {at_least_zero}.")
-        below_one["model.norm_momentum"] = at_least_zero
+    momentum = run.model.get("norm_momentum")
+    if isinstance(momentum, float):  # its type is checked where the model is made
+        below_one["model.norm_momentum"] = momentum
+        if momentum < 0:
+            raise UserError(f"model.norm_momentum must be 0 or more, got {momentum}.")
     for key, value in below_one.items():
         if not value < 1:
             raise UserError(f"{key} must be below 1, got {value}.")

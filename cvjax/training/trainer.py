@@ -76,7 +76,6 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
 
         def enter() -> dict[str, float] | None:
-            workdirs.check_writable(folder)
             stack.enter_context(workdirs.lock(folder))
             resume.refuse_changed_config(folder, config)
             return resume.finished_summary(folder, run)

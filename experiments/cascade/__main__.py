@@ -43,6 +43,7 @@ from cvjax.training import train_and_evaluate
 from experiments import runner
 from experiments.cascade import early_exit, measure
 from experiments.cascade.figure import draw_cascade, tabulate
+from experiments.cascade.members import check_places
 
 
 def quick() -> ml_collections.ConfigDict:
@@ -113,6 +114,8 @@ def main(arguments):
     values = flags.FLAGS
     check_targets(values.target_accuracy, values.target_cost)
     given = [parse_member(text) for text in values.members]
+    if given:
+        check_places(given)
     folder = workdirs.check_writable(values.workdir)
     settings = {key: getattr(values, key) for key in SETTINGS}
     runs = []
