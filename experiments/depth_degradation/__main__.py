@@ -61,6 +61,7 @@ def main(arguments):
     if values.gather:
         refuse_with_gather()
         sources = [user_path(path, "--gather") for path in values.gather]
+        collect(sources)  # what is refused is refused before anything is written
         folder = workdirs.check_writable(values.workdir)
         report(folder, sources)
         show(folder)
