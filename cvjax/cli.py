@@ -186,7 +186,8 @@ def _prepare() -> None:
     warnings.showwarning = _show_warning
     threading.excepthook = _tell_of_thread
     # A name outside of the terminal's letters is shown as well as these can.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # None if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(
         python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")

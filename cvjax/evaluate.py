@@ -84,7 +84,7 @@ def evaluate(
     """
     network = load_network(workdir, checkpoint, fields)
     _tell_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
-    views = choose_views(network, crops, scales)
+    views = choose_views(network, crops, scales, batch_size)
     folder = pathlib.Path(output or pathlib.Path(workdir) / "evaluation")
     folder = workdirs.check_writable(folder, "--output")
     dataset = load_data(network, data_dir, cache_dir)

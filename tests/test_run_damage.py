@@ -24,7 +24,7 @@ def create_config(**settings):
     config.keep_checkpoints = 5
     config.train_eval_examples = 0
     # Rates that grow until they do harm: the best state is not the last one.
-    config.optim.learning_rate, config.optim.decay_factor = 0.02, 1000.0
+    config.optim.learning_rate, config.optim.decay_factor = 0.1, 1000.0
     config.optim.schedule = "exponential"
     config.update_from_flattened_dict(settings)
     return config
@@ -64,8 +64,8 @@ def manifest(folder):
 
 def test_a_stopped_run_gives_the_same_numbers(stopped, finished, caplog):
     train_and_evaluate(create_config(), stopped)
-    ours, theirs = ((f / "summary.json").read_bytes() for f in (stopped, finished))
-    assert ours == theirs
+    ours, theirs = ((f / "summary.json").read_text() for f in (stopped, finished))
+    assert json.loads(ours) == json.loads(theirs)
     assert "history" not in manifest(stopped)
     assert "rows were lost" not in caplog.text
 
@@ -95,7 +95,7 @@ def test_damaged_metrics_are_marked(damage, stopped, caplog):
 
 def test_a_lost_best_checkpoint(stopped, finished, caplog):
     best = json.loads((finished / "summary.json").read_text())["best/step"]
-    assert best < TOTAL_STEPS, "the test needs another best step"
+    assert best < 6, "the test needs a best state before that from which it resumes"
     shutil.rmtree(stopped / "checkpoints" / str(best))
     summary = train_and_evaluate(create_config(), stopped)
     assert summary["best/lost_step"] == best

@@ -22,14 +22,26 @@ def first_examples(network: Network, count: int) -> ArraySplit:
     return data.load(**network.run.data.source).test.first(count)
 
 
-def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views:
-    """The views for a network's images.
+def choose_views(
+    network: Network,
+    crops: int,
+    scales: tuple[int, ...],
+    batch_size: int | None = None,
+) -> Views:
+    """The views for a network's images, in batches of that size (None: the run's own).
 
     Raises:
-      UserError: if the network cannot be applied to them.
+      UserError: if the network cannot be applied to them, or they cannot fit into memory.
     """
     height, width, channels = network.image_shape
     side = min(height, width)
+    rows = batch_size or network.run.data.eval_batch_size
+    for scale in scales:
+        memory.check_fits(
+            4 * channels * scale**2 * rows,
+            f"a batch of {rows} images of --scales={scale}",
+            "a smaller one, or a smaller --batch_size",
+        )
     if crops == 10:
         if network.run.data.streaming:
             raise UserError(
@@ -51,13 +63,6 @@ def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views
     views = Views(crops, scales)
     images = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
     for scale in scales:
-        rows = network.run.data.eval_batch_size
-        memory.check_fits(4 * channels * scale**2, f"an image of --scales={scale}", "less")
-        memory.check_fits(
-            4 * channels * scale**2 * rows,
-            f"a batch of {rows} images of --scales={scale}",
-            "less, or a smaller --batch_size",
-        )
         view = jax.eval_shape(
             lambda images, scale=scale: next(create_views(images, Views(1, (scale,)))),
             images,

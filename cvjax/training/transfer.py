@@ -161,8 +161,8 @@ def start_from(
     )
     if heads:
         logging.info(
-            "Drawn anew, as there are other classes than its %d (%s, ...): %s.",
-            *(classes, source.class_names[0]),
+            "Drawn anew, as there are other classes than its %d: %s.",
+            classes,
             ", ".join(sorted("/".join(path) for path in heads)),
         )
     return state.replace(
