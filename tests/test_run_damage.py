@@ -93,11 +93,12 @@ def test_damaged_metrics_are_marked(damage, stopped, caplog):
     assert manifest(stopped)["history"] == [{"step": 6, "damaged": "metrics.jsonl"}]
 
 
-def test_a_lost_best_checkpoint(stopped, finished, caplog):
-    best = json.loads((finished / "summary.json").read_text())["best/step"]
-    assert best < 6, "the test needs a best state before that from which it resumes"
-    shutil.rmtree(stopped / "checkpoints" / str(best))
-    summary = train_and_evaluate(create_config(), stopped)
+def test_a_lost_best_checkpoint(run, caplog):
+    best = json.loads((run / "summary.json").read_text())["best/step"]
+    assert best < TOTAL_STEPS, "the test needs another best step"
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / str(best))
+    summary = train_and_evaluate(create_config(), run)
     assert summary["best/lost_step"] == best
     assert summary["best/test/error"] == summary["test/error"]
     assert summary["best/val/error"] == summary["val/error"]

@@ -74,7 +74,7 @@ def load(
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
         raise UserError(
-            f"{name} has the labelled splits {', '.join(decoded.images)}; it takes train "
+            f"{name} has the splits {', '.join(decoded.images)}; it takes train "
             "and test or validation."
         )
     labels = decoded.labels["train"]

@@ -1,5 +1,7 @@
 """Checks of a network together with its data, on shapes alone, before it is made."""
 
+import functools
+
 import jax
 import numpy as np
 from flax import linen as nn
@@ -18,40 +20,45 @@ def check_network(run: RunConfig, recipe: Recipe, image_shape: tuple[int, ...]) 
     Raises:
       UserError: says which.
     """
+    what = f"training {run.model['name']} in batches of {run.data.batch_size}"
+    state, largest = _sizes(recipe, run.data.batch_size, image_shape)
+    memory.check_fits(state, what, "a narrower or shallower network")
+    share = jax.device_count()
+    advice = "a smaller network or data.batch_size"
+    memory.check_fits(state + largest // share, what, advice)
+    images = 4 * run.data.eval_batch_size * int(np.prod(image_shape))
+    what = f"evaluating in batches of {run.data.eval_batch_size}"
+    memory.check_fits(images // share, what, "a smaller data.eval_batch_size")
+
+
+# Tracing takes a second for large networks, and experiments train the same one often.
+@functools.lru_cache(maxsize=16)
+def _sizes(
+    recipe: Recipe, batch_size: int, image_shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """Bytes of state and gradient, and of the largest array between images and logits.
+
+    Raises:
+      UserError: a BatchNorm sees single values.
+    """
     state = create_train_state.eval_shape(
         jax.random.key(0), recipe=recipe, image_shape=image_shape
     )
-    # State and gradient live side by side.
-    held = memory.tree_bytes(state) + memory.tree_bytes(state.params)
-    name = f"training {run.model['name']} in batches of {run.data.batch_size}"
-    memory.check_fits(held, name, "a narrower or shallower network")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), np.float32)
 
-    def apply(train: bool):
-        def function(variables, images, rng):
-            return recipe.model.apply(
-                variables,
-                images,
-                train=train,
-                mutable=["batch_stats", "solver", "kinetic"],
-                rngs={"dropout": rng},
-            )
-
-        return function
-
-    def images(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *image_shape), np.float32)
-
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    with nn.intercept_methods(_refuse_single_values):
-        largest = memory.largest_array(
-            apply(True), variables, images(run.data.batch_size), rng
+    def apply(variables, images):
+        return recipe.model.apply(
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats", "solver"],
+            rngs={"dropout": jax.random.key(0)},
         )
-    held += largest // jax.device_count()
-    memory.check_fits(held, name, "a smaller network or data.batch_size")
-    evaluated = images(run.data.eval_batch_size)
-    held = memory.tree_bytes(state) + memory.tree_bytes(evaluated) // jax.device_count()
-    memory.check_fits(held, "evaluating", "a smaller data.eval_batch_size")
+
+    with nn.intercept_methods(_refuse_single_values):
+        largest = memory.largest_array(apply, variables, images)
+    return memory.tree_bytes(state) + memory.tree_bytes(state.params), largest
 
 
 def _refuse_single_values(call, arguments, keywords, context):

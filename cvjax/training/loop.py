@@ -221,9 +221,10 @@ def _text(row: dict[str, float]) -> str:
 def _check_sound(
     state: TrainState, run: RunConfig, recipe: Recipe, folder: pathlib.Path
 ) -> None:
-    bad_step = int(state.monitor.bad_step)
+    bad_step, what = int(state.monitor.bad_step), "The loss or the gradient"
     if bad_step == NEVER and not bool(_is_finite((state.params, state.batch_stats))):
-        bad_step = int(state.step)  # the update itself, whose loss was still finite
+        # The last update itself, whose loss was still finite.
+        bad_step, what = int(state.step), "A parameter"
     if bad_step == NEVER:
         return
     good = checkpoint.latest_step(folder)
@@ -237,9 +238,8 @@ def _check_sound(
         told = steps.describe_failure(recipe.model, *failure)
         raise DivergedError(f"Stopped at step {bad_step}; {last}. {told} {RESUME}")
     raise DivergedError(
-        f"The loss or the gradient was not finite at step {bad_step}, or a parameter after "
-        f"it; {last}. Start in another --workdir with a lower optim.learning_rate (it is "
-        f"{run.optim.learning_rate:g}), a warm-up (optim.warmup_steps, "
+        f"{what} was not finite at step {bad_step}; {last}. Start in another --workdir with "
+        f"a lower optim.learning_rate (it is {run.optim.learning_rate:g}), a warm-up (optim.warmup_steps, "
         "optim.warmup_learning_rate) or a shallower net."
     )
 
