@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from cvjax.errors import UserError
+from cvjax.files import write_json
 from cvjax.report.tables import percent
 from cvjax.storage import workdir
 from cvjax.training.config import parse_config
@@ -219,7 +220,7 @@ def write_run(folder, net, seed, **settings):
     workdir.write_manifest(path, config.to_dict())
     row = {"step": 300, **dict.fromkeys(tables.ERRORS, 0.2)}
     (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    workdir.write_json(path / "summary.json", run["summary"])
+    write_json(path / "summary.json", run["summary"])
 
 
 def test_gather(tmp_path):

@@ -16,6 +16,7 @@ from jax import numpy as jnp
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, UserError
+from cvjax.files import Path, user_path
 from cvjax.models import model_fields
 from cvjax.nn import solver as solvers
 from cvjax.storage import checkpoint as checkpoints
@@ -58,7 +59,7 @@ class Network:
 
 
 def load_network(
-    workdir: workdirs.Path,
+    workdir: Path,
     checkpoint: str = "last",
     fields: Mapping[str, Any] | None = None,
 ) -> Network:
@@ -78,7 +79,7 @@ def load_network(
         raise UserError(
             f"--checkpoint takes last, best or the number of a step, got {checkpoint!r}."
         )
-    folder = pathlib.Path(workdir).absolute()
+    folder = user_path(workdir, "--workdir")
     run = parse_config(complete_config(workdirs.read_manifest(folder)["config"]))
     for field in {"name", "num_classes"} & set(fields or {}):
         raise UserError(
