@@ -238,9 +238,9 @@ def _check_sound(
         told = steps.describe_failure(recipe.model, *failure)
         raise DivergedError(f"Stopped at step {bad_step}; {last}. {told} {RESUME}")
     raise DivergedError(
-        f"{what} was not finite at step {bad_step}; {last}. Start in another --workdir with "
-        f"a lower optim.learning_rate (it is {run.optim.learning_rate:g}), a warm-up (optim.warmup_steps, "
-        "optim.warmup_learning_rate) or a shallower net."
+        f"{what} was not finite at step {bad_step}; {last}. Start in another --workdir "
+        f"with a lower optim.learning_rate (it is {run.optim.learning_rate:g}), a warm-up "
+        "(optim.warmup_steps, optim.warmup_learning_rate) or a shallower net."
     )
 
 
