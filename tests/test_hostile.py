@@ -62,6 +62,8 @@ PROGRAMS = {
     "cvjax.evaluate": ["--workdir=w"],
     "cvjax.predict": ["--workdir=w", "x.png"],
     "cvjax.interop.torch": ["x.npz", "--workdir=w", "--model=mlp"],
+    "cvjax.export": ["--workdir=w", "--output=x"],
+    "cvjax.compare": ["w"],
     "experiments.depth_degradation.__main__": ["--workdir=w"],
     "experiments.vanishing_gradients.__main__": ["--workdir=w"],
     "experiments.odenet_vs_resnet.__main__": ["--workdir=w"],
@@ -150,6 +152,7 @@ TABLE = {
     "cvjax.predict": {"workdir": PATH, "top": COUNT, "checkpoint": CHOICE},
     "cvjax.interop.torch": {
         "workdir": PATH,
+        "export": (*PATH[1:], "x.pth"),
         "model": CHOICE,
         "fields": FIELDS,
         "mean": LIST,
@@ -159,6 +162,14 @@ TABLE = {
         "image_size": COUNT,
         "class_names": PATH[1:],
     },
+    "cvjax.export": {
+        "workdir": PATH,
+        "output": PATH,
+        "checkpoint": CHOICE,
+        "batch_size": INDEX,
+        "platforms": ("", ",", "abacus"),
+    },
+    "cvjax.compare": {"metric": CHOICE, "output": PATH[1:], "html": PATH[1:]},
     "experiments.depth_degradation.__main__": {
         **EXPERIMENT,
         "depths": (*LIST, "9", "1000000"),
@@ -195,7 +206,7 @@ TABLE = {
         "models": ("", ",", "nope"),
         "image_size": COUNT,
         "num_classes": COUNT,
-        "field": FIELDS[:-1],
+        "fields": FIELDS[:-1],
         "preset": CHOICE,
     },
     "experiments.cascade.__main__": {
