@@ -3,15 +3,12 @@
 A system that runs out of memory swaps for hours or kills without a word.
 """
 
-import os
-import pathlib
 from typing import Any
 
 import jax
 
 from cvjax.errors import UserError
-
-_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+from cvjax.memory import physical_memory
 
 
 def check_fits(needed: int, what: str, advice: str) -> None:
@@ -35,12 +32,7 @@ def total_bytes() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    limits = []
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if _CGROUP.is_file() and (text := _CGROUP.read_text().strip()).isdecimal():
-        limits.append(int(text))
-    return min(limits, default=None)
+    return physical_memory()
 
 
 def tree_bytes(tree: Any) -> int:
