@@ -151,12 +151,10 @@ def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndar
     f = field()
 
     def loss(params, x):
-        settings = dataclasses.asdict(solver)
-        del settings["per_sample"]
         solution = diffrax_solve.solve(
             lambda params, x, t: f.apply({"params": params}, x, t),
             *(params, x, 0.0, 1.0),
-            **settings,
+            solver,
         )
         return (solution.x**2).mean(), solution.evaluations
 

@@ -36,7 +36,7 @@ from cvjax.evaluation.predictions import (
     choose_views,
     load_data,
     measure,
-    measure_as_in_training,
+    predict_as_in_training,
     predict_split,
 )
 from cvjax.files import Path, write_json
@@ -96,10 +96,10 @@ def evaluate(
             f"{dataset.name} has several classes per image; only sets with one can be "
             "evaluated here."
         )
-    scores, labels = predict_split(network, examples, views, batch_size)
     if views == _ONE_VIEW:
-        errors = measure_as_in_training(network, examples, batch_size)
+        scores, labels, errors = predict_as_in_training(network, examples, batch_size)
     else:
+        scores, labels = predict_split(network, examples, views, batch_size)
         errors = measure(scores, labels, network.run.loss.name)
     predicted = scores.argmax(axis=-1)
     matrix = classification.confusion_matrix(labels, predicted, len(dataset.class_names))

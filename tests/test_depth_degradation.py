@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from cvjax.comparison.runs import training_seconds
 from cvjax.errors import UserError
 from cvjax.files import write_json
 from cvjax.report.tables import percent
 from cvjax.storage import workdir
 from cvjax.training.config import parse_config
 from cvjax.training.optim import boundary_steps
-from experiments import runner
 from experiments.depth_degradation import __main__ as depth_degradation
 from experiments.depth_degradation import presets, tables
 
@@ -207,7 +207,7 @@ def test_time_of_training_alone():
         {"step": 10, "val/error": 0.5},
         {"step": 30, "time/step_ms": 50.0},
     ]
-    assert runner.training_seconds(rows) == pytest.approx(2.0)
+    assert training_seconds(rows) == pytest.approx(2.0)
 
 
 def write_run(folder, net, seed, **settings):

@@ -117,12 +117,7 @@ def _by_diffrax(field, theta, x, method, steps):
     return diffrax_solve.solve(
         lambda theta, x, t: field.apply({"params": theta}, x, t),
         *(theta, x, 0.0, 1.0),
-        method=method,
-        steps=steps,
-        rtol=1e-3,
-        atol=1e-3,
-        max_steps=64,
-        gradient="checkpoint",
+        Solver(method, steps=steps, max_steps=64),
     ).x
 
 
@@ -462,7 +457,7 @@ def test_impossible_solvers(settings, sentence):
     [
         ("linear", 1, "theta must be one of constant, .*, got 'linear'"),
         ("constant", 2, "pieces must be 1 or more, and 1 for theta 'constant', got 2"),
-        ("piecewise_linear", 3, "8 equal steps cannot be shared by 3 pieces"),
+        ("piecewise_linear", 3, "8 fixed steps cannot be shared by 3 pieces"),
     ],
 )
 def test_pieces_that_do_not_fit(theta, pieces, sentence):

@@ -148,20 +148,30 @@ def measure(scores: np.ndarray, labels: np.ndarray, loss_name: str) -> dict[str,
     return {key: float(value) for key, value in values.items()}
 
 
-def measure_as_in_training(
-    network: Network, split: Split, batch_size: int | None
-) -> dict[str, float]:
-    """Loss and errors by the trainer's own function: equal to summary.json, bit for bit."""
-    values = steps.evaluate(
-        network.variables["params"],
-        network.variables["batch_stats"],
-        split,
-        network.statistics,
-        recipe=network.recipe,
-        batch_size=_batch_size(network, split, batch_size),
-        prefix="",
-    )
-    return {key.removeprefix("/"): value for key, value in values.items()}
+def predict_as_in_training(
+    network: Network, split: Split, batch_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """As `predict_split` with one view; and loss and errors by the trainer's own function.
+
+    These are equal to summary.json, bit for bit.
+    """
+    arrays = network.variables["params"], network.variables["batch_stats"]
+    recipe = network.recipe
+    fixed = {"model": recipe.model, "loss": recipe.loss}
+    sums, scores, labels = [], [], []
+    batches = split.eval_batches(_batch_size(network, split, batch_size))
+    with contextlib.closing(batches):
+        for batch in batches:
+            added, logits = steps.eval_step_with_logits(
+                *arrays, batch, network.statistics, **fixed
+            )
+            sums.append(added)
+            logits = np.asarray(logits)[batch["mask"]]
+            scores.append(probabilities(logits, recipe.loss.name))
+            labels.append(batch["label"][batch["mask"]])
+    values = steps.summarize(sums, recipe, "", len(split))
+    errors = {key.removeprefix("/"): value for key, value in values.items()}
+    return np.concatenate(scores), np.concatenate(labels), errors
 
 
 def _batch_size(network: Network, split: Split, batch_size: int | None) -> int:

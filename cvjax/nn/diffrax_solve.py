@@ -13,7 +13,7 @@ import optimistix
 from jax import numpy as jnp
 
 from cvjax.nn.runge_kutta import TABLEAUS, Tableau
-from cvjax.nn.solver import MAX_STEPS, NOT_FINITE, SUCCESSFUL, UNDERFLOW
+from cvjax.nn.solver import MAX_STEPS, NOT_FINITE, SUCCESSFUL, UNDERFLOW, Solver
 
 PyTree = Any
 
@@ -66,7 +66,7 @@ class Solution(NamedTuple):
 
 
 def tableau_of(name: str) -> Tableau:
-    """A method's tableau for equal steps, without its error estimate."""
+    """A method's tableau for fixed steps, without its error estimate."""
     if name in TABLEAUS:
         return TABLEAUS[name]
     full = SOLVERS[name].tableau
@@ -115,9 +115,7 @@ def solve(
     x: PyTree,
     t0: jax.Array | float,
     t1: jax.Array | float,
-    *,
-    gradient: str,
-    **settings: Any,
+    solver: Solver,
 ) -> Solution:
     """Solves dx/dt = f(theta, x, t) from t0 to t1.
 
@@ -128,34 +126,31 @@ def solve(
       theta: its parameters; those that are whole numbers have no gradient.
       x: an array, or a tuple that begins with one.
       t0, t1: begin and end.
-      gradient: "checkpoint", "direct" or "backsolve", see `nn.solver.Solver`.
-      **settings: "method", a key of `SOLVERS`; "steps", the number of equal ones, or 0;
-        "rtol", "atol" and "max_steps" of adaptive ones.
+      solver: its steps, if fixed, are those from t0 to t1.
     """
 
     def controlled(x):
         return x[0] if isinstance(x, tuple) else x
 
-    if gradient == "backsolve":
-        return _solve_with_adjoint(f, theta, x, t0, t1, controlled, settings)
+    if solver.gradient == "backsolve":
+        return _solve_with_adjoint(f, theta, x, t0, t1, controlled, solver)
     adjoints = {
         "checkpoint": diffrax.RecursiveCheckpointAdjoint,
         "direct": diffrax.DirectAdjoint,
     }
-    return _solve(f, theta, x, t0, t1, controlled, adjoints[gradient](), **settings)
+    adjoint = adjoints[solver.gradient]()
+    return _solve(f, theta, x, t0, t1, controlled, adjoint, solver)
 
 
-def _solve(
-    f, theta, x, t0, t1, controlled, adjoint, *, method, steps, rtol, atol, max_steps
-) -> Solution:
+def _solve(f, theta, x, t0, t1, controlled, adjoint, solver: Solver) -> Solution:
     """By diffrax; `controlled` picks what adaptive steps look at."""
-    solver = SOLVERS[method]()
-    if steps:
+    method, rtol, atol = SOLVERS[solver.method](), solver.rtol, solver.atol
+    if solver.steps:
         controller = diffrax.ConstantStepSize()
-        dt0, at_start = (t1 - t0) / steps, 0
-        sound = jnp.asarray(True)
+        dt0, at_start = (t1 - t0) / solver.steps, 0
+        valid = jnp.asarray(True)
     else:
-        # Float32 cannot tell times apart that are nearer than this.
+        # Float32 cannot separate times that are nearer than this.
         shortest = 10 * float(jnp.finfo(jax.tree.leaves(x)[0].dtype).eps)
         controller = diffrax.PIDController(
             rtol=rtol,
@@ -164,19 +159,19 @@ def _solve(
             force_dtmin=False,
             norm=lambda x: optimistix.rms_norm(controlled(x)),
         )
-        order = solver.order(None)
+        order = method.order(None)
         dt0 = first_step(f, theta, x, t0, t1, controlled, order, rtol, atol)
         at_start = 2
-        sound = jnp.isfinite(dt0)
-    if isinstance(solver, diffrax.AbstractERK):
-        first = solver.tableau.num_stages
-        later = first - bool(solver.tableau.fsal)
+        valid = jnp.isfinite(dt0)
+    if isinstance(method, diffrax.AbstractERK):
+        first = method.tableau.num_stages
+        later = first - bool(method.tableau.fsal)
     else:
         first = later = 1
-        at_start += isinstance(solver, diffrax.ReversibleHeun)
+        at_start += isinstance(method, diffrax.ReversibleHeun)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, x, theta: f(theta, x, t)),
-        solver,
+        method,
         t0,
         t1,
         dt0,
@@ -185,7 +180,7 @@ def _solve(
         saveat=diffrax.SaveAt(t1=True, controller_state=True),
         stepsize_controller=Counted(controller, at_start, first, later),
         adjoint=adjoint,
-        max_steps=steps or max_steps,
+        max_steps=solver.steps or solver.max_steps,
         throw=False,
     )
     ok = solution.result == diffrax.RESULTS.successful
@@ -196,16 +191,16 @@ def _solve(
         evaluations=solution.controller_state[1],
         steps=jnp.asarray(solution.stats["num_steps"], jnp.int32),
         rejected=jnp.asarray(solution.stats["num_rejected_steps"], jnp.int32),
-        result=jnp.where(sound, result, NOT_FINITE).astype(jnp.int32),
+        result=jnp.where(valid, result, NOT_FINITE).astype(jnp.int32),
     )
 
 
-def _solve_with_adjoint(f, theta, x, t0, t1, controlled, settings) -> Solution:
+def _solve_with_adjoint(f, theta, x, t0, t1, controlled, solver) -> Solution:
     """Chen et al. 2018, Algorithm 1: gradients by a second solve, from t1 back to t0.
 
     In s = t1 - t, with the cotangent a of x: dx/ds = -f, da/ds = a df/dx, and the integral
     of a df/dtheta. Steps adapt to x and a (Kidger et al. 2021, arXiv:2009.09457). diffrax's
-    own adjoint does not tell whether the second solve reached t0; here its gradients are
+    own adjoint does not report whether the second solve reached t0; here its gradients are
     NaN if it did not.
     """
     leaves, structure = jax.tree.flatten(theta)
@@ -225,7 +220,7 @@ def _solve_with_adjoint(f, theta, x, t0, t1, controlled, settings) -> Solution:
     @jax.custom_vjp
     def run(weights, others, x, t0, t1):
         theta = merge(weights, others)
-        return _solve(f, theta, x, t0, t1, controlled, forget, **settings)
+        return _solve(f, theta, x, t0, t1, controlled, forget, solver)
 
     def forward(weights, others, x, t0, t1):
         solution = run(weights, others, x, t0, t1)
@@ -251,7 +246,7 @@ def _solve_with_adjoint(f, theta, x, t0, t1, controlled, settings) -> Solution:
             *(jnp.zeros_like(t0), t1 - t0),
             lambda state: (controlled(state[0]), controlled(state[1])),
             forget,
-            **settings,
+            solver,
         )
         _, by_x, by_weights = jax.tree.map(
             lambda leaf: jnp.where(end.result == SUCCESSFUL, leaf, jnp.nan), end.x
@@ -266,7 +261,7 @@ def first_step(f, theta, x, t0, t1, controlled, order, rtol, atol) -> jax.Array:
     """The length of the first adaptive step, from two evaluations of f.
 
     Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.4. Given here
-    as diffrax 0.7 takes 0.01 for every equation. The whole way, if nothing moves.
+    as diffrax 0.7.2 takes 0.01 once its term is wrapped. The whole way, if nothing moves.
     """
 
     def scaled(tree):

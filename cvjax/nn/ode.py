@@ -14,9 +14,10 @@ What a block's solver did is sown into the collection "solver" as `Stats`. If th
 of the mean of f**2 over an image's values, [batch]: the first of the two terms of Finlay et
 al. 2020 (arXiv:2002.02798), with a factor 1 and without their norm of f's Jacobian.
 If the collection "trajectory" is asked for, it sows x before the first and after each of
-its equal steps, [steps + 1, batch, height, width, channels].
+its fixed steps, [steps + 1, batch, height, width, channels].
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -44,7 +45,7 @@ class ODEBlock(nn.Module):
       solver: see `nn.solver.Solver`.
       theta: one of `THETAS`.
       pieces: of the time from 0 to 1.
-      walk: whether equal steps are a loop, one of `nn.depth.WALKS`.
+      walk: whether fixed steps are a loop, one of `nn.depth.WALKS`.
       train: whether the call is for training (see `nn.solver.Solver`).
 
     Raises:
@@ -84,7 +85,7 @@ class ODEBlock(nn.Module):
         finite |= stats.result != SUCCESSFUL  # that failure came first
         stats = stats.replace(result=jnp.where(finite, stats.result, NOT_FINITE))
         self._sow(stats)
-        # Nobody shall take for x(1) what is not.
+        # Failed solves return NaN.
         reached = (stats.result == SUCCESSFUL).reshape(-1, *(1,) * (x.ndim - 1))
         return jnp.where(reached, end, jnp.nan)
 
@@ -134,10 +135,10 @@ class ODEBlock(nn.Module):
             from cvjax.nn.diffrax_solve import tableau_of
 
             tableau = tableau_of(solver.method)
-        h, steps_a_piece = 1 / solver.steps, solver.steps // self.pieces
+        h, steps_per_piece = 1 / solver.steps, solver.steps // self.pieces
 
         def one_step(theta, x, number):
-            piece = number // steps_a_piece if self.pieces > 1 else 0
+            piece = number // steps_per_piece if self.pieces > 1 else 0
             return runge_kutta.step(
                 tableau, lambda x, t: f(theta, x, t, piece), x, number * h, h
             )
@@ -179,7 +180,7 @@ class ODEBlock(nn.Module):
 
 
 def _solve_pieces(f, theta, solver: Solver, pieces: int, x):
-    """One solve a piece, as theta(t) is smooth only within them."""
+    """One solve per piece, as theta(t) is smooth only within them."""
     from cvjax.nn import diffrax_solve
 
     def one_piece(carry, piece):
@@ -190,12 +191,7 @@ def _solve_pieces(f, theta, solver: Solver, pieces: int, x):
             x,
             piece / pieces,
             (piece + 1) / pieces,
-            method=solver.method,
-            steps=solver.steps // pieces,
-            rtol=solver.rtol,
-            atol=solver.atol,
-            max_steps=solver.max_steps,
-            gradient=solver.gradient,
+            dataclasses.replace(solver, steps=solver.steps // pieces),
         )
         here = Stats(*solution[1:])
         failed = before.result != SUCCESSFUL  # what came after counts no more
@@ -231,6 +227,6 @@ def check_pieces(theta: str, pieces: int, solver: Solver) -> None:
         )
     if solver.steps % pieces:
         raise UserError(
-            f"{solver.steps} equal steps cannot be shared by {pieces} pieces; choose steps "
+            f"{solver.steps} fixed steps cannot be shared by {pieces} pieces; choose steps "
             "as a multiple of pieces."
         )

@@ -193,6 +193,21 @@ def first_failure(sums: list[Sums]) -> tuple[str, Solves] | None:
     return None
 
 
+def mark_failed(logits: jax.Array, sown: Any) -> jax.Array:
+    """The logits, NaN for images for which the solver of an ODE block failed.
+
+    Not every failure would show by itself: on CPU, XLA's ReLU takes NaN for zero.
+
+    Args:
+      logits: [batch, classes].
+      sown: the collection "solver", None without ODE blocks.
+    """
+    for stats in solver_stats(sown).values():
+        solved = (stats.result == solvers.SUCCESSFUL)[:, None]
+        logits = jnp.where(solved, logits, jnp.nan)
+    return logits
+
+
 def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[str, float]:
     """Means over all examples of some batches, added in float64.
 

@@ -167,7 +167,7 @@ def train_steps(
 
 
 @partial(jax.jit, static_argnames=("model", "loss"))
-def eval_step(
+def eval_step_with_logits(
     params,
     batch_stats,
     batch: Batch,
@@ -175,16 +175,25 @@ def eval_step(
     *,
     model: nn.Module,
     loss: LossConfig,
-) -> metrics.Sums:
-    """Sums over one batch of "image" (uint8), "label" and "mask", in evaluation mode."""
+) -> tuple[metrics.Sums, jax.Array]:
+    """Sums over one batch of "image" (uint8), "label" and "mask", in evaluation mode.
+
+    With them the logits [batch, classes], NaN where a solver failed.
+    """
     images = normalize(batch["image"], statistics)
     variables = {"params": params, "batch_stats": batch_stats}
     logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
     plain = dataclasses.replace(loss, label_smoothing=0.0)
     losses = loss_per_example(logits, batch["label"], plain)
-    return metrics.sum_batch(
-        losses, logits, batch["label"], batch["mask"], sown.get("solver")
-    )
+    solves = sown.get("solver")
+    sums = metrics.sum_batch(losses, logits, batch["label"], batch["mask"], solves)
+    return sums, metrics.mark_failed(logits, solves)
+
+
+@partial(jax.jit, static_argnames=("model", "loss"))
+def eval_step(*arrays, model: nn.Module, loss: LossConfig) -> metrics.Sums:
+    """The sums alone, see `eval_step_with_logits`."""
+    return eval_step_with_logits.__wrapped__(*arrays, model=model, loss=loss)[0]
 
 
 def evaluate(
@@ -227,13 +236,20 @@ def evaluate(
             sums.append(eval_step(params, batch_stats, batch, statistics, **fixed))
             if stop():
                 return None
+    return summarize(sums, recipe, prefix, len(split))
+
+
+def summarize(
+    sums: list[metrics.Sums], recipe: Recipe, prefix: str, count: int
+) -> dict[str, float]:
+    """The means over all `count` examples of an evaluation, see `evaluate`."""
     failure = metrics.first_failure(jax.device_get(sums))
     if failure:
         cause = describe_failure(recipe.model, *failure)
         raise DivergedError(
             f"The evaluation ({prefix or 'of the network'}) failed. {cause}"
         )
-    return metrics.means(sums, recipe.model.num_classes, prefix, len(split))
+    return metrics.means(sums, recipe.model.num_classes, prefix, count)
 
 
 def _eval_batches(split: Split, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:

@@ -12,13 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax import numpy as jnp
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, UserError
 from cvjax.files import Path, user_path
 from cvjax.models import model_fields
-from cvjax.nn import solver as solvers
 from cvjax.storage import checkpoint as checkpoints
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
@@ -118,14 +116,10 @@ def draw_variables(network: Network) -> dict[str, Any]:
 def apply_model(variables: Any, images: jax.Array, *, model: nn.Module) -> jax.Array:
     """Normalised images -> logits [batch, classes], in evaluation mode.
 
-    NaN for images for which the solver of an ODE block failed. Not every failure would show
-    by itself: on CPU, XLA's ReLU takes NaN for zero.
+    NaN for images for which the solver of an ODE block failed.
     """
     logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
-    for stats in metrics.solver_stats(sown.get("solver")).values():
-        solved = (stats.result == solvers.SUCCESSFUL)[:, None]
-        logits = jnp.where(solved, logits, jnp.nan)
-    return logits
+    return metrics.mark_failed(logits, sown.get("solver"))
 
 
 def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:

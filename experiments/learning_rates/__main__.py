@@ -37,6 +37,7 @@ from ml_collections import config_flags
 
 from configs import cifar10_resnet, digits_mlp
 from cvjax import cli
+from cvjax.comparison.runs import training_seconds
 from cvjax.errors import DivergedError, UserError
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
@@ -263,7 +264,7 @@ def train(config: Config, place: pathlib.Path) -> dict[str, Any]:
         "curve": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
         **{"diverged": diverged, "summary": summary},
         **{key: manifest[key] for key in runner.PROVENANCE},
-        "seconds": runner.training_seconds(rows),
+        "seconds": training_seconds(rows),
     }
 
 

@@ -1,0 +1,91 @@
+"""One command line in several processes of this machine."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+from absl import logging
+
+from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
+from cvjax.training import interrupt
+
+
+def run_in_processes(count: int, last_flag: str) -> None:
+    """Gives this very command line to `count` processes, and waits for them.
+
+    On Linux each has its share of the processor's cores to itself. XLA shares a
+    convolution badly between cores, so that many processes of one core are faster than one
+    process of many (`benchmarks/seeds.py`). Accelerators are shared by all: where there are
+    several, start a process for each instead, with CUDA_VISIBLE_DEVICES.
+
+    Args:
+      count: of processes, two or more.
+      last_flag: added to the command line, so that the new processes start no others.
+
+    Raises:
+      UserError: for more processes than cores.
+      InterruptedRun: after SIGTERM or Ctrl-C, when all have saved and ended.
+      SystemExit: if one of them fails, with its exit code (128 + N after signal N).
+    """
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if count > (len(cores) or os.cpu_count() or 1):
+        raise UserError(
+            f"{count} processes are more than the {len(cores) or os.cpu_count()} cores "
+            "of this machine; choose fewer."
+        )
+    # On an accelerator all of them live in its memory.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    with interrupt.watch() as stop, contextlib.ExitStack() as stack:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:], last_flag],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(count)
+        ]
+        for number, worker in enumerate(workers, start=1):
+            if cores:
+                os.sched_setaffinity(worker.pid, cores[number - 1 :: count])
+            stack.enter_context(_copied(worker.stderr, f"[{number}] "))
+        asked = False
+        while any(worker.poll() is None for worker in workers):
+            if stop.requested and not asked:
+                asked = True
+                for worker in workers:
+                    worker.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+    saved = {0, EXIT_CODES[InterruptedRun], -signal.SIGTERM} if stop.requested else {0}
+    codes = {n: worker.returncode for n, worker in enumerate(workers, start=1)}
+    failed = {number: code for number, code in codes.items() if code not in saved}
+    for number, code in failed.items():
+        logging.error("Process %d ended with exit code %d.", number, code)
+    if failed:
+        sys.exit(max(code if code > 0 else 128 - code for code in failed.values()))
+    if stop.requested:
+        raise InterruptedRun(
+            f"Stopped by {stop.signal_name}, and all {count} processes have saved; the "
+            "same command goes on from there."
+        )
+
+
+@contextlib.contextmanager
+def _copied(source: IO[str], prefix: str) -> Iterator[None]:
+    """Copies lines to stderr as they come, with a prefix."""
+
+    def copy() -> None:
+        for line in source:
+            sys.stderr.write(prefix + line)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    yield
+    thread.join()
