@@ -133,11 +133,11 @@ def _labels(listing: Listing, split: str) -> np.ndarray:
 def _streamed(
     listing: Listing, options: StreamOptions, fingerprint: str, caches: pathlib.Path
 ) -> dict[str, StreamedSplit]:
-    splits = {}
+    splits, classes = {}, len(listing.class_names)
     for split in SPLITS:
         paths = tuple(path for path, _ in listing.files[split])
         files = Files(listing.root, paths, _labels(listing, split))
-        splits[split] = StreamedSplit(files, np.arange(len(files)), options)
+        splits[split] = StreamedSplit(files, np.arange(len(files)), options, classes)
     return splits
 
 
