@@ -213,6 +213,8 @@ def test_finding_runs(write_run, tmp_path):
     assert found("") == ["deep/er/y", "x1", "x2"]
     with pytest.raises(UserError, match="names no run"):
         found("z*")
+    with pytest.raises(UserError, match="is empty"):  # not all runs below this folder
+        runs.find_runs([""])
 
 
 def test_baselines(write_run, tmp_path):
