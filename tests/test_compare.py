@@ -33,7 +33,9 @@ def write_run(tmp_path):
             (config[group] if group else config)[field] = value
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        write_inputs(folder, Statistics(np.zeros((32, 32, 3)), np.ones((32, 32, 3))), "abc")
+        write_inputs(
+            folder, Statistics(np.zeros((32, 32, 3)), np.ones((32, 32, 3))), [*"abc"]
+        )
         device = {"platform": "cpu", "kind": "cpu", "count": 1}
         manifest = {"config": config.to_dict(), "device": device}
         write_json(folder / "config.json", manifest)
