@@ -187,8 +187,8 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
     path = files.user_path(workdir, "--workdir") / "config.json"
     if not path.exists():
         raise errors.UserError(
-            f"{path} cannot be read (it does not exist): {path.parent} is no folder of a "
-            "run; name one that train.py has started."
+            f"{path} cannot be read (it does not exist); --workdir must name the folder of "
+            "a run that train.py has started."
         )
     hint = "put a good copy there, or train again in another --workdir."
     return files.read_json(path, {"config": dict}, hint)
