@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 
-from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.data.dataset import ArraySplit, Dataset, check_labels
 from cvjax.data.splits import check_val_examples, stratified
 from cvjax.errors import UserError
 from cvjax.files import user_path
@@ -129,9 +129,5 @@ def _class_names(
             f"{' for each of class_names' if 'class_names' in arrays else ''}."
         )
     for split, part in splits.items():
-        if part.labels.min() < 0 or part.labels.max() >= len(names):
-            raise UserError(
-                f"y_{split} in {file} has a class that y_train lacks: it reaches from "
-                f"{part.labels.min()} to {part.labels.max()}."
-            )
+        check_labels(part.labels, len(names), f"y_{split} in {file}")
     return names
