@@ -73,7 +73,7 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
 def test_mistakes_get_one_line(tmp_path):
     for flag, sentence in (
         ("--depths=8,twenty", "--depths takes numbers such as 8,20,32, got '8,twenty'."),
-        ("--depths=9", "depth must be 6n + 2"),
+        ("--depths=9", "--depths takes numbers 6n + 2"),
         ("--gather=a,b --steps=3", "so --steps cannot stand beside it"),
         ("--preset=quik", "should be one of <quick|cpu|full>"),
     ):
