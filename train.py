@@ -8,6 +8,9 @@ themselves under SLURM (srun) and Open MPI (mpirun); elsewhere each is given
 --coordinator_address, --process_count and --process_index.
 """
 
+import cvjax  # noqa: F401  (Ctrl-C while the rest is imported)
+
+# isort: split
 from absl import flags
 from ml_collections import config_flags
 

@@ -20,6 +20,7 @@ from absl import flags, logging
 from jax import numpy as jnp
 
 from cvjax import cli, timing
+from cvjax.files import write_bytes, write_json
 from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
@@ -105,10 +106,8 @@ def main(arguments):
     if folder:
         results = {"benchmark": "ode_gradients", "shape": shape, "rounds": ROUNDS.value}
         provenance = {"measured_by": workdirs.provenance()}
-        workdirs.write_json(
-            folder / "results.json", {**results, "rows": rows, **provenance}
-        )
-        (folder / "table.md").write_text(markdown(rows, shape))
+        write_json(folder / "results.json", {**results, "rows": rows, **provenance})
+        write_bytes(folder / "table.md", markdown(rows, shape).encode())
 
 
 HEADINGS = (

@@ -28,6 +28,7 @@ from jax import numpy as jnp
 
 from cvjax import cli, timing
 from cvjax.errors import UserError
+from cvjax.files import write_json
 from cvjax.models.odenet_layers import Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
@@ -195,7 +196,7 @@ def main(arguments):
             "rows": rows,
             "measured_by": workdirs.provenance(),
         }
-        workdirs.write_json(folder / "results.json", results)
+        write_json(folder / "results.json", results)
 
 
 def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: np.ndarray):

@@ -4,7 +4,9 @@ import os
 import pathlib
 from typing import Any
 
+from cvjax import files
 from cvjax.errors import UserError
+from cvjax.files import write_json
 from cvjax.storage import workdir as workdirs
 
 
@@ -58,5 +60,5 @@ def processor() -> str:
 def write(folder: pathlib.Path, results: dict[str, Any], text: str) -> None:
     """Writes results.json, and table.md with `text` and where it was measured."""
     measured_by = provenance()
-    workdirs.write_json(folder / "results.json", {**results, "measured_by": measured_by})
-    workdirs.write_bytes(folder / "table.md", f"{text}\n{describe(measured_by)}\n".encode())
+    write_json(folder / "results.json", {**results, "measured_by": measured_by})
+    files.write_bytes(folder / "table.md", f"{text}\n{describe(measured_by)}\n".encode())

@@ -32,6 +32,7 @@ from cvjax import cli, data
 from cvjax.data.dataset import Dataset
 from cvjax.data.image_files import center_crop, scale_crop
 from cvjax.data.streaming import StreamOptions
+from cvjax.files import write_bytes, write_json
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
@@ -84,8 +85,8 @@ def main(arguments):
         }
     tables.show(caption(results), HEADINGS, rows(results))
     if folder:
-        workdirs.write_json(folder / "results.json", results)
-        (folder / "table.md").write_text(markdown(results))
+        write_json(folder / "results.json", results)
+        write_bytes(folder / "table.md", markdown(results).encode())
 
 
 def describe(name: str, dataset: Dataset) -> dict[str, Any]:

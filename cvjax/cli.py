@@ -1,41 +1,101 @@
-"""What all command-line programs share: flags, log, exit codes, compilation cache.
+"""What all command-line programs share: log, exit codes, signals, compilation cache.
 
 Exit codes: 0 finished; 2 a mistake that the user can mend, told in one sentence; 3 the run
 diverged; 75 (EX_TEMPFAIL) stopped by SIGTERM or Ctrl-C after saving: run the same line
-again to go on; 130 stopped by a second Ctrl-C.
+again to go on; 130 stopped by Ctrl-C where there was nothing to save, or by a second one.
 """
 
 import ast
+import glob
 import logging as python_logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
-from cvjax import memory
-from cvjax.errors import EXIT_CODES, UserError
+from cvjax import command_line, memory
+from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM while nothing is trained; no `except Exception` on its way catches it."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags, calls `main` with the other arguments, and exits."""
 
     def guarded(arguments: Sequence[str]) -> int:
-        _prepare()
+        signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as behind `nohup`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            main(arguments[1:])
-        except tuple(EXIT_CODES) as error:
-            kinds = (kind for kind in EXIT_CODES if isinstance(error, kind))
-            return _tell(str(error), EXIT_CODES[next(kinds)])
-        except KeyboardInterrupt:
-            return _tell("stopped by Ctrl-C.", 130)
-        return 0
+            code = _call(main, arguments[1:])
+        finally:
+            # What is finished is not stopped any more, while Python takes itself down.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+        return code
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _call(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Calls `main`, and makes an exit code of what it raises."""
+    try:
+        _prepare()
+        main(arguments)
+    except tuple(EXIT_CODES) as error:
+        kinds = (kind for kind in EXIT_CODES if isinstance(error, kind))
+        return _tell(str(error), EXIT_CODES[next(kinds)])
+    except _Terminated:
+        return _tell(
+            "stopped by SIGTERM; the same command goes on from what is saved.",
+            EXIT_CODES[InterruptedRun],
+        )
+    except KeyboardInterrupt:
+        return _tell("stopped by Ctrl-C.", 130)
+    except (OSError, MemoryError, AssertionError, RuntimeError) as error:
+        message = _environment_message(error)
+        if message is None:
+            raise
+        return _tell(message, EXIT_CODES[UserError])
+    return 0
+
+
+def _terminate(number: int, frame) -> NoReturn:
+    raise _Terminated
+
+
+def _environment_message(error: Exception) -> str | None:
+    """A sentence for what is no mistake of the program's; None for what may be one."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{where}{error.strerror or error}; what was saved before is as it was: mend "
+            "this, and give the same command again."
+        )
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"there is too little memory ({str(error).partition(chr(10))[0][:200]}); use "
+            "smaller batches, images or networks."
+        )
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if pathlib.Path(last.filename).name == "xla_bridge.py":
+        asked = jax.config.jax_platforms
+        return (
+            f"JAX can use no device of JAX_PLATFORMS={asked}; unset it, or install the jax "
+            "and the driver for it."
+        )
+    return None
 
 
 def command_name() -> str:
@@ -62,45 +122,32 @@ def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
     together again.
 
     Raises:
-      UserError: for anything that is not name=value.
+      UserError: for anything that is not name=value, or a name that is no field of a model.
     """
     fields = {}
     for text in re.split(r",(?=\w+=)", ",".join(texts)) if texts else ():
         name, equals, value = text.partition("=")
-        if not (name and equals):
+        if not equals or not value.strip():
             raise UserError(f"--fields takes name=value,name=value, got {text!r}.")
+        if not name.isidentifier() or name in ("name", "num_classes", "self", "parent"):
+            raise UserError(f"{name!r} is no field of a network that can be chosen.")
+        if name in fields:
+            raise UserError(f"{name} is given twice among the fields; give it once.")
         value = value.capitalize() if value in ("true", "false") else value
         try:
             fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             fields[name] = value
     return fields
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
     try:
-        _check_config_exists(arguments)
-        return flags.FLAGS(arguments)
-    # ml_collections says by these two that an override names no key of the config.
-    except (AttributeError, KeyError) as error:
-        names = re.findall(r"\w+(?=\\?['\"])", str(error))
-        hint = f"; did you mean {names[1]}?" if len(names) > 1 else "."
-        message = f"the config has no setting {names[0]}{hint}"
-    except (flags.Error, TypeError, ValueError) as error:
-        message = str(error)
-    sys.exit(_tell(message, EXIT_CODES[UserError]))
-
-
-def _check_config_exists(arguments: Sequence[str]) -> None:
-    """ml_collections reports a missing file only when the config is first used."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, path = argument.lstrip("-").partition("=")
-        path = path if equals else following
-        if argument.startswith("-") and flag == "config" and not os.path.isfile(path):
-            raise UserError(
-                f"the config file {path!r} does not exist; those that come along are in "
-                "the folder configs/."
-            )
+        return command_line.parse(arguments)
+    except (flags.Error, UserError) as error:
+        sys.exit(_tell(str(error), EXIT_CODES[UserError]))
+    except KeyboardInterrupt:
+        sys.exit(_tell("stopped by Ctrl-C.", 130))
 
 
 def _tell(message: str, code: int) -> int:
@@ -109,14 +156,44 @@ def _tell(message: str, code: int) -> int:
     return code
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """JAX never overwrites an entry of its cache, so one that is damaged has to go."""
+    damaged = re.match(
+        "Error reading persistent compilation cache entry for '([^']+)'", str(message)
+    )
+    if not damaged:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        print(text, end="", file=file or sys.stderr)
+        return
+    cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    for entry in cache.glob(f"{glob.escape(damaged[1])}-*"):
+        entry.unlink(missing_ok=True)
+    logging.warning(
+        "A damaged entry of the compilation cache was removed (%s in %s).",
+        *(damaged[1], cache),
+    )
+
+
+def _tell_of_thread(arguments) -> None:
+    """An error in a thread beside the program, such as TensorBoard's on a full disk."""
+    logging.warning("%s: %s", arguments.exc_type.__name__, arguments.exc_value)
+
+
 def _prepare() -> None:
     memory.keep_freed()
+    warnings.showwarning = _show_warning
+    threading.excepthook = _tell_of_thread
+    # A name outside of the terminal's letters is shown as well as these can.
+    if hasattr(sys.stdout, "reconfigure"):  # None if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(
         python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     )
     # JAX tells of every kind of device that it does not find.
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
+    for notice in command_line.repeated(sys.argv):
+        logging.warning("%s", notice)
     if not jax.config.jax_compilation_cache_dir:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "cvjax" / "xla"))

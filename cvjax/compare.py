@@ -34,6 +34,7 @@ from cvjax.comparison.page import make_page
 from cvjax.comparison.rows import MEASURED, METRICS, Row, compare, make_rows, state_of
 from cvjax.comparison.runs import find_runs, read_run
 from cvjax.errors import UserError
+from cvjax.files import user_path, write_bytes, write_json
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
@@ -171,18 +172,18 @@ def _write(rows, notes, headings, cells, values) -> None:
         draw_comparison(rows, values.metric, figure)
         png = figure.read_bytes()
     if values.output:
-        folder = workdirs.check_writable(values.output)
+        folder = workdirs.check_writable(values.output, "--output")
         texts = [[text for text, _ in line] for line in cells]
         lines = tables.markdown(headings, texts) + "".join(f"\n{note}\n" for note in notes)
-        workdirs.write_bytes(folder / "compare.md", lines.encode())
-        workdirs.write_json(folder / "compare.json", to_json(rows, notes, values.metric))
-        workdirs.write_bytes(folder / "compare.png", png)
+        write_bytes(folder / "compare.md", lines.encode())
+        write_json(folder / "compare.json", to_json(rows, notes, values.metric))
+        write_bytes(folder / "compare.png", png)
         print(folder)
     if values.html:
         page = make_page("Comparison of runs", headings, cells, rows, notes, png)
-        path = pathlib.Path(values.html).absolute()
-        workdirs.check_writable(path.parent)
-        workdirs.write_bytes(path, page.encode("utf-8", "replace"))
+        path = user_path(values.html, "--html")
+        workdirs.check_writable(path.parent, "--html")
+        write_bytes(path, page.encode("utf-8", "replace"))
         print(path)
 
 

@@ -3,6 +3,7 @@
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet --crops=10
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet --scales=28,32,40
+    python -m cvjax.evaluate --workdir=/shared/runs/cifar10_resnet --output=results
 
 The run may be finished or going on; nothing of it is changed. Results are shown, and
 written to WORKDIR/evaluation: a JSON file with all numbers and where they come from, the
@@ -18,6 +19,7 @@ confidence (Guo et al. 2017).
 
 import json
 import pathlib
+import re
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +39,7 @@ from cvjax.evaluation.predictions import (
     predict_as_in_training,
     predict_split,
 )
+from cvjax.files import Path, write_json
 from cvjax.models import SAME_FUNCTION
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
@@ -49,7 +52,7 @@ _SHOWN_CLASSES = 20
 
 
 def evaluate(
-    workdir: workdirs.Path,
+    workdir: Path,
     *,
     split: str = "test",
     checkpoint: str = "last",
@@ -59,6 +62,7 @@ def evaluate(
     data_dir: str = "",
     cache_dir: str = "",
     fields: Mapping[str, Any] | None = None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates the network of a run, and writes results and figures to its folder.
 
@@ -72,6 +76,7 @@ def evaluate(
       batch_size: in images; None for the run's own. It does not change the results.
       data_dir, cache_dir: where the data set is; "" for where it was at training.
       fields: of the model instead of those of the training, see `load_network`.
+      output: the folder that is written to; None for WORKDIR/evaluation.
 
     Returns:
       What is written as JSON; "files" are the paths of all that is written.
@@ -81,8 +86,9 @@ def evaluate(
     """
     network = load_network(workdir, checkpoint, fields)
     _warn_of_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
-    views = choose_views(network, crops, scales)
-    folder = workdirs.check_writable(pathlib.Path(workdir) / "evaluation")
+    views = choose_views(network, crops, scales, batch_size)
+    folder = pathlib.Path(output or pathlib.Path(workdir) / "evaluation")
+    folder = workdirs.check_writable(folder, "--output")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
     if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
@@ -138,7 +144,7 @@ def evaluate(
         "evaluated_by": workdirs.provenance(),
         "trained_by": {key: manifest[key] for key in manifest if key != "config"},
     }
-    workdirs.write_json(files["results"], results)
+    write_json(files["results"], results)
     return results
 
 
@@ -228,6 +234,9 @@ def _percent(fraction: float) -> str:
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
     flags.DEFINE_string("workdir", None, "The folder of a run of train.py.")
+    flags.DEFINE_string(
+        "output", None, "The folder of the results; WORKDIR/evaluation by default."
+    )
     flags.DEFINE_enum("split", "test", SPLITS, "The part of the data set.")
     flags.DEFINE_string(
         "checkpoint", "last", "last, best (on validation) or the number of a step."
@@ -278,6 +287,7 @@ def main(arguments):
         data_dir=values.data_dir,
         cache_dir=values.cache_dir,
         fields=cli.parse_fields(values.fields),
+        output=values.output,
     )
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -295,7 +305,7 @@ def parse_scales(texts: list[str]) -> tuple[int, ...]:
     Raises:
       UserError: for anything but different whole numbers above 0.
     """
-    scales = [int(text) for text in texts if text.strip().isdecimal()]
+    scales = [int(text) for text in texts if re.fullmatch(r" *[0-9]{1,9} *", text)]
     if len(scales) < len(texts) or 0 in scales or len(set(scales)) < len(scales):
         raise UserError(
             "--scales takes different whole numbers above 0, such as 28,32,40, got "

@@ -22,7 +22,6 @@ a CPU the file may be slower than the run was.
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -33,6 +32,7 @@ from jax import numpy as jnp
 from cvjax import cli
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
+from cvjax.files import Path, user_path, write_bytes, write_json
 from cvjax.nn import onednn
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import Network, apply_model, load_network
@@ -79,7 +79,7 @@ def export_network(
 
 def write_export(
     network: Network,
-    path: workdirs.Path,
+    path: Path,
     batch_size: int = 0,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
@@ -96,9 +96,9 @@ def write_export(
             "a network with adaptive steps is exported with EQX_ON_ERROR=nan, set before "
             "this process solves its first ODE."
         ) from error
-    path = pathlib.Path(path).absolute()
-    workdirs.check_writable(path.parent)
-    workdirs.write_bytes(path, bytes(content))
+    path = user_path(path, "--output")
+    workdirs.check_writable(path.parent, "--output")
+    write_bytes(path, bytes(content))
     about = {
         "image_shape": network.image_shape,
         "class_names": network.class_names,
@@ -108,7 +108,7 @@ def write_export(
         "model": network.run.model,
         "exported_by": workdirs.provenance(),
     }
-    workdirs.write_json(path.with_name(f"{path.name}.json"), about)
+    write_json(path.with_name(f"{path.name}.json"), about)
     logging.info("Wrote %s, %.1f MB, and %s.json.", path, len(content) / 1e6, path.name)
 
 

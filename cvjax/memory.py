@@ -1,11 +1,25 @@
-"""The C library's heap, so that a training step need not ask the kernel for memory."""
+"""The memory of the machine, and the C library's heap, of which training steps take it."""
 
 import ctypes
+import os
+import pathlib
 import sys
 
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER, _PIECE = 2**31 - 1, 2**28
+
+_CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+def physical_memory() -> int | None:
+    """Of the machine or its container, in bytes; None where nothing says it."""
+    limits = []
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if _CGROUP.is_file() and (text := _CGROUP.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    return min(limits, default=None)
 
 
 def keep_freed() -> bool:

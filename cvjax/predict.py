@@ -28,6 +28,7 @@ from cvjax import cli
 from cvjax.data.image_files import BORDER, load_picture
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
+from cvjax.files import Path
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import Network, apply_model, load_network, probabilities
 
@@ -39,7 +40,7 @@ def predict(network: Network, image: np.ndarray) -> np.ndarray:
     return probabilities(logits, network.run.loss.name)[0]
 
 
-def crop_border(network: Network, workdir: workdirs.Path) -> float | None:
+def crop_border(network: Network, workdir: Path) -> float | None:
     """What is cut off each end of a picture's short side, a fraction; None: no centre crop.
 
     Training on a stream evaluates on 224 of 256 pixels; an import says with --resize what

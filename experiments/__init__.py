@@ -1,0 +1,1 @@
+import cvjax  # noqa: F401  (Ctrl-C while an experiment starts)

@@ -36,6 +36,7 @@ from cvjax.errors import (
     UserError,
     WorkdirInUse,
 )
+from cvjax.files import read_json, write_json
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
@@ -66,7 +67,7 @@ def define_flags(
     """
     flags.DEFINE_enum("preset", "quick", list(presets), "How much to train.")
     flags.DEFINE_string("workdir", None, "Folder of all runs and the results.")
-    flags.DEFINE_integer("seeds", 3, f"Number of seeds per {seeds_each}.", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, f"Number of seeds per {seeds_each}.", 1, 1_000)
     flags.DEFINE_integer(
         "steps",
         None,
@@ -177,15 +178,17 @@ def train_or_diverge(
             logging.info("%s diverged: %s", folder.name, error)
             rows = metrics_log.read_metrics(folder / "metrics.jsonl")
             step = max((row["step"] for row in rows), default=0)
-            workdirs.write_json(path, {"step": step, "message": str(error)})
-    return json.loads(path.read_text()) if path.exists() else None
+            write_json(path, {"step": step, "message": str(error)})
+    if not path.exists():
+        return None
+    return read_json(path, {"step": int, "message": str}, "delete it; the run goes on.")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What results keep of a finished run, and under which names: see the top."""
     manifest = workdirs.read_manifest(folder)
     return {
-        "summary": json.loads((folder / "summary.json").read_text()),
+        "summary": workdirs.read_summary(folder),
         **{key: manifest[key] for key in PROVENANCE},
         "seconds": training_seconds(metrics_log.read_metrics(folder / "metrics.jsonl")),
     }
@@ -202,14 +205,14 @@ def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
     """
     key = json.loads(json.dumps(key))
     if path.exists():
-        known = json.loads(path.read_text())
+        known = read_json(path, {}, "delete it, and it is measured again.", object)
         if (
             isinstance(known, dict)
             and known.keys() == {"key", "value"}
             and (known["key"] == key)
         ):
             return known["value"]
-    workdirs.write_json(path, {"key": key, "value": measure()})
+    write_json(path, {"key": key, "value": measure()})
     return json.loads(path.read_text())["value"]
 
 
@@ -242,7 +245,7 @@ def write_results(
         **{"table": table, "claims": list(claims), "runs": runs},
         "provenance": workdirs.provenance(),
     }
-    workdirs.write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     return results
 
 

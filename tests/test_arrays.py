@@ -63,8 +63,8 @@ def test_given_validation_and_names(load):
         ({"y_train": np.arange(40) % 4 + 1}, "1 to 4"),
         ({"y_train": np.zeros(40, int)}, "two or more"),
         ({"y_train": np.arange(40) / 40}, "whole numbers"),
-        ({"y_test": np.full(8, 4)}, "y_train lacks"),
-        ({"y_test": np.full(8, -1)}, "y_train lacks"),
+        ({"y_test": np.full(8, 4)}, "labels in y_test"),
+        ({"y_test": np.full(8, -1)}, "labels in y_test"),
         ({"class_names": ["a", "b"]}, "class_names"),
     ],
 )

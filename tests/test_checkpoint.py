@@ -212,12 +212,45 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_info", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(errors.UserError, match="No space"):
             save_steps(tmp_path, [2])
-    assert checkpoint.latest_step(tmp_path) == 1
-    assert len(os.listdir(tmp_path / "checkpoints")) == 2
+    assert os.listdir(tmp_path / "checkpoints") == ["1"]
     save_steps(tmp_path, [2])
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_what_does_not_read_back_is_not_saved(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1])
+    monkeypatch.setattr(checkpoint, "_read_arrays", lambda *_: create_state(3))
+    with pytest.raises(errors.UserError, match="does not read back"):
+        save_steps(tmp_path, [2])
+    assert checkpoint.list_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "draft*", "what?", "a b [x]y"])
+def test_a_path_that_looks_like_a_pattern(tmp_path, name):
+    folder = tmp_path / name
+    save_steps(folder, [1, 2])
+    state, _ = checkpoint.restore_latest(folder, abstract(create_state()))
+    assert_same(state, create_state(2))
+
+
+def test_a_checkpoint_under_another_name_is_damaged(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    root = tmp_path / "checkpoints"
+    (root / "2").rename(root / "555")
+    _, info = checkpoint.restore_latest(tmp_path, abstract(create_state()))
+    assert info["step"] == 1
+    assert checkpoint.list_steps(tmp_path) == [1]
+
+
+def test_odd_files_among_the_checkpoints_do_no_harm(tmp_path):
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    for name in (".DS_Store", "tmp-99", "٣", "007"):
+        (root / name).write_text("")
+    save_steps(tmp_path, [1])
+    assert checkpoint.list_steps(tmp_path) == [1]
 
 
 def test_a_half_deleted_checkpoint_is_not_listed(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from cvjax.comparison import figure, rows, runs
 from cvjax.costs.accounting import account
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
+from cvjax.files import write_json
 from cvjax.models import create_model
-from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import write_inputs
 from cvjax.training.config import default_config
 
@@ -33,10 +33,12 @@ def write_run(tmp_path):
             (config[group] if group else config)[field] = value
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        write_inputs(folder, Statistics(np.zeros((32, 32, 3)), np.ones((32, 32, 3))), "abc")
+        write_inputs(
+            folder, Statistics(np.zeros((32, 32, 3)), np.ones((32, 32, 3))), [*"abc"]
+        )
         device = {"platform": "cpu", "kind": "cpu", "count": 1}
         manifest = {"config": config.to_dict(), "device": device}
-        workdirs.write_json(folder / "config.json", manifest)
+        write_json(folder / "config.json", manifest)
         lines = [
             {"step": 10, "train/loss": 2.0, "time/step_ms": 50.0},
             {"step": 50, "train/loss": 1.0, "time/step_ms": 20.0},
@@ -45,7 +47,7 @@ def write_run(tmp_path):
         if finished:
             lines.append({"step": 100, "val/error": error, "val/nfe": 6.0})
             summary = {"step": 100, "parameters": 10, METRIC: error, "test/nfe": 8.0}
-            workdirs.write_json(folder / "summary.json", summary)
+            write_json(folder / "summary.json", summary)
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
         return folder
@@ -213,6 +215,8 @@ def test_finding_runs(write_run, tmp_path):
     assert found("") == ["deep/er/y", "x1", "x2"]
     with pytest.raises(UserError, match="names no run"):
         found("z*")
+    with pytest.raises(UserError, match="is empty"):  # not all runs below this folder
+        runs.find_runs([""])
 
 
 def test_baselines(write_run, tmp_path):
@@ -256,7 +260,7 @@ def test_watching_ends_when_all_are_finished(write_run, tmp_path, monkeypatch, c
     def finish(seconds):
         waits.append(seconds)
         summary = {"step": 100, "parameters": 10, METRIC: 0.25}
-        workdirs.write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary)
 
     monkeypatch.setattr(program.time, "sleep", finish)
     values = types.SimpleNamespace(

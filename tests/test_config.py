@@ -231,7 +231,26 @@ def test_a_group_that_is_none(group):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("key", ["optim.decay_factor", "optim.weight_decay"])
 def test_numbers_must_be_finite(key, value):
-    assert refusal(config_with({key: value})) == f"{key} must be 0 or more, got {value}."
+    sentence = refusal(config_with({key: value}))
+    assert sentence == f"{key} must be a finite number, of float32, got {value}."
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.learning_rate", 1e39),
+        ("optim.weight_decay", 1e300),
+        ("optim.boundaries", (0.5, float("nan"))),
+        ("total_steps", 10**11),
+        ("data.eval_batch_size", 10**12),
+        ("model.step_size", float("nan")),
+        ("model.norm_momentum", 1.0),
+        ("model.norm_momentum", -0.1),
+        ("model.norm_momentum", float("nan")),
+    ],
+)
+def test_numbers_out_of_range(key, value):
+    assert refusal(config_with({key: value})).startswith(f"{key} must be ")
 
 
 @pytest.mark.parametrize("key", ["seed", "data.crop_padding"])
@@ -331,11 +350,11 @@ def test_too_little(key):
         ),
         (
             {"optim.learning_rate": float("inf")},
-            "optim.learning_rate must be above 0, got inf.",
+            "optim.learning_rate must be a finite number, of float32, got inf.",
         ),
         (
             {"optim.learning_rate": float("nan")},
-            "optim.learning_rate must be above 0, got nan.",
+            "optim.learning_rate must be a finite number, of float32, got nan.",
         ),
         ({"optim.momentum": 1.0}, "optim.momentum must be below 1, got 1.0."),
         ({"loss.label_smoothing": 1.0}, "loss.label_smoothing must be below 1, got 1.0."),

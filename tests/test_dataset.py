@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from cvjax.data import dataset
-from cvjax.data.dataset import ArraySplit, batch_indices, eval_batches, train_batch
+from cvjax.data.dataset import (
+    ArraySplit,
+    Dataset,
+    batch_indices,
+    eval_batches,
+    train_batch,
+)
+from cvjax.errors import UserError
 
 
 def create_split(size):
@@ -102,3 +109,25 @@ def test_rows_of_several_labels():
     np.testing.assert_array_equal(last["label"], [[0, 0, 1], [0, 0, 0]])
     np.testing.assert_array_equal(last["mask"], [True, False])
     assert train_batch(split, 2, 0, 0)["label"].shape == (2, 3)
+
+
+# Labels
+
+
+def create_dataset(labels, names=("a", "b", "c")):
+    labels = np.array(labels)
+    split = ArraySplit(np.zeros((len(labels), 2, 2, 1), np.uint8), labels)
+    return Dataset("toy", split, split, split, names, "")
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 255])
+def test_labels_that_name_no_class(bad):
+    with pytest.raises(UserError, match=rf"2 of 4 labels .* is {bad}, of example 1"):
+        create_dataset([0, bad, 2, bad])
+    create_dataset([0, 1, 2])
+
+
+def test_several_labels_are_zeros_and_ones():
+    create_dataset([[0, 1, 1], [0, 0, 0]])
+    with pytest.raises(UserError, match="1 of 2 labels"):
+        create_dataset([[0, 1, 1], [0, 2, 0]])

@@ -13,6 +13,7 @@ import scipy.stats
 
 from cvjax.comparison.runs import training_seconds
 from cvjax.errors import UserError
+from cvjax.files import write_json
 from cvjax.report.tables import percent
 from cvjax.storage import workdir
 from cvjax.training.config import parse_config
@@ -72,7 +73,7 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
 def test_mistakes_get_one_line(tmp_path):
     for flag, sentence in (
         ("--depths=8,twenty", "--depths takes numbers such as 8,20,32, got '8,twenty'."),
-        ("--depths=9", "depth must be 6n + 2"),
+        ("--depths=9", "--depths takes numbers 6n + 2"),
         ("--gather=a,b --steps=3", "so --steps cannot stand beside it"),
         ("--preset=quik", "should be one of <quick|cpu|full>"),
     ):
@@ -219,7 +220,7 @@ def write_run(folder, net, seed, **settings):
     workdir.write_manifest(path, config.to_dict())
     row = {"step": 300, **dict.fromkeys(tables.ERRORS, 0.2)}
     (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    workdir.write_json(path / "summary.json", run["summary"])
+    write_json(path / "summary.json", run["summary"])
 
 
 def test_gather(tmp_path):

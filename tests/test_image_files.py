@@ -174,6 +174,32 @@ def test_limit_is_ours_and_pillow_does_not_warn_below_it(tmp_path, monkeypatch):
         load_picture(tmp_path / "image.png", GREY)
 
 
+def test_png_with_a_wrong_checksum_is_refused(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    content = bytearray(path.read_bytes())
+    for size in (20, 100, 1000):
+        content[-size:] = bytes(size)
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"image\.png is broken"):
+            load_picture(path, GREY)
+
+
+def test_transparent_value_of_16_bits(tmp_path):
+    values = np.full((8, 8), 1000, np.uint16)
+    values[:4] = 0
+    path = tmp_path / "image.png"
+    Image.fromarray(values).save(path, transparency=0)
+    image = load_picture(path, (8, 8, 1))[..., 0]
+    assert (image[:4] == 255).all() and (image[4:] == round(1000 / 257)).all()
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="File name too long"):
+        load_picture(tmp_path / ("x" * 300), GREY)
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "bmp", "tiff", "gif"])
 def test_truncated_file_is_refused(ending, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)

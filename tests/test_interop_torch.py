@@ -484,6 +484,13 @@ FLAGS = {
     "both": ({"normalization": "none"}, "say how the network's images were normalised"),
     "words": ({"mean": ["grey"], "dataset": "digits"}, "--mean takes numbers, got 'grey'"),
     "no deviation": ({"std": ["0"], "dataset": "digits"}, "--std above 0"),
+    "0 to 255": (
+        {"mean": ["77.86"], "std": ["95.88"], "dataset": "digits"},
+        "divide those of images in 0 to 255 by 255",
+    ),
+    "no number": ({"mean": ["nan"], "dataset": "digits"}, "of images in [0, 1]"),
+    "infinite": ({"std": ["inf"], "dataset": "digits"}, "--std above 0"),
+    "negative": ({"mean": ["-0.1"], "dataset": "digits"}, "of images in [0, 1]"),
     "nothing": ({}, "--dataset=NAME, or --num_classes and --image_size"),
     "two words": ({"dataset": "digits", "image_size": 8}, "give either it or them"),
     "channels": (
@@ -523,6 +530,35 @@ def test_inputs_of_flags(tmp_path):
         interop.create_inputs(
             Values(**given | {"num_classes": 3}, image_size=224, class_names=names)
         )
+
+
+def names_from(path, content):
+    path.write_bytes(content)
+    given = {"normalization": "none", "mean": [], "std": [], "image_size": 8}
+    values = Values(**given, num_classes=2, class_names=str(path))
+    return interop.create_inputs(values).class_names
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_class_names_of_any_editor(tmp_path, encoding, end):
+    content = f"café{end}dog{end}".encode(encoding)
+    assert names_from(tmp_path / "names.txt", content) == ("café", "dog")
+
+
+@pytest.mark.parametrize("content", [b"cat\ncat\n", b"cat\n \n", b"cat\n\xff\n"])
+def test_class_names_that_are_none(tmp_path, content):
+    with pytest.raises(UserError, match=r"names\.txt"):
+        names_from(tmp_path / "names.txt", content)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.module.", "model.", "module._orig_mod.model.", "_orig_mod.module."]
+)
+def test_wrappers_of_wrappers(tmp_path, prefix):
+    tensors = {f"{prefix}conv1.weight": np.ones(2), f"{prefix}fc.bias": np.zeros(1)}
+    np.savez(tmp_path / "x.npz", n_averaged=np.array(3), **tensors)
+    assert set(load_tensors(tmp_path / "x.npz")) == {"conv1.weight", "fc.bias"}
 
 
 def test_fields():

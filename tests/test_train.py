@@ -145,6 +145,7 @@ def test_finished_run_says_so(uninterrupted):
 def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, tmp_path):
     done = run(tmp_path, *arguments)
     assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+    *notices, line = done.stderr.strip().splitlines()
     assert line.startswith("train.py: ")
     assert sentence in line
+    assert all("is given 2 times; the last one counts" in notice for notice in notices)

@@ -178,6 +178,17 @@ def test_head_of_other_classes_is_drawn_anew(source, tmp_path, six_classes, mess
     assert any("(54 of them trained)" in text for text in messages)  # 8 * 6 + 6
 
 
+def test_head_of_as_many_other_classes_is_drawn_anew(
+    source, tmp_path, monkeypatch, messages
+):
+    digits = data.load("digits")
+    other = dataclasses.replace(digits, class_names=tuple("abcdefghij"))
+    monkeypatch.setattr(data, "load", lambda *_, **__: other)
+    config = create_config(init_from=str(source))
+    train_and_evaluate(config, tmp_path)
+    assert any("other classes than its 10: params/head/bias" in text for text in messages)
+
+
 def test_resume_is_exact_and_does_not_load_again(source, tmp_path, monkeypatch, messages):
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)

@@ -1,5 +1,6 @@
 """A run's folder: one process in it, a record of what it is, a polite end."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from cvjax import cli, errors
+from cvjax.files import write_json
 from cvjax.storage import workdir
 from cvjax.training import interrupt
 
@@ -96,14 +98,14 @@ def test_an_unwritable_folder_is_refused():
 
 def test_an_interrupted_write_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    workdir.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
 
     def kill(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workdir.os, "replace", kill)
     with pytest.raises(KeyboardInterrupt):
-        workdir.write_json(path, {"a": 2})
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -230,3 +232,44 @@ def test_outside_the_main_thread_nothing_is_set():
     thread.start()
     thread.join()
     assert seen == [(False, True)]
+
+
+# File systems without locks
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with workdir.lock(tmp_path):
+        for _ in range(2):
+            with pytest.raises(errors.WorkdirInUse), workdir.lock(tmp_path):
+                pass
+    with workdir.lock(tmp_path):
+        pass
+
+
+def test_what_stands_in_the_way_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    lock = workdir.lock(tmp_path)
+    with pytest.raises(errors.UserError, match=r"\.lock cannot be written"), lock:
+        pass
+
+
+def test_unfinished_files_of_a_killed_process_go(tmp_path):
+    (tmp_path / ".summary.json.x.tmp").write_text("")
+    with workdir.lock(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_made_for_nothing_goes(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new", "used"):
+        folder = tmp_path / name
+        with pytest.raises(errors.UserError, match="refused"), workdir.lock(folder):
+            if name == "used":
+                (folder / "config.json").write_text("")
+            raise errors.UserError("refused")
+    assert sorted(os.listdir(tmp_path)) == ["old", "used"]

@@ -18,6 +18,7 @@ import numpy as np
 
 from cvjax.costs.accounting import account
 from cvjax.errors import UserError
+from cvjax.files import user_path
 from cvjax.models import create_model
 from cvjax.models.odenet import ODENet
 from cvjax.storage import metrics_log
@@ -64,10 +65,11 @@ def find_runs(places: Sequence[str]) -> list[pathlib.Path]:
         "runs/*_seed?".
 
     Raises:
-      UserError: for a place without any run.
+      UserError: for what is no path, or a place without any run.
     """
     found = {}
     for place in places:
+        user_path(place, "a place of runs")  # refused if it is none; shown as it is given
         literal = pathlib.Path(place).expanduser()
         matches = [literal] if literal.exists() else sorted(glob.glob(place))
         here = {}

@@ -10,6 +10,7 @@ A set that does not fit in memory, or whose images differ in size, is streamed, 
 `load(name, stream=StreamOptions(...))`.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import pathlib
@@ -19,7 +20,7 @@ from absl import logging
 
 from cvjax.data import cache, tfds
 from cvjax.data.arrays import load_npz
-from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.data.dataset import ArraySplit, Dataset, check_labels
 from cvjax.data.digits import load_digits
 from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
@@ -95,14 +96,15 @@ def load(
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":
         return reduced(load_digits(val_examples), train_examples, shrink)
-    decoded = _load_tfds(name, data_dir, cache_dir)
+    decoded = _labelled(_load_tfds(name, data_dir, cache_dir), name)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
         raise UserError(
-            f"{name} has the splits {', '.join(decoded.images)}; it takes train and test "
-            "or validation."
+            f"{name} has the splits {', '.join(decoded.images)}; it takes train "
+            "and test or validation."
         )
     labels = decoded.labels["train"]
+    check_labels(labels, len(decoded.class_names), f"the train split of {name}")
     base = name.partition(":")[0]
     if val_examples == -1:
         val_examples = VAL_EXAMPLES.get(base, max(1, round(len(labels) / 10)))
@@ -120,6 +122,18 @@ def load(
         fingerprint=digest.hexdigest(),
     )
     return reduced(dataset, train_examples, shrink)
+
+
+def _labelled(decoded: tfds.Decoded, name: str) -> tfds.Decoded:
+    """Without the splits whose labels are kept back: all -1, as in COCO's test split."""
+    hidden = [split for split, labels in decoded.labels.items() if (labels == -1).all()]
+    for split in hidden:
+        logging.warning("The %s split of %s has no labels and is left out.", split, name)
+    return dataclasses.replace(
+        decoded,
+        images={s: decoded.images[s] for s in decoded.images if s not in hidden},
+        labels={s: decoded.labels[s] for s in decoded.labels if s not in hidden},
+    )
 
 
 def load_stream(

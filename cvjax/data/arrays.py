@@ -11,9 +11,10 @@ import zipfile
 
 import numpy as np
 
-from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.data.dataset import ArraySplit, Dataset, check_labels
 from cvjax.data.splits import check_val_examples, stratified
 from cvjax.errors import UserError
+from cvjax.files import user_path
 
 _IMAGES = "uint8 [n, height, width] or [n, height, width, channels]"
 
@@ -34,7 +35,7 @@ def load_npz(path: str, val_examples: int = -1) -> Dataset:
             "data.name 'npz' takes the path of a file with x_train, y_train, x_test and "
             "y_test; name it with --config.data.data_dir=FILE.npz."
         )
-    file = pathlib.Path(path).expanduser().absolute()
+    file = user_path(path, "data.data_dir")
     arrays = _read(file)
     splits = {
         split: _split(arrays, split, file)
@@ -128,9 +129,5 @@ def _class_names(
             f"{' for each of class_names' if 'class_names' in arrays else ''}."
         )
     for split, part in splits.items():
-        if part.labels.min() < 0 or part.labels.max() >= len(names):
-            raise UserError(
-                f"y_{split} in {file} has a class that y_train lacks: it reaches from "
-                f"{part.labels.min()} to {part.labels.max()}."
-            )
+        check_labels(part.labels, len(names), f"y_{split} in {file}")
     return names

@@ -7,6 +7,7 @@ CACHE is `data.cache_dir`, or cvjax/data in the user's cache folder. An entry is
 under a temporary name and renamed when it is complete.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -22,7 +23,8 @@ from absl import logging
 from cvjax.data.tfds import Decoded, Source
 from cvjax.errors import UserError
 
-FORMAT = 1  # of the entries; another number never reads this one's
+FORMAT = 2  # of the entries; another number never reads this one's
+_WRITING = ".writing-"
 
 
 def resolve_cache_dir(cache_dir: str) -> pathlib.Path:
@@ -64,10 +66,14 @@ def read_or_decode(
         decoded = _read(entry)
         if decoded is not None:
             return decoded
-        if entry.exists():
-            logging.warning("The cached images in %s are damaged; decoding again.", entry)
-            shutil.rmtree(entry)
+        for leftover in cache.glob(f"{_WRITING}{entry.name}-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
+            if entry.exists():
+                logging.warning(
+                    "The cached images in %s are damaged; decoding again.", entry
+                )
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             _write(entry, decode(source))
         except OSError as error:
             raise UserError(
@@ -105,20 +111,20 @@ def _prefix(name: str) -> str:
 
 
 def _write(entry: pathlib.Path, decoded: Decoded) -> None:
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=entry.parent))
+    temporary = pathlib.Path(tempfile.mkdtemp("", f"{_WRITING}{entry.name}-", entry.parent))
     try:
-        sizes = {}
+        digests = {}
         for kind, arrays in (("images", decoded.images), ("labels", decoded.labels)):
             for split, array in arrays.items():
                 file = temporary / f"{split}_{kind}.npy"
                 np.save(file, array)
-                sizes[file.name] = file.stat().st_size
+                digests[file.name] = _digest(file)
         manifest = {
             "format": FORMAT,
             "splits": list(decoded.images),
             "class_names": decoded.class_names,
             "fingerprint": decoded.fingerprint,
-            "sizes": sizes,
+            "digests": digests,
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         temporary.rename(entry)
@@ -132,7 +138,7 @@ def _read(entry: pathlib.Path) -> Decoded | None:
         manifest = json.loads((entry / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             return None
-        if any((entry / f).stat().st_size != n for f, n in manifest["sizes"].items()):
+        if any(_digest(entry / f) != sha for f, sha in manifest["digests"].items()):
             return None
         arrays = {
             kind: {
@@ -146,5 +152,11 @@ def _read(entry: pathlib.Path) -> Decoded | None:
             class_names=tuple(manifest["class_names"]),
             fingerprint=manifest["fingerprint"],
         )
-    except (OSError, ValueError, KeyError):
+    # Damaged files mean anything.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _digest(file: pathlib.Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
+from cvjax.errors import UserError
+
 Batch = dict[str, np.ndarray]
 ALL = slice(None)
 
@@ -99,6 +101,14 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
 
+    def __post_init__(self):
+        for split in ("train", "val", "test"):
+            examples = getattr(self, split)
+            if isinstance(examples, ArraySplit):
+                check_labels(
+                    examples.labels, self.num_classes, f"the {split} split of {self.name}"
+                )
+
     @property
     def num_classes(self) -> int:
         """The number of classes."""
@@ -108,6 +118,29 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.train.image_shape
+
+
+def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
+    """Raises UserError for labels that name no class, with their number and the first.
+
+    Args:
+      labels: as those of `ArraySplit`.
+      num_classes: the number of classes.
+      where: they come from.
+    """
+    if not len(labels):
+        raise UserError(f"{where} is empty.")
+    highest = num_classes - 1 if labels.ndim == 1 else 1
+    wrong = (labels < 0) | (labels > highest)
+    if labels.ndim > 1:
+        wrong = wrong.any(axis=-1)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise UserError(
+            f"{int(wrong.sum())} of {len(labels)} labels in {where} are none of 0 to "
+            f"{highest}; the first is {labels[first]}, of example {first}: mend these "
+            "examples, or leave them out."
+        )
 
 
 @functools.lru_cache(maxsize=4)

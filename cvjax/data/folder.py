@@ -6,7 +6,6 @@ become RGB (grey ones have three equal channels), turned as their EXIF orientati
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +20,7 @@ from cvjax.data.image_files import load_picture, read_picture
 from cvjax.data.streaming import StreamedSplit, StreamOptions
 from cvjax.data.tfds import Decoded, Source
 from cvjax.errors import UserError
+from cvjax.memory import physical_memory
 
 # Pictures in memory may take this part of it.
 MEMORY_ALLOWED = 0.5
@@ -133,11 +133,11 @@ def _labels(listing: Listing, split: str) -> np.ndarray:
 def _streamed(
     listing: Listing, options: StreamOptions, fingerprint: str, caches: pathlib.Path
 ) -> dict[str, StreamedSplit]:
-    splits = {}
+    splits, classes = {}, len(listing.class_names)
     for split in SPLITS:
         paths = tuple(path for path, _ in listing.files[split])
         files = Files(listing.root, paths, _labels(listing, split))
-        splits[split] = StreamedSplit(files, np.arange(len(files)), options)
+        splits[split] = StreamedSplit(files, np.arange(len(files)), options, classes)
     return splits
 
 
@@ -147,7 +147,8 @@ def _in_memory(
     shape = (options.image_size, options.image_size, 3)
     count = sum(map(len, listing.files.values()))
     needed = count * int(np.prod(shape))
-    if needed > MEMORY_ALLOWED * physical_memory():
+    there = physical_memory()
+    if there is not None and needed > MEMORY_ALLOWED * there:
         raise UserError(
             f"{count:,} pictures of {shape[0]}x{shape[1]} pixels take {needed / 1e9:.1f} "
             "GB, more than half of the memory of this machine; set data.streaming to "
@@ -181,8 +182,3 @@ def _decode(
             image[:] = picture
     labels = {split: _labels(listing, split) for split in SPLITS}
     return Decoded(images, labels, listing.class_names, fingerprint)
-
-
-def physical_memory() -> int:
-    """Of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

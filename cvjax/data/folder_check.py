@@ -20,6 +20,7 @@ from cvjax import progress
 from cvjax.data import image_files
 from cvjax.data.folder_listing import Listing
 from cvjax.errors import UserError
+from cvjax.files import write_bytes
 
 FORMAT = 1  # of the files in CACHE/folders; another number never reads this one's
 # A larger part of broken pictures than this stops the run.
@@ -200,12 +201,10 @@ def _read(file: pathlib.Path) -> dict[str, list]:
 
 
 def _write(file: pathlib.Path, pictures: dict[str, list]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    content = json.dumps({"format": FORMAT, "pictures": pictures})
     try:
         file.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps({"format": FORMAT, "pictures": pictures}))
-        temporary.replace(file)
-    except OSError as error:
+        write_bytes(file, content.encode())
+    except (OSError, UserError) as error:
         # It saves time at the next start, no more.
-        logging.warning("%s cannot be written (%s).", file, error.strerror)
-        temporary.unlink(missing_ok=True)
+        logging.warning("The list of checked pictures is not kept: %s", error)

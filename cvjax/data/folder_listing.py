@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Iterator
 
 from cvjax.errors import UserError
+from cvjax.files import user_path
 
 SPLITS = ("train", "val", "test")
 # By their names alone; that the content is sound is seen when it is decoded.
@@ -56,7 +57,7 @@ def list_folder(folder: str | os.PathLike[str]) -> Listing:
       UserError: the folder cannot be read, or is not laid out as said above: fewer than two
         classes, a class without pictures, a class that is in one split alone.
     """
-    root = pathlib.Path(folder).expanduser().absolute()
+    root = user_path(folder, "data.data_dir")
     left_out = collections.Counter()
     try:
         tops = _tops(root)

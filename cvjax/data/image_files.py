@@ -90,10 +90,15 @@ def read_picture(path: str | os.PathLike[str], channels: int) -> Image.Image:
             f"the network takes images with {channels} channels; image files give 1 or 3."
         )
     path = pathlib.Path(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)[:80]} cannot be opened: {reason}.") from None
     if path.is_dir():
         raise UserError(f"{path} is a folder; name image files, for example {path}/*.png.")
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
     if not path.is_file():
         raise UserError(f"{path} is not a regular file.")
     try:
@@ -118,18 +123,29 @@ def _decode(path: pathlib.Path, mode: str) -> Image.Image:
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(path)
+        if image.format == "PNG":
+            # Else the checksums of the pixels are passed over, and zeros are read.
+            with Image.open(path, formats=("PNG",)) as again:
+                again.verify()
         return _convert(ImageOps.exif_transpose(image), mode, path)
 
 
 def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65_535:
             raise UserError(
                 f"{path} has pixels of more than 16 bits; save it with 8 or 16."
             )
-        # Pillow would cut off everything above 255.
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        # Pillow would cut off everything above 255, and forget what is transparent. By
+        # rows, as wider numbers of a large picture would fill the memory.
+        transparent = image.info.get("transparency")
+        grey = np.empty(values.shape, np.uint8)
+        for row, line in zip(grey, values, strict=True):
+            row[:] = (line.astype(np.uint32) + 128) // 257
+            if transparent is not None:
+                row[line == transparent] = 255
+        image = Image.fromarray(grey)
     elif image.mode == "F":
         raise UserError(f"{path} has floating-point pixels; save it with 8 or 16 bits.")
     if image.has_transparency_data:

@@ -61,11 +61,24 @@ def _iterate(
     )
     iterator = iter(dataset)
     try:
-        for batch in iterator:
+        for batch in _told_of_lost_workers(iterator):
             # Plain arrays, which keep grain's shared memory alive as long as they live.
             yield {key: np.asarray(value) for key, value in batch.items()}
     finally:
         iterator.close()
+
+
+def _told_of_lost_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            f"a process that makes batches was ended ({str(error).splitlines()[0]}), "
+            "perhaps by the system for want of memory; the same command goes on from what "
+            "is saved, with fewer data.num_workers in less memory."
+        ) from error
 
 
 def _begin_worker(index: int, count: int) -> None:

@@ -104,11 +104,13 @@ class StreamedSplit:
       records: the pictures that it is part of.
       indices: int64 [n], which of them, sorted.
       options: see `StreamOptions`.
+      num_classes: labels are below it.
     """
 
     records: Pictures
     indices: np.ndarray
     options: StreamOptions
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -225,14 +227,15 @@ def open_stream(source: Source, val_examples: int, options: StreamOptions) -> Da
     check_val_examples(val_examples, available, source.name)
     order = np.random.default_rng(SPLIT_SEED).permutation(available)
     val, train = np.sort(order[:val_examples]), np.sort(order[val_examples:])
+    classes = len(class_names)
     known = record_files.fingerprint(source, records, class_names)
     digest = hashlib.sha256(f"{source.name} {known}".encode())
     digest.update(val.tobytes())
     return Dataset(
         name=source.name,
-        train=StreamedSplit(records["train"], train, options),
-        val=StreamedSplit(records["train"], val, options),
-        test=StreamedSplit(records[test], np.arange(len(records[test])), options),
+        train=StreamedSplit(records["train"], train, options, classes),
+        val=StreamedSplit(records["train"], val, options, classes),
+        test=StreamedSplit(records[test], np.arange(len(records[test])), options, classes),
         class_names=class_names,
         fingerprint=digest.hexdigest(),
     )
@@ -291,6 +294,12 @@ def _load(
             short = rng.integers(options.scale_min, options.scale_max + 1)
             crop = scale_crop(picture, options.image_size, short, rng.random(2))
         images[row] = _pixels(crop, split)
+        if not 0 <= label < split.num_classes:
+            raise UserError(
+                f"record {indices[row]} of split {split.records.split} of "
+                f"{split.records.folder} has label {label}, none of 0 to "
+                f"{split.num_classes - 1}; mend or leave out that record."
+            )
         labels[row] = label
     return {"image": images, "label": labels}
 

@@ -1,13 +1,12 @@
 """How a classifier errs: confusion matrix and calibration, as numbers and as figures."""
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-Path = str | os.PathLike[str]
+from cvjax import files
+from cvjax.files import Path
 
 NUM_BINS = 15
 # From here on the numbers in the cells of a confusion matrix would be too small to read.
@@ -203,7 +202,5 @@ def draw_reliability(calibration: Calibration, path: Path, title: str = "") -> N
 
 
 def _save(figure, path: Path) -> None:
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)

@@ -12,7 +12,7 @@ from cvjax.data.dataset import ArraySplit, Dataset, Split
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
 from cvjax.evaluation.multicrop import Views, create_views
-from cvjax.training import steps
+from cvjax.training import memory, steps
 from cvjax.training.losses import targets
 from cvjax.training.trained_network import Network, apply_model, probabilities
 
@@ -22,14 +22,26 @@ def first_examples(network: Network, count: int) -> ArraySplit:
     return data.load(**network.run.data.source).test.first(count)
 
 
-def choose_views(network: Network, crops: int, scales: tuple[int, ...]) -> Views:
-    """The views for a network's images.
+def choose_views(
+    network: Network,
+    crops: int,
+    scales: tuple[int, ...],
+    batch_size: int | None = None,
+) -> Views:
+    """The views for a network's images, in batches of that size (None: the run's own).
 
     Raises:
-      UserError: if the network cannot be applied to them.
+      UserError: if the network cannot be applied to them, or they cannot fit into memory.
     """
     height, width, channels = network.image_shape
     side = min(height, width)
+    rows = batch_size or network.run.data.eval_batch_size
+    for scale in scales:
+        memory.check_fits(
+            4 * channels * scale**2 * rows,
+            f"a batch of {rows} images of --scales={scale}",
+            "a smaller one, or a smaller --batch_size",
+        )
     if crops == 10:
         if network.run.data.streaming:
             raise UserError(

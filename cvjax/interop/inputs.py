@@ -1,5 +1,6 @@
 """What an imported network takes in and distinguishes, from the command line."""
 
+import codecs
 import dataclasses
 import pathlib
 
@@ -56,10 +57,16 @@ def create_inputs(values) -> Inputs:
         mean, std = _numbers("--mean", values.mean), _numbers("--std", values.std)
     else:
         mean, std = NORMALIZATIONS[values.normalization]
-    if len(mean) != len(std) or min(std) <= 0:
+    if len(mean) != len(std) or not all(0 < number < float("inf") for number in std):
         raise UserError(
             "--mean and --std take one number for each channel, --std above 0, got "
             f"{mean} and {std}."
+        )
+    # No channel of images in [0, 1] has others; 1 is the --std of no normalisation.
+    if not all(0 <= number <= 1 for number in mean) or max(std) > 1:
+        raise UserError(
+            f"--mean and --std are those of images in [0, 1], got {mean} and {std}; divide "
+            "those of images in 0 to 255 by 255."
         )
     if values.dataset:
         given = (values.num_classes, values.class_names, values.image_size, values.resize)
@@ -101,15 +108,32 @@ def _inputs_of_dataset(name: str, data_dir: str, mean, std) -> Inputs:
 
 def _read_class_names(path: str, count: int) -> tuple[str, ...]:
     try:
-        names = tuple(pathlib.Path(path).read_text(encoding="utf-8").splitlines())
+        content = pathlib.Path(path).read_bytes()
+        # Editors of Windows mark UTF-8 and UTF-16 by their first bytes.
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class_names {path} cannot be read ({error}).") from error
+    names = tuple(line.strip() for line in text.splitlines())
+    check_class_names(names, path)
     if len(names) != count:
         raise UserError(
             f"{path} has {len(names)} lines and --num_classes is {count}: it takes the "
             "name of one class a line."
         )
     return names
+
+
+def check_class_names(names: tuple[str, ...], where: str) -> None:
+    """Raises UserError for a name that is empty or stands twice, or is no text."""
+    for number, name in enumerate(names, start=1):
+        if not name or not name.isprintable():
+            raise UserError(f"{where} has no name in line {number}: {name!r}.")
+        if name in names[: number - 1]:
+            raise UserError(
+                f"{where} has {name!r} twice, in line {names.index(name) + 1} and line "
+                f"{number}; give each class its own name."
+            )
 
 
 def _numbers(flag: str, texts: list[str]) -> tuple[float, ...]:

@@ -10,14 +10,16 @@ import numpy as np
 from absl import logging
 
 from cvjax.errors import UserError
-from cvjax.storage import workdir as workdirs
+from cvjax.files import Path
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")
-COUNTER = "num_batches_tracked"  # of BatchNorm; nothing depends on it
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module")
+# Of DataParallel and torch.compile, Lightning, and weight averaging (AveragedModel).
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model.")
+# Of BatchNorm and AveragedModel; nothing depends on them.
+COUNTERS = ("num_batches_tracked", "n_averaged")
 
 
-def load_tensors(path: workdirs.Path) -> dict[str, np.ndarray]:
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
     """The state dict in a file, in float32, without prefixes and BatchNorm's counters.
 
     Raises:
@@ -28,13 +30,19 @@ def load_tensors(path: workdirs.Path) -> dict[str, np.ndarray]:
         raise UserError(f"there is no file {str(path)!r}.")
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     state = readers.get(path.suffix, _read_torch)(path)
-    counters = [name for name in state if name.split(".")[-1] == COUNTER]
+    counters = [name for name in state if name.split(".")[-1] in COUNTERS]
     if counters:
-        logging.info("%d counters %s are of no use and ignored.", len(counters), COUNTER)
+        kinds = " and ".join(sorted({name.split(".")[-1] for name in counters}))
+        logging.info("%d counters %s are of no use and ignored.", len(counters), kinds)
     tensors = {name: state[name] for name in state if name not in counters}
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensors[name] for name in tensors}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors.")
+    # Wrappers may be wrapped, in any order.
+    while any(all(name.startswith(found := p) for name in tensors) for p in PREFIXES):
+        tensors = {name.removeprefix(found): tensors[name] for name in tensors}
+    for name, tensor in tensors.items():
+        if np.asarray(tensor).dtype.kind not in "fiub":
+            raise UserError(f"{name} in {path} holds no real numbers.")
     arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -53,10 +61,11 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
             f"({str(error).partition(chr(10))[0][:200]}); save the network's state_dict() "
             "alone, with torch.save or as .safetensors."
         ) from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping):
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
             break
+        content = inner[0]
     if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
         raise UserError(
             f"{path} holds no state dict: it takes tensors by name, alone or under "

@@ -44,6 +44,7 @@ from cvjax import cli
 from cvjax.checks import check_choice
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
+from cvjax.files import Path, write_json
 from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
 from cvjax.interop.names import torch_names
 from cvjax.interop.tensors import load_tensors
@@ -115,8 +116,8 @@ def infer_fields(model_name: str, tensors: Mapping[str, np.ndarray]) -> dict[str
 
 
 def write_workdir(
-    workdir: workdirs.Path,
-    source: workdirs.Path,
+    workdir: Path,
+    source: Path,
     model_name: str,
     fields: Mapping[str, Any],
     inputs: Inputs,
@@ -179,7 +180,7 @@ def write_workdir(
             raise UserError(f"{folder} holds a run already; choose another --workdir.")
         checkpoint.save(folder, 0, state, dataclasses.asdict(record))
         write_inputs(folder, statistics, inputs.class_names)
-        workdirs.write_json(folder / "config.json", manifest)
+        write_json(folder / "config.json", manifest)
     logging.info(
         "%s: %d tensors with %s parameters; %s with %s.",
         *(source, len(tensors), f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
@@ -240,6 +241,8 @@ def main(arguments):
         return
     if values.model is None:
         raise UserError(f"say with --model which network it is: {', '.join(MODELS)}.")
+    if len(arguments) == 1 and not arguments[0]:
+        raise UserError("the file of weights has an empty name.")
     if len(arguments) != 1:
         raise UserError(
             "name one file of weights besides the flags, and separate --fields by commas; "

@@ -9,7 +9,6 @@ ResNets have shortcut "A" with pad_channels "both", torchvision's ResNets versio
 """
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from cvjax.errors import UserError
+from cvjax.files import Path, user_path, write_bytes
 from cvjax.interop.names import torch_names
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import Network, load_network
@@ -58,16 +58,14 @@ def describe(network: Network) -> dict[str, str]:
     }
 
 
-def write_safetensors(
-    workdir: workdirs.Path, path: workdirs.Path, checkpoint: str = "last"
-) -> None:
+def write_safetensors(workdir: Path, path: Path, checkpoint: str = "last") -> None:
     """Writes the network of a run, see `trained_network.load_network`.
 
     Raises:
       UserError: the run has no such network, it has no names in PyTorch, or the package
         safetensors is missing.
     """
-    path = pathlib.Path(path)
+    path = user_path(path, "--export")
     if path.suffix != ".safetensors":
         raise UserError(f"--export writes .safetensors, got {str(path)!r}.")
     try:
@@ -78,8 +76,8 @@ def write_safetensors(
         ) from None
     network = load_network(workdir, checkpoint)
     tensors = to_torch(network.recipe.model, network.variables)
-    workdirs.check_writable(path.absolute().parent)
-    workdirs.write_bytes(path, save(tensors, metadata=describe(network)))
+    workdirs.check_writable(path.parent, "--export")
+    write_bytes(path, save(tensors, metadata=describe(network)))
     logging.info(
         "Wrote %s: %d tensors of %s, step %d, for images of %s.",
         *(path, len(tensors), network.run.model["name"], network.step),

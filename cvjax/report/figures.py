@@ -1,10 +1,11 @@
 """What all figures share: how their axes are styled, and how they reach the disk."""
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from cvjax import files
 
 
 def label_axes(panel, x: str, y: str) -> None:
@@ -20,10 +21,8 @@ def save_figure(figure, path: str | os.PathLike[str]) -> None:
     # Imported here: matplotlib needs a second that training would have to wait for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 OUTSIDE = (0.86, 0.90, 0.97)  # of the image

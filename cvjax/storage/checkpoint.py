@@ -4,7 +4,7 @@
     workdir/checkpoints/<step>/info.json  what they are, and the digests of all
     workdir/damaged/<step>                what was found unreadable, kept for the user
 
-A checkpoint is written under a temporary name and renamed when it is complete, so a
+A checkpoint is written under a temporary name and renamed when it has been read back, so a
 process killed at any moment leaves either all of it or nothing. Whatever happens to it
 later (a lost file, a flipped byte) shows in the digests, and the one before is taken:
 those of the files are checked before orbax reads them, that of the arrays afterwards.
@@ -14,11 +14,14 @@ of others may read. This is the only file that knows orbax.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from cvjax import errors
+from cvjax import errors, files
 from cvjax.storage import workdir as workdirs
 
 PyTree = Any
@@ -56,6 +59,7 @@ def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> 
 
     Raises:
       ValueError: `step` has been saved already, or `keep` is not positive.
+      UserError: it cannot be written; those that were saved before are as they were.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint is kept.")
@@ -65,30 +69,42 @@ def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> 
         raise ValueError(f"{folder} exists: step {step} has been saved already.")
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
-
+        _remove(leftover)
     # Orbax writes host arrays in half the time that it needs for device arrays.
     state = jax.device_get(state)
     temporary = root / f"{_TEMPORARY}{step}"
-    with _quiet_orbax():
-        _checkpointer().save(temporary / "state", args=ocp.args.PyTreeSave(state))
+    try:
+        _write(temporary, step, state, info)
+    # Orbax and TensorStore tell of a full disk in many ways.
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise files.unwritable(folder, error) from error
+    temporary.rename(folder)
+    _flush_to_disk(root)
+    _delete_old(root, keep)
+
+
+def _write(folder: pathlib.Path, step: int, state: PyTree, info: dict) -> None:
+    """Writes a checkpoint, and reads it back: only then it is one."""
+    folder.mkdir()
+    with _plain_path(folder) as path, _quiet_orbax():
+        _checkpointer().save(path / "state", args=ocp.args.PyTreeSave(state))
     contents = {
         "step": step,
         "structure": structure(state),
         "digest": digest(state),
         "files": {
-            path.relative_to(temporary).as_posix(): _file_digest(path)
-            for path in temporary.rglob("*")
+            path.relative_to(folder).as_posix(): _file_digest(path)
+            for path in folder.rglob("*")
             if path.is_file()
         },
     }
-    _write_info(temporary, info | contents)
+    _write_info(folder, info | contents)
     # A rename may reach the disk before the contents do: force the contents first.
-    for path in (*temporary.rglob("*"), temporary):
+    for path in (*folder.rglob("*"), folder):
         _flush_to_disk(path)
-    temporary.rename(folder)
-    _flush_to_disk(root)
-    _delete_old(root, keep)
+    if digest(_read_arrays(folder, state)) != contents["digest"]:
+        raise OSError("what was written does not read back")
 
 
 def restore_latest(
@@ -171,7 +187,9 @@ def list_steps(workdir: Path) -> list[int]:
     root = _root(workdir)
     if not root.is_dir():
         return []
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal())
+    return sorted(
+        int(p.name) for p in root.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name)
+    )
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -220,15 +238,7 @@ def _load(
         found = _file_digest(folder / name)
         if found != sha:
             raise _Damaged(f"{name} {'has changed' if found else 'cannot be read'}")
-    as_numpy = jax.tree.map(
-        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype),
-        abstract_state,
-    )
-    with _quiet_orbax():
-        state = _checkpointer().restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(abstract_state, restore_args=as_numpy),
-        )
+    state = _read_arrays(folder, abstract_state)
     if digest(state) != info["digest"]:
         raise _Damaged("its arrays differ from those that were saved")
     # Not `may_alias`: these arrays will be donated, and numpy owns their memory.
@@ -239,6 +249,28 @@ def _load(
         state,
         abstract_state,
     ), info
+
+
+def _read_arrays(folder: pathlib.Path, like: PyTree) -> PyTree:
+    as_numpy = jax.tree.map(
+        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), like
+    )
+    with _plain_path(folder) as path, _quiet_orbax():
+        return _checkpointer().restore(
+            path / "state", args=ocp.args.PyTreeRestore(like, restore_args=as_numpy)
+        )
+
+
+@contextlib.contextmanager
+def _plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder under a name that orbax does not take for a pattern: without *?[]."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = pathlib.Path(place) / "checkpoint"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def _refuse_other_run(
@@ -307,6 +339,8 @@ def _read_info(folder: pathlib.Path) -> dict:
     text = json.dumps(info, sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != checksum:
         raise _Damaged("info.json has changed")
+    if str(info["step"]) != folder.name and not folder.name.startswith(_TEMPORARY):
+        raise _Damaged(f"it is of step {info['step']}, under another name")
     return info
 
 
@@ -320,8 +354,14 @@ def _delete_old(root: pathlib.Path, keep: int) -> None:
             kept |= {best["step"]} if best else set()
     for step in set(steps) - kept:
         # A half-deleted checkpoint must not go by its own name.
-        doomed = (root / str(step)).rename(root / f"{_TEMPORARY}deleted-{step}")
-        shutil.rmtree(doomed)
+        _remove((root / str(step)).rename(root / f"{_TEMPORARY}deleted-{step}"))
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _set_aside(folder: pathlib.Path) -> pathlib.Path:

@@ -8,6 +8,7 @@ the same, byte by byte, whenever a run is repeated, and also when it was interru
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -18,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cvjax import errors
-from cvjax.storage import workdir as workdirs
+from cvjax import errors, files
 
 Path = str | os.PathLike[str]
 
@@ -106,8 +106,16 @@ def drop_after(path: Path, step: int) -> int:
     kept = [line for row, line in rows if row["step"] <= step]
     content = b"".join(kept)
     if len(content) != path.stat().st_size:
-        workdirs.write_bytes(path, content)
+        files.write_bytes(path, content)
     return len(rows) - len(kept)
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """Length and digest of the rows so far, which are on disk when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        content = file.read()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _to_line(row: dict[str, Any]) -> bytes:

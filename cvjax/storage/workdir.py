@@ -2,26 +2,32 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
 import jax
+from absl import logging
 
 import cvjax
-from cvjax import cli, errors
+from cvjax import cli, errors, files
+from cvjax.files import Path
 from cvjax.nn import onednn
 
-Path = str | os.PathLike[str]
+# What flock(2) says on NFS, FUSE and other file systems that do without.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _DISTRIBUTIONS = {
     "cvjax": "cvjax",
@@ -42,21 +48,25 @@ class _Absent:
 _ABSENT = _Absent()
 
 
-def check_writable(workdir: Path) -> pathlib.Path:
+def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
     """Creates `workdir` and its parents if need be, and returns it as absolute path.
+
+    Args:
+      workdir: the folder.
+      flag: by which another one can be chosen.
 
     Raises:
       UserError: it cannot be created or written to.
     """
-    folder = pathlib.Path(workdir).absolute()
+    folder = files.user_path(workdir, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise errors.UserError(
-            f"The workdir {folder} cannot be written to ({error.strerror}: "
-            f"{error.filename}); choose another --workdir, or change its permissions."
+            f"The {flag.strip('-')} {folder} cannot be written to ({error.strerror}: "
+            f"{error.filename}); choose another {flag}, or change its permissions."
         ) from error
     return folder
 
@@ -65,7 +75,12 @@ def check_writable(workdir: Path) -> pathlib.Path:
 def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
     """Keeps other processes out of `workdir`, which is created if need be.
 
-    The operating system lets go of the lock when this process ends, however it ends.
+    The operating system lets go of the lock when this process ends, however it ends. On a
+    file system without locks a file stands for it, which a killed process leaves behind;
+    a later one on the same machine takes it over.
+
+    A folder that was made for this, and in which nothing was written before a UserError,
+    is removed again.
 
     Args:
       workdir: the folder.
@@ -75,26 +90,69 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
       WorkdirInUse: another process holds it.
       UserError: `workdir` cannot be written to.
     """
+    new = not files.user_path(workdir, "--workdir").exists()
     folder = check_writable(workdir)
-    path = folder / ".lock"
-    file_lock = filelock.FileLock(path)
+    path, holder = folder / ".lock", folder / ".holder"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_acquire(path, timeout))
+        except filelock.Timeout:
+            raise errors.WorkdirInUse(
+                f"The workdir {folder} is in use by {_read_holder(holder)}; wait for it to "
+                "end, or choose another --workdir."
+            ) from None
+        except OSError as error:
+            raise files.unwritable(path, error) from error
+        for leftover in folder.glob(f".*{files.TEMPORARY}"):  # of a process that was killed
+            leftover.unlink()
+        files.write_bytes(
+            holder, f"process {os.getpid()} on {socket.gethostname()}".encode()
+        )
+        try:
+            yield
+        except errors.UserError:
+            if new and set(os.listdir(folder)) == {path.name, holder.name}:
+                shutil.rmtree(folder)
+            raise
+
+
+def _acquire(path: pathlib.Path, timeout: float) -> contextlib.AbstractContextManager:
     try:
-        held = file_lock.acquire(timeout=timeout)
-    except filelock.Timeout:
-        holder = path.read_text() or "another process"
-        raise errors.WorkdirInUse(
-            f"The workdir {folder} is in use by {holder}; wait for it to end, or "
-            "choose another --workdir."
-        ) from None
-    with held:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
+        with warnings.catch_warnings():
+            # On systems without flock(2) filelock does the same as below, and warns.
+            warnings.simplefilter("ignore")
+            return filelock.FileLock(path).acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.warning(
+            "The file system of %s has no locks (%s); the file %s.soft keeps others out.",
+            *(path.parent, error.strerror, path),
+        )
+        return filelock.SoftFileLock(f"{path}.soft").acquire(timeout=timeout)
 
 
-def write_manifest(workdir: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Writes workdir/config.json: the config, and all else that made the run."""
+def _read_holder(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") or "another process"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def write_manifest(
+    workdir: Path, config: dict[str, Any], history: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Writes workdir/config.json: the config, and all else that made the run.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's.
+      history: what happened to the run when it was resumed; left out if nothing did.
+    """
     manifest = {"config": config, "seed": config.get("seed"), **provenance()}
-    write_json(pathlib.Path(workdir) / "config.json", manifest)
+    if history:
+        manifest["history"] = list(history)
+    files.write_json(pathlib.Path(workdir) / "config.json", manifest)
     return manifest
 
 
@@ -126,14 +184,24 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: `workdir` has no readable config.json.
     """
-    path = pathlib.Path(workdir).absolute() / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    path = files.user_path(workdir, "--workdir") / "config.json"
+    if not path.exists():
         raise errors.UserError(
-            f"{path} cannot be read ({error}); --workdir must name the folder of a run "
-            "that train.py has started."
-        ) from error
+            f"{path} cannot be read (it does not exist); --workdir must name the folder of "
+            "a run that train.py has started."
+        )
+    hint = "put a good copy there, or train again in another --workdir."
+    return files.read_json(path, {"config": dict}, hint)
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """The final numbers of a finished run.
+
+    Raises:
+      UserError: there is no summary.json, or it is damaged.
+    """
+    hint = "delete it, and the run's command makes it again from the last checkpoint."
+    return files.read_json(pathlib.Path(workdir) / "summary.json", {"step": int}, hint)
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -144,22 +212,6 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key, _ABSENT) != now.get(key, _ABSENT)
     ]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, all of it or nothing."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes or replaces a file; a process that is killed meanwhile changes nothing."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

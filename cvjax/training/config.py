@@ -18,6 +18,7 @@ from cvjax.data.augment import Augmentation
 from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
+from cvjax.files import user_path
 from cvjax.models import MODELS, SAME_EQUATION, model_fields
 from cvjax.nn.norm import check_group
 from cvjax.training.losses import LOSSES, LossConfig
@@ -169,6 +170,10 @@ RESUMABLE_KEYS = (
 )
 
 
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4028235e38  # of float32
+
+
 def default_config(model: str) -> ml_collections.ConfigDict:
     """A config with every key, for one of the models.
 
@@ -227,10 +232,35 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
         raise UserError(
             f"optim.freeze {run.optim.freeze!r} is no regular expression ({error})."
         ) from error
+    _check_numbers(dataclasses.asdict(run))
     _check_ranges(run)
+    for name, path in (
+        ("init_from", run.init_from),
+        ("data.data_dir", run.data.data_dir),
+        ("data.cache_dir", run.data.cache_dir),
+    ):
+        if path:
+            user_path(path, name)
     _check_stream(run.data)
     boundary_steps(run.optim, run.total_steps)
     return run
+
+
+def _check_numbers(values: dict[str, Any], prefix: str = "") -> None:
+    """Raises UserError for what is no number of 32 bits: nan, inf, 1e39, 10**10."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{prefix}{key}.")
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not abs(number) <= LARGEST_FLOAT:
+                raise UserError(
+                    f"{prefix}{key} must be a finite number, of float32, got {number}."
+                )
+            if type(number) is int and abs(number) > LARGEST_INT:
+                raise UserError(
+                    f"{prefix}{key} must be at most {LARGEST_INT:,}, got {number}."
+                )
 
 
 def _check_ranges(run: RunConfig) -> None:
@@ -276,6 +306,11 @@ def _check_ranges(run: RunConfig) -> None:
         "optim.momentum": run.optim.momentum,
         "loss.label_smoothing": run.loss.label_smoothing,
     }
+    momentum = run.model.get("norm_momentum")
+    if isinstance(momentum, float):  # its type is checked where the model is made
+        below_one["model.norm_momentum"] = momentum
+        if momentum < 0:
+            raise UserError(f"model.norm_momentum must be 0 or more, got {momentum}.")
     for key, value in below_one.items():
         if not value < 1:
             raise UserError(f"{key} must be below 1, got {value}.")
@@ -362,8 +397,19 @@ def _typed(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
 def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config of a run from its config.json.
 
-    Settings that are newer than the run get their defaults, which change nothing."""
-    complete = default_config(config["model"]["name"]).to_dict()
+    Settings that are newer than the run get their defaults, which change nothing.
+
+    Raises:
+      UserError: for what is no config.
+    """
+    model = config.get("model")
+    if not isinstance(model, dict) or "name" not in model:
+        raise UserError(
+            "the config.json of the run is damaged: its config has no model with a name; "
+            "put a good copy there, or train again in another --workdir."
+        )
+    complete = default_config(model["name"]).to_dict()
     for key, value in config.items():
-        complete[key] = complete[key] | value if isinstance(value, dict) else value
+        group = isinstance(value, dict) and isinstance(complete.get(key), dict)
+        complete[key] = complete[key] | value if group else value
     return ml_collections.ConfigDict(complete)

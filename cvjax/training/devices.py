@@ -59,10 +59,10 @@ def connect(address: str = "", count: int = 0, index: int = -1) -> None:
                 "--process_count and --process_index go with the HOST:PORT of the first "
                 "process as --coordinator_address; give all three, or none of them."
             )
-        started = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
+        started = max(_launched(name) for name in LAUNCHERS)
         if started == 1 and not address:
             return
-    elif ":" in address and 0 <= index < count:
+    elif _is_address(address) and 0 <= index < count:
         names = ("coordinator_address", "num_processes", "process_id")
         given = dict(zip(names, (address, count, index), strict=True))
     else:
@@ -78,13 +78,26 @@ def connect(address: str = "", count: int = 0, index: int = -1) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"This process could not join the others ({str(error).splitlines()[0]}); start "
-            "one process for each index, all with the same address."
+            "one process for each index, all with the same address, or unset "
+            f"{' and '.join(LAUNCHERS)} if this one is alone."
         ) from error
     if not is_first():
         logging.set_verbosity(logging.WARNING)
     logging.info(
         "%d processes with %d devices in all.", jax.process_count(), jax.device_count()
     )
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host.strip()) and port.isdecimal() and 0 < int(port) < 2**16
+
+
+def _launched(variable: str) -> int:
+    text = os.environ.get(variable) or "1"
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{variable} is {text!r}, which is no number; unset it.")
+    return int(text)
 
 
 def is_first() -> bool:

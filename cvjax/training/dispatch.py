@@ -22,6 +22,8 @@ from cvjax.training.config import RunConfig
 
 # A signal waits for the end of a call: so many updates at most.
 LONGEST = 100
+# So many even if more are asked for: the numbers of their examples are sent in one piece.
+MOST = 10_000
 # Larger data sets stay on the host.
 LARGEST_BYTES = 4 * 2**30
 
@@ -46,7 +48,7 @@ class Dispatch:
 def steps_per_dispatch(asked: int, image_bytes: int) -> int:
     """The number of updates in a call, `asked` or (if that is 0) by the platform."""
     if asked:
-        return asked
+        return min(asked, MOST)
     on_host = jax.default_backend() == "cpu" or image_bytes > LARGEST_BYTES
     return 1 if on_host else LONGEST
 

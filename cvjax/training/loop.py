@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
+from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from cvjax.data.dataset import Dataset, Split
@@ -125,7 +126,8 @@ def train(
 
     def save() -> None:
         if devices.is_first():
-            info = dataclasses.asdict(record)
+            rows = metrics_log.measure(folder / "metrics.jsonl")
+            info = dataclasses.asdict(record) | {"metrics": rows}
             checkpoint.save(folder, step, state, info, run.keep_checkpoints)
 
     schedule = create_schedule(run.optim, run.total_steps)
@@ -239,7 +241,10 @@ def _text(row: dict[str, float]) -> str:
 def _check_sound(
     state: TrainState, run: RunConfig, recipe: Recipe, folder: pathlib.Path
 ) -> None:
-    bad_step = int(state.monitor.bad_step)
+    bad_step, what = int(state.monitor.bad_step), "The loss or the gradient"
+    if bad_step == NEVER and not bool(_is_finite((state.params, state.batch_stats))):
+        # The last update itself, whose loss was still finite.
+        bad_step, what = int(state.step), "A parameter"
     if bad_step == NEVER:
         return
     good = checkpoint.latest_step(folder)
@@ -253,11 +258,16 @@ def _check_sound(
         told = steps.describe_failure(recipe.model, *failure)
         raise DivergedError(f"Stopped at step {bad_step}; {last}. {told} {RESUME}")
     raise DivergedError(
-        f"The loss or the gradient was not finite at step {bad_step}; {last}. Start in "
-        f"another --workdir with a lower optim.learning_rate (it is "
-        f"{run.optim.learning_rate:g}), a warm-up (optim.warmup_steps, "
-        "optim.warmup_learning_rate) or a shallower net."
+        f"{what} was not finite at step {bad_step}; {last}. Start in another --workdir "
+        f"with a lower optim.learning_rate (it is {run.optim.learning_rate:g}), a warm-up "
+        "(optim.warmup_steps, optim.warmup_learning_rate) or a shallower net."
     )
+
+
+@jax.jit
+def _is_finite(tree) -> jax.Array:
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all()
 
 
 def _evaluations_on_disk(folder: pathlib.Path) -> set[int]:

@@ -22,7 +22,7 @@ def parse_steps(text: str) -> range:
     Raises:
       UserError: for anything else.
     """
-    match = re.fullmatch(r"(\d+):([1-9]\d*)", text)
+    match = re.fullmatch(r"([0-9]+):([1-9][0-9]*)", text)
     if text and not match:
         raise UserError(
             f"--profile takes START:COUNT, such as 100:10 for ten steps, got {text!r}."

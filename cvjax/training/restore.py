@@ -19,8 +19,10 @@ from cvjax.training.state import Record, TrainState, create_train_state, initial
 
 def initial_or_restored(
     run: RunConfig, recipe: Recipe, dataset: Dataset, folder: pathlib.Path
-) -> tuple[TrainState, Record]:
+) -> tuple[TrainState, Record, dict | None]:
     """The newest state in the folder, or a new one if there is none.
+
+    The third of what is returned is what `metrics_log.measure` said when it was saved.
 
     Raises:
       UserError: the checkpoint is of another run or past its end, or all are damaged.
@@ -34,7 +36,7 @@ def initial_or_restored(
         lambda: checkpoint.restore_latest(folder, abstract_state, expect), abstract_state
     )
     if restored is None:
-        return devices.broadcast(create_train_state(rng, **static)), Record(**expect)
+        return devices.broadcast(create_train_state(rng, **static)), Record(**expect), None
     state, info = restored
     if int(state.step) > run.total_steps:
         raise UserError(
@@ -42,7 +44,8 @@ def initial_or_restored(
             "choose a larger total_steps or another --workdir."
         )
     logging.info("Resuming at step %d of %d.", int(state.step), run.total_steps)
-    return state, Record(**expect, last=info["last"], best=info["best"])
+    record = Record(**expect, last=info["last"], best=info["best"])
+    return state, record, info.get("metrics")
 
 
 def read_together(

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, UserError
+from cvjax.files import Path, user_path
 from cvjax.models import model_fields
 from cvjax.storage import checkpoint as checkpoints
 from cvjax.storage import workdir as workdirs
@@ -56,7 +57,7 @@ class Network:
 
 
 def load_network(
-    workdir: workdirs.Path,
+    workdir: Path,
     checkpoint: str = "last",
     fields: Mapping[str, Any] | None = None,
 ) -> Network:
@@ -76,7 +77,7 @@ def load_network(
         raise UserError(
             f"--checkpoint takes last, best or the number of a step, got {checkpoint!r}."
         )
-    folder = pathlib.Path(workdir).absolute()
+    folder = user_path(workdir, "--workdir")
     run = parse_config(complete_config(workdirs.read_manifest(folder)["config"]))
     for field in {"name", "num_classes"} & set(fields or {}):
         raise UserError(

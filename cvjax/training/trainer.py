@@ -11,7 +11,7 @@ workdir/summary.json      the final numbers; its presence says that the run is f
 
 import contextlib
 import dataclasses
-import json
+import math
 import pathlib
 import time
 from typing import Any
@@ -24,19 +24,16 @@ from jax.sharding import Mesh
 from cvjax import progress
 from cvjax.data.dataset import Dataset, Split
 from cvjax.data.normalize import Statistics
-from cvjax.errors import UserError
+from cvjax.errors import DivergedError, InterruptedRun, UserError
+from cvjax.files import user_path, write_json
 from cvjax.models import create_model
 from cvjax.report.curves import draw_curves
 from cvjax.storage import checkpoint, metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import write_inputs
-from cvjax.training import devices, interrupt, loop, metrics, steps, transfer
-from cvjax.training.config import (
-    RESUMABLE_KEYS,
-    RunConfig,
-    complete_config,
-    parse_config,
-)
+from cvjax.training import devices, interrupt, loop, metrics, resume, steps, transfer
+from cvjax.training.check_network import check_network
+from cvjax.training.config import RunConfig, parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.profiling import check_steps, open_trace
@@ -76,17 +73,13 @@ def train_and_evaluate(
     # A misspelt field should not wait for a download: the net is made again below.
     create_model(num_classes=1, **run.model)
     devices.check_batch_size(run.data.batch_size)
-    folder = pathlib.Path(workdir).absolute()
+    folder = user_path(workdir, "--workdir")
     with contextlib.ExitStack() as stack:
 
         def enter() -> dict[str, float] | None:
-            workdirs.check_writable(folder)
             stack.enter_context(workdirs.lock(folder))
-            _refuse_changed_config(folder, config)
-            summary = _finished(folder, run)
-            if summary is None:  # a run that goes on has no final numbers
-                (folder / "summary.json").unlink(missing_ok=True)
-            return summary
+            resume.refuse_changed_config(folder, config)
+            return resume.finished_summary(folder, run)
 
         summary = devices.from_first(enter)
         if summary:
@@ -115,9 +108,10 @@ def _run(
         time.perf_counter() - started,
     )
     recipe = create_recipe(run, dataset.num_classes)
-    state, record = initial_or_restored(run, recipe, dataset, folder)
+    check_network(run, recipe, dataset.image_shape)
+    state, record, measured = initial_or_restored(run, recipe, dataset, folder)
     if source is not None:
-        state = transfer.start_from(state, source, run.init_from)
+        state = transfer.start_from(state, source, run.init_from, dataset.class_names)
     trained = transfer.check_freeze(state.params, run.optim.freeze)
     if run.loss.kinetic_weight and not metrics.solves_of(state.monitor.sums):
         raise UserError(
@@ -131,9 +125,12 @@ def _run(
 
         def open_outputs() -> None:
             nonlocal outputs
+            # A run that goes on has no final numbers.
+            (folder / "summary.json").unlink(missing_ok=True)
             # Before config.json, by which readers know the run.
             write_inputs(folder, statistics, dataset.class_names)
-            workdirs.write_manifest(folder, config.to_dict())
+            history = resume.history(folder, config, run, start, measured)
+            workdirs.write_manifest(folder, config.to_dict(), history)
             _log_plan(run, state, trained)
             outputs = dataclasses.replace(
                 outputs,
@@ -150,6 +147,7 @@ def _run(
         constants = steps.Constants(rng, statistics, color_axes)
         constants = devices.replicate(constants, mesh)
         dispatch = open_dispatch(dataset.train, run, constants, mesh, start)
+        stop = stack.enter_context(interrupt.watch())
         state, record = loop.train(
             devices.replicate(state, mesh),
             record,
@@ -160,39 +158,16 @@ def _run(
             dataset=dataset,
             mesh=mesh,
             folder=folder,
-            outputs=dataclasses.replace(
-                outputs, stop=stack.enter_context(interrupt.watch())
-            ),
+            outputs=dataclasses.replace(outputs, stop=stop),
         )
+        # The loop's watch ends here: from now on a signal ends the program at once, and
+        # what it has computed is on disk.
+        if devices.any_process(stop.requested):
+            raise InterruptedRun(
+                f"Stopped by {stop.signal_name or 'a signal'} after the last step, which "
+                "is saved; the same command makes the final evaluation."
+            )
     return _finish(state, record, run, recipe, constants.statistics, dataset, mesh, folder)
-
-
-def _refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    if not (folder / "config.json").exists():
-        return
-    was = complete_config(workdirs.read_manifest(folder)["config"])
-    differences = workdirs.config_differences(was.to_dict(), config.to_dict())
-    refused = [text for text in differences if text.split()[0] not in RESUMABLE_KEYS]
-    if refused:
-        raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(refused)}); choose "
-            "another --workdir, or the settings that the run was started with."
-        )
-    for text in differences:
-        logging.info("Changed on resume: %s.", text)
-
-
-def _finished(folder: pathlib.Path, run: RunConfig) -> dict[str, float] | None:
-    path = folder / "summary.json"
-    if not path.exists():
-        return None
-    summary = json.loads(path.read_text())
-    if summary["step"] > run.total_steps:
-        raise UserError(
-            f"{folder} holds a finished run of {summary['step']} steps, more than "
-            f"total_steps {run.total_steps}; choose another --workdir."
-        )
-    return summary if summary["step"] == run.total_steps else None
 
 
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
@@ -228,7 +203,7 @@ def _finish(
     """The only place where the test images are looked at, but for `test_curve`."""
 
     def evaluate(state: TrainState, split: Split, prefix: str) -> dict[str, float]:
-        return steps.evaluate(
+        means = steps.evaluate(
             state.params,
             state.batch_stats,
             split,
@@ -238,6 +213,13 @@ def _finish(
             prefix=prefix,
             mesh=mesh,
         )
+        for key, value in means.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{key} of step {int(state.step)} is {value}; start in another "
+                    "--workdir with a lower optim.learning_rate."
+                )
+        return means
 
     summary = {**record.last, "parameters": count_parameters(state.params)}
     if run.train_eval_examples > 0:
@@ -248,17 +230,27 @@ def _finish(
         best |= {key: summary[key] for key in summary if key.startswith("test/")}
     else:
         like = jax.eval_shape(lambda: state)
-        best_state, _ = read_together(
-            lambda: checkpoint.restore_step(folder, best["step"], like), like
-        )
-        best |= evaluate(devices.replicate(best_state, mesh), dataset.test, "test")
+        try:
+            best_state, _ = read_together(
+                lambda: checkpoint.restore_step(folder, best["step"], like), like
+            )
+        except UserError as error:
+            logging.warning("The last state stands for the best one: %s", error)
+            last = {key: value for key, value in summary.items() if key in best}
+            best = {**last, "lost_step": best["step"]}
+            best |= {key: summary[key] for key in summary if key.startswith("test/")}
+        else:
+            best |= evaluate(devices.replicate(best_state, mesh), dataset.test, "test")
     summary |= {f"best/{key}": value for key, value in best.items()}
 
     def write() -> None:
-        rows = metrics_log.read_metrics(folder / "metrics.jsonl")
+        write_json(folder / "summary.json", summary)
         title = f"{run.model['name']} on {dataset.name}"
-        draw_curves(rows, folder / "curves.png", title)
-        workdirs.write_json(folder / "summary.json", summary)
+        try:
+            rows = metrics_log.read_metrics(folder / "metrics.jsonl")
+            draw_curves(rows, folder / "curves.png", title)
+        except (UserError, OSError, ValueError) as error:
+            logging.warning("There is no figure of the curves: %s", error)
 
     devices.from_first(write)
     logging.info(

@@ -30,6 +30,7 @@ from jax import numpy as jnp
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
+from cvjax.files import Path, user_path
 from cvjax.models import SAME_PARAMETERS, create_model
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn.depth import refine
@@ -45,7 +46,7 @@ NAMED = 3  # differences in a message
 
 
 def load_source(
-    init_from: workdirs.Path,
+    init_from: Path,
     model: Mapping[str, Any],
     folder: pathlib.Path,
     factor: int = 1,
@@ -61,7 +62,7 @@ def load_source(
     Raises:
       UserError: there is no such network, or it is not this one.
     """
-    source = pathlib.Path(init_from).expanduser().absolute()
+    source = user_path(init_from, "init_from")
     if source.resolve() == folder.resolve():
         raise UserError(f"init_from is the workdir itself, {folder}; name another run.")
     if not (source / "config.json").is_file():
@@ -70,8 +71,6 @@ def load_source(
             "--workdir of train.py or of cvjax.interop.torch."
         )
     try:
-        if "config" not in workdirs.read_manifest(source):
-            raise UserError(f"the config.json in {source} is none of ours.")
         network = networks.load_network(source, "last")
     except UserError as error:
         raise UserError(f"init_from cannot be used: {error}") from error
@@ -109,13 +108,17 @@ def _refined(network: Network, factor: int) -> Network:
     )
 
 
-def start_from(state: TrainState, source: Network, init_from: str) -> TrainState:
+def start_from(
+    state: TrainState, source: Network, init_from: str, class_names: tuple[str, ...]
+) -> TrainState:
     """The state before the first update, with the variables of `source`.
 
     Args:
       state: as drawn; layers that make another number of logits keep what they have.
       source: see `load_source`.
       init_from: its workdir, for the log.
+      class_names: of the data that is trained on; layers that make logits are not taken
+        from a network of other classes.
 
     Raises:
       UserError: for arrays that differ in anything but the number of classes.
@@ -125,6 +128,8 @@ def start_from(state: TrainState, source: Network, init_from: str) -> TrainState
     loaded = traverse_util.flatten_dict(source.variables)
     classes = len(source.class_names)
     heads, differences = [], []
+    if class_names != source.class_names and len(class_names) == classes:
+        heads = _heads(source)
     for path in wanted.keys() | loaded.keys():
         name = "/".join(path)
         ours, theirs = (np.shape(tree.get(path)) for tree in (wanted, loaded))
@@ -153,11 +158,30 @@ def start_from(state: TrainState, source: Network, init_from: str) -> TrainState
     if heads:
         logging.info(
             "Drawn anew, as there are other classes than its %d: %s.",
-            *(classes, ", ".join(sorted("/".join(path) for path in heads))),
+            classes,
+            ", ".join(sorted("/".join(path) for path in heads)),
         )
     return state.replace(
         params=variables["params"], batch_stats=variables.get("batch_stats", {})
     )
+
+
+def _heads(network: Network) -> list[tuple[str, ...]]:
+    """The paths of the arrays whose shape depends on the number of classes."""
+
+    def shapes(num_classes: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+        model = dataclasses.replace(network.recipe.model, num_classes=num_classes)
+        variables = jax.eval_shape(
+            lambda rng, images: model.init(rng, images, train=False),
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((1, *network.image_shape), np.float32),
+        )
+        flat = traverse_util.flatten_dict(variables)
+        return {path: leaf.shape for path, leaf in flat.items()}
+
+    count = len(network.class_names)
+    ours, others = shapes(count), shapes(count + 1)
+    return [path for path in ours if ours[path] != others[path]]
 
 
 def statistics_like(source: Statistics, image_shape: tuple[int, ...]) -> Statistics:
@@ -224,7 +248,7 @@ def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def initial_variables(
-    network: Network, folder: pathlib.Path, source: workdirs.Path = ""
+    network: Network, folder: pathlib.Path, source: Path = ""
 ) -> dict[str, Any]:
     """What the variables of the run in `folder` were before its first step.
 

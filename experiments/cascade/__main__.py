@@ -25,6 +25,7 @@ Trained nets and measured seeds are found again when the same command is given a
 """
 
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -33,6 +34,7 @@ from absl import flags, logging
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.errors import UserError
+from cvjax.files import user_path
 from cvjax.report import tables
 from cvjax.report.statistics import t_test
 from cvjax.report.tables import mean_std, percent, percent_interval
@@ -42,6 +44,7 @@ from cvjax.training import train_and_evaluate
 from experiments import runner
 from experiments.cascade import early_exit, measure
 from experiments.cascade.figure import draw_cascade, tabulate
+from experiments.cascade.members import check_places
 
 
 def quick() -> ml_collections.ConfigDict:
@@ -112,6 +115,8 @@ def main(arguments):
     values = flags.FLAGS
     check_targets(values.target_accuracy, values.target_cost)
     given = [parse_member(text) for text in values.members]
+    if given:
+        check_places(given)
     folder = workdirs.check_writable(values.workdir)
     settings = {key: getattr(values, key) for key in SETTINGS}
     runs = []
@@ -176,12 +181,12 @@ def parse_member(text: str) -> tuple[str, pathlib.Path, int]:
     place, at, size = text.strip().rpartition("@")
     if not at:
         place, size = size, "0"
-    if not size.isdecimal() or (at and int(size) < 1):
+    if not re.fullmatch("[0-9]{1,9}", size) or (at and int(size) < 1):
         raise UserError(
             f"--members takes workdirs, each with @ and a size in pixels if its images are "
             f"to be resized, got {text!r}."
         )
-    return text.strip(), pathlib.Path(place), int(size)
+    return text.strip(), user_path(place, "--members"), int(size)
 
 
 def train_members(

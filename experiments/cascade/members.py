@@ -56,15 +56,9 @@ def load_members(places: Sequence[tuple[str, pathlib.Path, int]]) -> list[Member
     Raises:
       UserError: they cannot answer the same question, or their cost is not known.
     """
-    if len(places) < 2:
-        raise UserError(f"a cascade takes two networks or more, got {len(places)}.")
+    check_places(places)
     members = []
     for name, place, size in places:
-        if not (place / "config.json").is_file():
-            raise UserError(
-                f"{place} is no folder of a run: it has no config.json; name workdirs of "
-                "train.py."
-            )
         network = load_network(place)
         height, width, channels = network.image_shape
         if network.run.loss.name != "softmax":
@@ -90,6 +84,18 @@ def load_members(places: Sequence[tuple[str, pathlib.Path, int]]) -> list[Member
             )
         members.append(Member(name, network, views, cost.macs))
     return sorted(members, key=lambda member: member.macs)
+
+
+def check_places(places: Sequence[tuple[str, pathlib.Path, int]]) -> None:
+    """Raises UserError unless these are two workdirs or more, see `load_members`."""
+    if len(places) < 2:
+        raise UserError(f"a cascade takes two networks or more, got {len(places)}.")
+    for _, place, _ in places:
+        if not (place / "config.json").is_file():
+            raise UserError(
+                f"{place} is no folder of a run: it has no config.json; name workdirs of "
+                "train.py."
+            )
 
 
 @partial(jax.jit, static_argnames=("model", "views"))

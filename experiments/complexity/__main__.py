@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from cvjax import cli
+from cvjax import cli, files
 from cvjax.checks import check_choice
 from cvjax.costs import compiled
 from cvjax.costs.accounting import Account, account
@@ -246,19 +246,19 @@ def markdown(table: Table) -> str:
 
 def write(folder, rows: list[dict[str, Any]], counted: dict[str, Account]) -> None:
     """results.json, summary.md, NETWORK.md where layers are wanted, complexity.png."""
-    files = {"summary.md": ("Costs for one image", tabulate_summary(rows), CONVENTIONS)}
+    sheets = {"summary.md": ("Costs for one image", tabulate_summary(rows), CONVENTIONS)}
     if any("compiled" in row for row in rows):
         note = COMPILED.format(device=jax.devices()[0].device_kind)
-        files["compiled.md"] = ("Counted and compiled", tabulate_compiled(rows), note)
+        sheets["compiled.md"] = ("Counted and compiled", tabulate_compiled(rows), note)
     for label, network in counted.items():
         if LAYERS.value or label == "VGG-16":
             name = f"{label.lower().replace('-', '').replace(' ', '_')}.md"
             size = next(row["image_size"] for row in rows if row["label"] == label)
             title = f"{label}, layer by layer, {size}x{size}"
-            files[name] = (title, tabulate_layers(network), describe(label, network))
-    for name, (title, table, note) in files.items():
+            sheets[name] = (title, tabulate_layers(network), describe(label, network))
+    for name, (title, table, note) in sheets.items():
         text = f"### {title}\n\n{markdown(table)}\n{note}\n"
-        workdirs.write_bytes(folder / name, text.encode())
+        files.write_bytes(folder / name, text.encode())
         print(f"Table:   {folder / name}")
     more = {}
     if LAYERS.value:

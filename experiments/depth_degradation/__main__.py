@@ -21,7 +21,6 @@ trains nothing: it writes table and figure of the finished runs in several such 
 """
 
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -30,6 +29,7 @@ from absl import flags, logging
 
 from cvjax import cli
 from cvjax.errors import UserError
+from cvjax.files import read_json, user_path
 from cvjax.models import create_model
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
@@ -57,10 +57,12 @@ def define_flags() -> None:
 def main(arguments):
     cli.refuse_arguments(arguments)
     values = flags.FLAGS
-    folder = workdirs.check_writable(values.workdir)
     if values.gather:
         refuse_with_gather()
-        report(folder, [pathlib.Path(path) for path in values.gather])
+        sources = [user_path(path, "--gather") for path in values.gather]
+        collect(sources)  # what is refused is refused before anything is written
+        folder = workdirs.check_writable(values.workdir)
+        report(folder, sources)
         show(folder)
         return
     create_config, depths = PRESETS[values.preset]
@@ -71,6 +73,7 @@ def main(arguments):
     runs = plan(create_config, depths, seeds, values.steps)
     for config in runs.values():
         create_model(num_classes=1, **parse_config(config).model)
+    folder = workdirs.check_writable(values.workdir)
     runs = {folder / "runs" / name: config for name, config in runs.items()}
     started = [*configs_in(folder), *((p, c.to_dict()) for p, c in runs.items())]
     runner.refuse_mixture(started, FREE_KEYS)
@@ -151,7 +154,9 @@ def show(folder: pathlib.Path) -> None:
     if not path.exists():
         logging.info("No run is finished yet.")
         return
-    results = json.loads(path.read_text())
+    results = read_json(
+        path, {"table": list}, "delete it; the same command makes it again."
+    )
     tables.show(*(results["table"], results["claims"], results["published"]))
     print(f"Results: {path}")
     print(f"Figure:  {folder / 'depth_degradation.png'}")

@@ -1,5 +1,7 @@
 """What experiments/depth_degradation trains: nets, recipes and depths."""
 
+import re
+
 import ml_collections
 
 from configs import cifar10_resnet, digits_resnet
@@ -65,7 +67,17 @@ PRESETS = {
 
 
 def parse_depths(texts: list[str]) -> tuple[int, ...]:
-    """["20", "32"] -> (20, 32); whether they are 6n + 2 is the model's to check."""
-    if not all(text.strip().isdecimal() for text in texts):
+    """["20", "32"] -> (20, 32).
+
+    Raises:
+      UserError: for anything but different numbers 6n + 2, n > 0.
+    """
+    numbers = [int(text) for text in texts if re.fullmatch(" *[0-9]{1,5} *", text)]
+    if len(numbers) < len(texts) or not numbers:
         raise UserError(f"--depths takes numbers such as 8,20,32, got {','.join(texts)!r}.")
-    return tuple(int(text) for text in texts)
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--depths takes each number once, got {','.join(texts)!r}.")
+    for depth in numbers:
+        if depth < 8 or depth % 6 != 2:
+            raise UserError(f"--depths takes numbers 6n + 2 such as 8,20,32, got {depth}.")
+    return tuple(numbers)

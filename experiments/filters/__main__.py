@@ -99,10 +99,10 @@ def define_flags() -> None:
 def main(arguments):
     cli.refuse_arguments(arguments)
     values = flags.FLAGS
+    fields = cli.parse_fields(values.fields)
+    place = check_run(values.run) if values.run else None
     folder = workdirs.check_writable(values.workdir)
-    if values.run:
-        place = check_run(values.run)
-    else:
+    if place is None:
         place = folder / "run"
         train_and_evaluate(PRESETS[values.preset](), place)
     examine(
@@ -110,7 +110,7 @@ def main(arguments):
         folder,
         preset=None if values.run else values.preset,
         checkpoint=values.checkpoint,
-        fields=cli.parse_fields(values.fields),
+        fields=fields,
         layers=values.layers,
         channels=values.channels,
         images=values.images,

@@ -28,7 +28,6 @@ nets, for a GPU; not yet run). Each run has a folder of its own under WORKDIR/ru
 command goes on where it was stopped, and what is finished is not run again.
 """
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -142,10 +141,10 @@ def define_flags() -> None:
 def main(arguments):
     cli.refuse_arguments(arguments)
     values = flags.FLAGS
-    folder = workdirs.check_writable(values.workdir)
     ends = values.lowest, values.highest
     if values.config:
         config = range_config(values.config, *ends, values.range_steps)
+        folder = workdirs.check_writable(values.workdir)
         tests = [measure_range(config, seed, folder) for seed in range(values.seeds)]
         title = f"{config.model.name} on {config.data.name}, {config.optim.name}"
         runs = runner.join_parts({"range": tests})
@@ -158,6 +157,7 @@ def main(arguments):
         for config in (preset.config, preset.few):
             config.total_steps = values.steps or config.total_steps
         ranged = range_config(preset.config, *ends, values.range_steps)
+        folder = workdirs.check_writable(values.workdir)
         results = compare(preset, ranged, values.seeds, folder)
         parts = ("rates", "capacity", "regularisation")
         runner.write_results(
@@ -260,7 +260,7 @@ def train(config: Config, place: pathlib.Path) -> dict[str, Any]:
     diverged = runner.train_or_diverge(config, place)
     manifest = workdirs.read_manifest(place)
     rows = metrics_log.read_metrics(place / "metrics.jsonl")
-    summary = None if diverged else json.loads((place / "summary.json").read_text())
+    summary = None if diverged else workdirs.read_summary(place)
     return {
         "curve": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
         **{"diverged": diverged, "summary": summary},

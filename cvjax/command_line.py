@@ -1,0 +1,177 @@
+"""Flags, checked before and after absl parses them, and the config's own errors."""
+
+import math
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Iterator, Sequence
+
+import ml_collections
+from absl import flags
+
+from cvjax.errors import UserError
+from cvjax.files import user_path
+
+# Flags of any program that are a path of this machine.
+PATHS = (
+    *("workdir", "run", "output", "export", "html"),
+    *("data_dir", "cache_dir", "class_names"),
+)
+LARGEST = 2**31 - 1  # of whole numbers
+_KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[-?\d+\])*"
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+    """Parses the flags of a program; `~` is expanded in those that are paths.
+
+    Args:
+      arguments: with the program's name, as `sys.argv`.
+
+    Returns:
+      The arguments that are no flags.
+
+    Raises:
+      UserError, flags.Error: for a flag that is unknown, has no value or an impossible one,
+        and for a config file with errors of its own.
+    """
+    arguments = [
+        re.sub("^--?config=~", lambda _: "--config=" + os.path.expanduser("~"), text)
+        for text in arguments
+    ]
+    for name, text in _given(arguments):
+        _check_text(name, text)
+        if name == "config":
+            check_config_file(text)
+    try:
+        rest = flags.FLAGS(list(arguments))
+    # ml_collections says by these two that an override names no key of the config.
+    except (AttributeError, KeyError) as error:
+        names = re.findall(r"\w+(?=\\?['\"])", str(error)) or [str(error)]
+        hint = f"; did you mean {names[1]}?" if len(names) > 1 else "."
+        raise UserError(f"the config has no setting {names[0]}{hint}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    for name in flags.FLAGS:
+        _check_value(name)
+    return rest
+
+
+def repeated(arguments: Sequence[str]) -> list[str]:
+    """A sentence for each flag that is given several times and counts once."""
+    texts = {}
+    for name, text in _given(arguments):
+        multi = name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
+        if not multi:
+            texts.setdefault(name, []).append(text)
+    return [
+        f"--{name} is given {len(given)} times; the last one counts, {given[-1]}."
+        for name, given in texts.items()
+        if len(given) > 1
+    ]
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, text) of the flags with a value.
+
+    Raises:
+      UserError: for one without.
+    """
+    arguments = list(arguments[1:])
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--":
+            return
+        if not argument.startswith("-") or argument == "-":
+            continue
+        name, equals, text = argument.lstrip("-").partition("=")
+        known = name in flags.FLAGS or name.startswith("config.")
+        if not known or (name in flags.FLAGS and flags.FLAGS[name].boolean):
+            continue
+        if not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise UserError(
+                    f"--{name} has no value; flags look like --name=value, and --name=--x "
+                    "for a value that begins with --."
+                )
+            text = arguments.pop(0)
+        yield name, text
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuses what absl would take."""
+    if name.startswith("config.") and not re.fullmatch(_KEY, name):
+        raise UserError(
+            f"{name!r} is no setting: names are letters, digits and _, and . between them."
+        )
+    if not text.isascii() and _is_number(text):
+        raise UserError(f"--{name} takes digits 0 to 9, got {text!r}.")
+    if text.strip() or name.startswith("config."):
+        return
+    if flags.FLAGS[name].default != "":
+        raise UserError(f"--{name} is empty; give it a value, or leave it out.")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_value(name: str) -> None:
+    flag = flags.FLAGS[name]
+    if not flag.present or name.startswith("config"):
+        return
+    values = flag.value if isinstance(flag.value, list) else [flag.value]
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} takes a finite number, got {value}.")
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            raise UserError(f"--{name} takes numbers up to {LARGEST:,}, got {value}.")
+        if value == "" and flag.default != "":
+            raise UserError(f"--{name} has an empty part: {','.join(values)!r}.")
+    if name in PATHS and flag.value:
+        flag.value = str(user_path(flag.value, f"--{name}"))
+
+
+def check_config_file(text: str) -> None:
+    """Loads a config file; its errors are told as the user's own: file, line, error.
+
+    Args:
+      text: PATH or PATH:ARGUMENT, as --config takes it.
+
+    Raises:
+      UserError: there is no such file, or it makes no config.
+    """
+    path, colon, argument = text.partition(":")
+    user_path(path, "--config")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"the config file {path!r} does not exist; those that come along are in the "
+            "folder configs/."
+        )
+    if not path.endswith(".py"):
+        raise UserError(f"{path} is no config: it takes a Python file with get_config().")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config):
+            raise AttributeError("there is no function get_config()")
+        config = get_config(*([argument] if colon else []))
+    # Whatever the user's file raises is his, SystemExit too.
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError) and error.filename == path:
+            line, reason = error.lineno, error.msg
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((f.lineno for f in reversed(frames) if f.filename == path), 0)
+            reason = str(error)
+        where = f"{path}, line {line}" if line else path
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{where}: {kind}{reason[:300]}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"get_config() of {path} returns {type(config).__name__}; it takes an "
+            "ml_collections.ConfigDict, such as cvjax.training.config.default_config makes."
+        )
