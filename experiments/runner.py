@@ -10,8 +10,8 @@ results.json of an experiment is an object with
     experiment   its name
     preset       what was trained; null for runs that the user named
     table        rows, with a "part" where there are several tables; a mean over seeds is
-                 {"mean", "std"}
-    claims       rows: what the table shows, each with its statistics
+                 {"mean", "std", "interval"}
+    claims       rows: what the table shows, each a difference with its interval and p
     runs         one object per run: "seed" and what else tells it from the others, then
                  what `read_run` gives ("summary", "config", "versions", "device", "git",
                  "command", "seconds"), or parts that have these

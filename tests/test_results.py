@@ -30,3 +30,29 @@ def test_shape(name):
             assert run[PARTS[results["experiment"]]]
         else:
             assert run.keys() >= {*runner.PROVENANCE, "seconds"}
+
+
+def means(node):
+    """All {"mean", "std", ...} of a table."""
+    if isinstance(node, dict):
+        return [node] if "mean" in node else means(list(node.values()))
+    return [row for part in node for row in means(part)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_means_and_claims_have_intervals(name):
+    results = json.loads(FILES[name].read_text())
+    for mean in means(results["table"]):
+        if mean["std"] is None:  # of a single value
+            assert mean["interval"] is None
+            continue
+        low, high = mean["interval"]
+        assert low <= mean["mean"] <= high
+    for claim in results["claims"]:
+        assert {"df", "n"} <= claim.keys()
+        if claim["p"] is None:  # nothing varies
+            assert claim["interval"] is None
+            continue
+        low, high = claim["interval"]
+        assert low < claim["difference"] < high
+        assert (claim["p"] < 0.05) == (not low <= 0 <= high)
