@@ -174,8 +174,8 @@ def test_a_second_counter_agrees(name, fields, image_size):
     model = create_model(name, 10, **fields)
     counted, expected = account(model, image_size), count_otherwise(model, image_size)
     outputs = sum(row.values for row in counted.layers if row.kind in ("conv", "dense"))
-    # f is no layer that can be listened to: 16 times two 3x3 on 6x6. What its kernel makes of
-    # t is one map for all images.
+    # f is no layer that can be listened to: 16 times two 3x3 on 6x6. What its kernel makes
+    # of t is one map for all images.
     if name == "odenet":
         expected["macs"] += 16 * 2 * 6 * 6 * 9 * 64 * 64
         expected["outputs"] += 16 * 2 * 6 * 6 * 64
