@@ -4,7 +4,7 @@ They lie in a folder DIR/train/CLASS/* (and val/, test/ likewise), or in DIR/CLA
 
 With torchvision's weights of ImageNet, if you have their file (resnet18-f37072fd.pth of
 https://download.pytorch.org/models), it is a matter of minutes; without them the net is
-drawn anew and wants thousands of pictures. docs/own_pictures.md says more.
+trained from scratch and wants thousands of pictures. docs/own_pictures.md says more.
 
 Paper:    He et al. 2015 (arXiv:1512.03385), Table 1; fine-tuning of all layers at a small
           rate, as Kornblith et al. 2019 (arXiv:1805.08974) do

@@ -1,6 +1,6 @@
 """What all command-line programs share: log, exit codes, signals, compilation cache.
 
-Exit codes: 0 finished; 2 a mistake that the user can mend, told in one sentence; 3 the run
+Exit codes: 0 finished; 2 a mistake that the user can mend, said in one sentence; 3 the run
 diverged; 75 (EX_TEMPFAIL) stopped by SIGTERM or Ctrl-C after saving: run the same line
 again to go on; 130 stopped by Ctrl-C where there was nothing to save, or by a second one.
 """
@@ -8,7 +8,6 @@ again to go on; 130 stopped by Ctrl-C where there was nothing to save, or by a s
 import ast
 import glob
 import logging as python_logging
-import os
 import pathlib
 import re
 import signal
@@ -24,6 +23,7 @@ from absl import app, flags, logging
 
 from cvjax import command_line, memory
 from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
+from cvjax.files import user_cache
 
 
 class _Terminated(KeyboardInterrupt):
@@ -190,10 +190,9 @@ def _prepare() -> None:
     logging.get_absl_handler().setFormatter(
         python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     )
-    # JAX tells of every kind of device that it does not find.
+    # JAX warns of every kind of device that it does not find.
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     for notice in command_line.repeated(sys.argv):
         logging.warning("%s", notice)
     if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "cvjax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))

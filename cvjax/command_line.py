@@ -137,7 +137,7 @@ def _check_value(name: str) -> None:
 
 
 def check_config_file(text: str) -> None:
-    """Loads a config file; its errors are told as the user's own: file, line, error.
+    """Loads a config file; its errors are reported as the user's own: file, line, error.
 
     Args:
       text: PATH or PATH:ARGUMENT, as --config takes it.

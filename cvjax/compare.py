@@ -15,7 +15,7 @@ MACs are multiply-adds of a forward pass; those of an ODE-net with adaptive step
 the evaluations (NFE) that it took. Times depend on the machine and on what else ran there.
 The calibration error is there once `python -m cvjax.evaluate` has been run. --output=DIR
 gets compare.md, compare.json and compare.png; --html=FILE one page with all of it. --watch
-draws the table anew as runs go on, until all are finished.
+draws the table again as runs go on, until all are finished.
 """
 
 import pathlib
@@ -141,7 +141,7 @@ def define_flags() -> None:
     flags.DEFINE_list("by", [], "Keys, such as model.depth, whose values alone make rows.")
     flags.DEFINE_string("output", "", "A folder for the table, all numbers and the figure.")
     flags.DEFINE_string("html", "", "A file for all of it as one page.")
-    flags.DEFINE_boolean("watch", False, "Draw the table anew until all are finished.")
+    flags.DEFINE_boolean("watch", False, "Draw the table again until all are finished.")
 
 
 def main(arguments):

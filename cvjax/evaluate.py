@@ -85,7 +85,8 @@ def evaluate(
       UserError: for a mistake that the user can mend.
     """
     network = load_network(workdir, checkpoint, fields)
-    _warn_of_changes(workdirs.read_manifest(workdir)["config"]["model"], fields or {})
+    manifest = workdirs.read_manifest(workdir)
+    _warn_of_changes(manifest["config"]["model"], fields or {})
     views = choose_views(network, crops, scales, batch_size)
     folder = pathlib.Path(output or pathlib.Path(workdir) / "evaluation")
     folder = workdirs.check_writable(folder, "--output")
@@ -120,7 +121,6 @@ def evaluate(
         matrix, dataset.class_names, files["confusion_matrix"], title
     )
     classification.draw_reliability(calibration, files["reliability"], title)
-    manifest = workdirs.read_manifest(workdir)
     results = {
         "workdir": str(pathlib.Path(workdir).absolute()),
         "checkpoint": checkpoint,

@@ -1,6 +1,7 @@
-"""Paths that users give, and files written whole or not at all and read with checks."""
+"""Paths that users give, the user's cache, files written whole and read with checks."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -58,6 +59,18 @@ def user_path(given: Path, name: str) -> pathlib.Path:
                 f"file systems take up to {_LONGEST_NAME}."
             )
     return path
+
+
+def user_cache(name: str) -> pathlib.Path:
+    """The folder of that name in cvjax's own part of the user's cache; not created here."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return cache.expanduser().absolute() / "cvjax" / name
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

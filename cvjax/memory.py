@@ -25,7 +25,7 @@ def physical_memory() -> int | None:
 def keep_freed() -> bool:
     """Has the process keep what it frees, for its next allocations.
 
-    XLA allocates the temporaries of a program anew each time that it runs: 300 MB in a step
+    XLA allocates the temporaries of a program each time that it runs: 300 MB in a step
     of ResNet-20. By default glibc gets such pieces from the kernel and gives them back, and
     the kernel fills each page with zeros first: 74,000 page faults per step, a quarter of
     its time on two cores. The price is that the process stays as large as it ever was.

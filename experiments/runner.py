@@ -200,7 +200,7 @@ def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
     Args:
       path: of the file.
       key: all that the measurement depends on and that may change, as JSON can hold it; the
-        file of another key, or of none, is written anew.
+        file of another key, or of none, is replaced.
       measure: called if there is no such file.
     """
     key = json.loads(json.dumps(key))

@@ -53,7 +53,7 @@ def make_page(
 
     Args:
       title: of it.
-      headings: one a column of the table.
+      headings: one per column of the table.
       cells: for each row (what is shown, what is sorted by) a column.
       rows: for their configs and folders.
       notes: sentences below the table.

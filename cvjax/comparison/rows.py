@@ -43,7 +43,7 @@ class Row:
 
     Attributes:
       name: what distinguishes them.
-      runs: one a seed (or, grouped by a key, all that share its value).
+      runs: one per seed (or, grouped by a key, all that share its value).
       values: for each metric `statistics.spread` of the runs that have it, and "n".
       test: of `metric` against the baseline, see `compare`; None without.
       note: why there is none; "" for the baseline itself.

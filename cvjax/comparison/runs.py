@@ -1,4 +1,4 @@
-"""What the folder of a run tells, finished or not: its config, its numbers, its curve.
+"""What the folder of a run reports, finished or not: its config, its numbers, its curve.
 
 Nothing is changed and no lock is taken: runs may be going on.
 """
@@ -99,7 +99,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     manifest = workdirs.read_manifest(folder)
     try:
         nested = complete_config(manifest["config"]).to_dict()
-        config = flatten(nested)
+        config = workdirs.flatten(nested)
         total, device = config["total_steps"], manifest.get("device") or {}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -122,15 +122,6 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         state = "diverged" if broken else "unfinished"
     kind = f"{device.get('count', 1)} x {device.get('kind', 'unknown')}"
     return Run(folder, config, state, last, numbers, curve, kind)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"depth": 20}} -> {"model.depth": 20}"""
-    flat = {}
-    for key, value in config.items():
-        inner = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
 
 
 def training_seconds(rows: list[dict[str, Any]]) -> float:

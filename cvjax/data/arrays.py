@@ -2,7 +2,7 @@
 
 x_* are uint8 [n, height, width] or [n, height, width, channels], y_* class numbers from 0,
 [n] or [n, 1]. x_val and y_val may be there too, else validation is split off training. So
-may class_names, one a class.
+may class_names, one per class.
 """
 
 import hashlib

@@ -7,9 +7,7 @@ CACHE is `data.cache_dir`, or cvjax/data in the user's cache folder. An entry is
 under a temporary name and renamed when it is complete.
 """
 
-import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -22,6 +20,7 @@ from absl import logging
 
 from cvjax.data.tfds import Decoded, Source
 from cvjax.errors import UserError
+from cvjax.files import file_digest, user_cache
 
 FORMAT = 2  # of the entries; another number never reads this one's
 _WRITING = ".writing-"
@@ -33,8 +32,7 @@ def resolve_cache_dir(cache_dir: str) -> pathlib.Path:
     Raises:
       UserError: if it cannot be written to.
     """
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(cache_dir or f"{user_cache}/cvjax/data").expanduser().absolute()
+    folder = pathlib.Path(cache_dir or user_cache("data")).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -118,7 +116,7 @@ def _write(entry: pathlib.Path, decoded: Decoded) -> None:
             for split, array in arrays.items():
                 file = temporary / f"{split}_{kind}.npy"
                 np.save(file, array)
-                digests[file.name] = _digest(file)
+                digests[file.name] = file_digest(file)
         manifest = {
             "format": FORMAT,
             "splits": list(decoded.images),
@@ -138,7 +136,7 @@ def _read(entry: pathlib.Path) -> Decoded | None:
         manifest = json.loads((entry / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             return None
-        if any(_digest(entry / f) != sha for f, sha in manifest["digests"].items()):
+        if any(file_digest(entry / f) != sha for f, sha in manifest["digests"].items()):
             return None
         arrays = {
             kind: {
@@ -155,8 +153,3 @@ def _read(entry: pathlib.Path) -> Decoded | None:
     # Damaged files mean anything.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _digest(file: pathlib.Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import http.client
 import pathlib
 import time
@@ -14,6 +13,7 @@ from absl import logging
 
 from cvjax import progress
 from cvjax.errors import UserError
+from cvjax.files import file_digest
 
 _TIMEOUT = 10  # seconds, to connect and for each read
 _READ_BYTES = 1 << 18
@@ -73,8 +73,7 @@ def _flaw(path: pathlib.Path, archive: Archive) -> str:
     size = path.stat().st_size
     if size != archive.size:
         return f"{size:,} bytes instead of {archive.size:,}"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path)
     if digest != archive.sha256:
         return f"the sha256 {digest} instead of {archive.sha256}"
     return ""

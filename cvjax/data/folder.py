@@ -95,8 +95,10 @@ def load_folder(
             *(np.median(sides), options.image_size),
         )
     fingerprint = _fingerprint(listing, pictures)
-    make = _streamed if streamed else _in_memory
-    splits = make(listing, options, fingerprint, caches)
+    if streamed:
+        splits = _streamed(listing, options)
+    else:
+        splits = _in_memory(listing, options, fingerprint, caches)
     return Dataset(
         name=listing.root.name,
         **splits,
@@ -130,9 +132,7 @@ def _labels(listing: Listing, split: str) -> np.ndarray:
     return np.array([label for _, label in listing.files[split]], np.int32)
 
 
-def _streamed(
-    listing: Listing, options: StreamOptions, fingerprint: str, caches: pathlib.Path
-) -> dict[str, StreamedSplit]:
+def _streamed(listing: Listing, options: StreamOptions) -> dict[str, StreamedSplit]:
     splits, classes = {}, len(listing.class_names)
     for split in SPLITS:
         paths = tuple(path for path, _ in listing.files[split])

@@ -20,7 +20,7 @@ from cvjax import progress
 from cvjax.data import image_files
 from cvjax.data.folder_listing import Listing
 from cvjax.errors import UserError
-from cvjax.files import write_bytes
+from cvjax.files import file_digest, write_bytes
 
 FORMAT = 1  # of the files in CACHE/folders; another number never reads this one's
 # A larger part of broken pictures than this stops the run.
@@ -182,8 +182,7 @@ def _stamp(path: str) -> list[int]:
 def _open(path: pathlib.Path) -> Picture:
     digest = ""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_digest(path)
         image = image_files.read_picture(path, channels=3)
     except OSError as error:
         return Picture(0, 0, digest, f"{path} cannot be read: {error.strerror}.")

@@ -28,7 +28,6 @@ cvjax/interop/torch_export.py.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +43,7 @@ from cvjax import cli
 from cvjax.checks import check_choice
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
-from cvjax.files import Path, write_json
+from cvjax.files import Path, file_digest, write_json
 from cvjax.interop.inputs import NORMALIZATIONS, Inputs, create_inputs
 from cvjax.interop.names import torch_names
 from cvjax.interop.tensors import load_tensors
@@ -160,14 +159,12 @@ def write_workdir(
         mean=jnp.broadcast_to(jnp.asarray(inputs.mean, jnp.float32), inputs.image_shape),
         std=jnp.broadcast_to(jnp.asarray(inputs.std, jnp.float32), inputs.image_shape),
     )
-    with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = {
         "config": config.to_dict(),
         "seed": run.seed,
         "imported": {
             "file": str(pathlib.Path(source).absolute()),
-            "sha256": digest,
+            "sha256": file_digest(source),
             "mean": inputs.mean,
             "std": inputs.std,
             "resize": inputs.resize,

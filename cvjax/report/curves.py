@@ -1,12 +1,10 @@
 """Training curves: loss and error against steps, from the rows of a metrics.jsonl."""
 
 import math
-import os
 from typing import Any
 
+from cvjax.files import Path
 from cvjax.report.figures import save_figure
-
-Path = str | os.PathLike[str]
 
 # prefix of the keys, label, style of the line
 _SERIES = [

@@ -31,10 +31,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from cvjax import errors, files
+from cvjax.files import Path
 from cvjax.storage import workdir as workdirs
 
 PyTree = Any
-Path = str | os.PathLike[str]
 
 _TEMPORARY = "tmp-"
 _NAMED_DIFFERENCES = 4
@@ -311,8 +311,7 @@ def _refuse_other_run(
 def _file_digest(path: pathlib.Path) -> str | None:
     """SHA-256, in hex, of a file; None if there is none, or the disk fails."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.file_digest(path)
     except PermissionError:
         raise
     except OSError:

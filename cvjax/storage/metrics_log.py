@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from cvjax import errors, files
-
-Path = str | os.PathLike[str]
+from cvjax.files import Path
 
 
 @contextlib.contextmanager

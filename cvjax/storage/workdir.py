@@ -206,7 +206,7 @@ def read_summary(workdir: Path) -> dict[str, Any]:
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """["optim.learning_rate was 0.1, now 0.05", ...]; what JSON equates is equal."""
-    was, now = (_flatten(json.loads(json.dumps(config))) for config in (old, new))
+    was, now = (flatten(json.loads(json.dumps(config))) for config in (old, new))
     return [
         f"{key} was {was.get(key, _ABSENT)!r}, now {now.get(key, _ABSENT)!r}"
         for key in sorted(was.keys() | now.keys())
@@ -214,11 +214,12 @@ def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"depth": 20}} -> {"model.depth": 20}"""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

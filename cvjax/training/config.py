@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from cvjax.checks import as_type, check_choice
+from cvjax.command_line import LARGEST
 from cvjax.data.augment import Augmentation
 from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
@@ -170,7 +171,6 @@ RESUMABLE_KEYS = (
 )
 
 
-LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4028235e38  # of float32
 
 
@@ -257,10 +257,8 @@ def _check_numbers(values: dict[str, Any], prefix: str = "") -> None:
                 raise UserError(
                     f"{prefix}{key} must be a finite number, of float32, got {number}."
                 )
-            if type(number) is int and abs(number) > LARGEST_INT:
-                raise UserError(
-                    f"{prefix}{key} must be at most {LARGEST_INT:,}, got {number}."
-                )
+            if type(number) is int and abs(number) > LARGEST:
+                raise UserError(f"{prefix}{key} must be at most {LARGEST:,}, got {number}.")
 
 
 def _check_ranges(run: RunConfig) -> None:

@@ -36,6 +36,7 @@ import numpy as np
 from absl import logging
 
 from cvjax.errors import UserError
+from cvjax.files import file_digest, user_cache
 
 SOURCE = pathlib.Path(__file__).with_name("conv.cc")
 CHOICES = ("auto", "onednn", "xla")
@@ -265,8 +266,7 @@ def build(found: OneDNN) -> pathlib.Path:
         *map(str.encode, (platform.platform(), platform.machine())),
     ]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(user_cache).expanduser().absolute() / "cvjax/native"
+    folder = user_cache("native")
     path = folder / f"conv-{key}.so"
     if _is_whole(path):
         return path
@@ -298,7 +298,7 @@ def _is_whole(path: pathlib.Path) -> bool:
     """A library that was cut short would end the process when it is loaded."""
     try:
         wanted = _hash_of(path).read_text()
-        return hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+        return file_digest(path) == wanted
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -325,9 +325,8 @@ def _compile(found: OneDNN, path: pathlib.Path) -> None:
                 f"{SOURCE.name} does not compile against oneDNN {found.version} and jaxlib "
                 f"{jaxlib.__version__} ({said[0]}); `{' '.join(command)}` shows all."
             )
-        digest = hashlib.sha256(output.read_bytes()).hexdigest()
         new_hash = _hash_of(output)
-        new_hash.write_text(digest)
+        new_hash.write_text(file_digest(output))
         # The hash last: only with it is the library used.
         _hash_of(path).unlink(missing_ok=True)
         os.replace(output, path)
