@@ -52,6 +52,7 @@ def create_config(model="mlp", **settings):
     config = default_config(fields["name"])
     config.model.update(fields)
     config.total_steps = TOTAL_STEPS
+    config.steps_per_dispatch = 1  # or a GPU would make all of them in one call
     config.log_every = 2
     config.eval_every = 4
     config.checkpoint_every = 5

@@ -6,7 +6,7 @@ Time runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) i
 of that axis, or the line between two. With Euler's method, a step a piece and theta
 piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
-Equal steps are walked as a stage is (nn/runge_kutta.py: few of them unrolled on CPU),
+Equal steps are walked as a stage is (nn/runge_kutta.py: few of them unrolled),
 adaptive ones are diffrax's (nn/diffrax_solve.py); nn/solver.py has the settings.
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection

@@ -3,7 +3,7 @@
 On accelerators the training images lie on the device and a call makes a whole stretch of
 updates, up to the next point at which the host has something to do: for small nets on fast
 devices, launching each update from Python would take longer than the update. On CPU a call
-makes one update: there XLA's gradients of convolutions are slow within loops (nn/conv.py).
+makes one update, which a signal need not wait for long.
 `steps_per_dispatch` is the one place where that is decided. A stream cannot lie on the
 device: it takes one call an update.
 """
