@@ -24,6 +24,9 @@ needs_onednn = pytest.mark.skipif(
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+PADS = ((1, 1), (1, 1))
+
+
 def reference(x, kernel, strides=(1, 1), padding=((0, 0), (0, 0)), groups=1):
     return lax.conv_general_dilated(
         x,
@@ -115,6 +118,26 @@ def test_products_equal_the_definition(dtype, rtol, arguments):
     assert_same(ours, (y, *gradients), rtol)
 
 
+@pytest.mark.parametrize("features", [64, 63, 256])
+@pytest.mark.parametrize("members", [(), (3,)], ids=["alone", "members"])
+def test_kernels_larger_than_their_images(features, members):
+    """Their gradients are cut along features, where these can be shared out evenly."""
+    rng = np.random.default_rng(0)
+    shapes = ((8, 3, 2, 32), (3, 3, 32, features), (8, 3, 2, features))
+    arrays = [rng.normal(size=(*members, *shape)).astype(np.float32) for shape in shapes]
+
+    def products(convolve):
+        function = partial(value_and_gradients, partial(convolve, padding=PADS))
+        return quick_jit(jax.vmap(function) if members else function)(*arrays)
+
+    ours, again = products(conv), products(conv)
+    jax.tree.map(np.testing.assert_array_equal, ours, again)
+    with jax.enable_x64(True):
+        arrays = [np.float64(a) for a in arrays]
+        wanted = products(reference)
+    assert_same(ours, wanted, 3e-6)
+
+
 def derivatives(convolve):
     """Functions of (x, kernel) that differentiate a convolution in many ways."""
 
@@ -146,9 +169,6 @@ def derivatives(convolve):
         "forward in a while loop": lambda x, k: jax.jvp(while_loop, (x, k), (x, k)),
         "recomputed": jax.grad(jax.checkpoint(loss), both),
     }
-
-
-PADS = ((1, 1), (1, 1))
 
 
 @pytest.mark.parametrize("name", derivatives(conv))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -125,6 +126,18 @@ def test_a_run_records_its_kernels(choice, tmp_path):
     assert code == 0, told
     manifest = json.loads((tmp_path / "config.json").read_text())
     assert manifest["convolution"] == {"onednn": HERE, "xla": "XLA"}[choice]
+
+
+@needs_onednn
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="limits oneDNN to AVX2")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bfloat16_without_its_instructions_is_warned_about(dtype, tmp_path):
+    settings = ["--config=configs/digits_resnet.py", f"--workdir={tmp_path}"]
+    settings += [f"--config.model.dtype={dtype}", "--config.model.depth=8"]
+    settings += ["--config.total_steps=2", "--config.optim.schedule=constant"]
+    code, _, told = run({"ONEDNN_MAX_CPU_ISA": "AVX2"}, "train", *settings)
+    assert code == 0, told
+    assert ("slower than float32" in told) is (dtype == "bfloat16")
 
 
 def test_the_quota_of_a_container_is_read(tmp_path):

@@ -27,6 +27,7 @@ from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, InterruptedRun, UserError
 from cvjax.files import user_path, write_json
 from cvjax.models import create_model
+from cvjax.nn import onednn
 from cvjax.report.curves import draw_curves
 from cvjax.storage import checkpoint, metrics_log
 from cvjax.storage import workdir as workdirs
@@ -171,6 +172,12 @@ def _run(
 
 
 def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
+    in_bfloat16 = run.model.get("dtype") == "bfloat16"
+    if in_bfloat16 and jax.default_backend() == "cpu" and not onednn.has_bfloat16():
+        logging.warning(
+            "model.dtype is bfloat16, for which this CPU has no instructions (AVX512_BF16 or "
+            "AMX) or no oneDNN: it will be slower than float32."
+        )
     parameters = count_parameters(state.params)
     schedule = create_schedule(run.optim, run.total_steps)
     drops = boundary_steps(run.optim, run.total_steps)

@@ -65,6 +65,12 @@ def kernels() -> str:
     return "XLA" if library is None else f"oneDNN {library.version}"
 
 
+def has_bfloat16() -> bool:
+    """Whether the CPU convolves faster in bfloat16 than in float32, by oneDNN."""
+    library = _registered()
+    return library is not None and library.has_bfloat16
+
+
 @contextlib.contextmanager
 def off() -> Iterator[None]:
     """Programs that are traced and compiled meanwhile have XLA's own kernels.
@@ -153,10 +159,14 @@ def cpu_limit(folder: str = "/sys/fs/cgroup") -> int:
 
 
 class Library(NamedTuple):
-    """What was built: XLA's name for it, oneDNN's version, and the test of a call."""
+    """What was built: XLA's name for it, oneDNN's version, and the test of a call.
+
+    `has_bfloat16` says whether the processor has instructions for that type.
+    """
 
     target: str
     version: str
+    has_bfloat16: bool
     can: Callable[..., int]
 
 
@@ -184,7 +194,7 @@ def _registered() -> Library | None:
     # Named after its build: a program in JAX's compilation cache never meets another one.
     target = f"cvjax_convolve_{path.stem.rpartition('-')[2]}"
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    return Library(target, found.version, can)
+    return Library(target, found.version, bool(loaded.cvjax_has_bfloat16()), can)
 
 
 def find() -> OneDNN:

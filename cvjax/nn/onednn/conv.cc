@@ -10,10 +10,10 @@
 //
 // Threads are XLA's own: a product is cut into parts along members and batch, which the
 // calling thread shares with whichever threads of XLA's pool are free; oneDNN runs each part on
-// one thread. Without AVX-512 its kernels' gradients are slow, and made by matrix products
-// instead (`AddUp`). How a product is cut, and the order in which the parts of a kernel's gradient
-// are added up, depend on shapes and the size of the pool alone: results are equal bit for
-// bit from run to run.
+// one thread. Large kernels' gradients are cut along features (`SliceKernel`). Without AVX-512
+// oneDNN's kernels' gradients are slow, and made by matrix products instead (`AddUp`). How a
+// product is cut, and the order in which the parts of a kernel's gradient are added up, depend on
+// shapes and the size of the pool alone: results are equal bit for bit from run to run.
 
 #include <algorithm>
 #include <array>
@@ -51,6 +51,9 @@ namespace {
 constexpr int64_t kSmallest = 1 << 18;
 // Kernel gradients are made in at most so many parts, each of which needs its own memory.
 constexpr int64_t kMostKernelParts = 16;
+// A slice of a kernel's gradient has a multiple of so many features: a vector register's.
+constexpr int64_t kSlice = 16;
+constexpr int64_t kPiece = 1 << 14;  // of a sum that threads share
 constexpr size_t kMostPrimitives = 1024;
 
 const dnnl::engine& Engine() {
@@ -152,6 +155,7 @@ struct Shape {
   std::array<int64_t, 4> padding;                // above, below, left, right
   int64_t groups;
   memory::data_type type;
+  int64_t row;  // features of the whole y and kernel, of which `features` are a slice
 };
 
 // One of the products for one shape, ready to be executed.
@@ -179,7 +183,11 @@ Product Create(Wanted wanted, const Shape& s) {
   // A kernel's gradient is added up in float32.
   const auto kernel_type = wanted == kKernel ? sum_type : type;
   const memory::desc any(kernel_dims, kernel_type, Tag::any);
-  const memory::desc plain(kernel_dims, kernel_type, s.groups > 1 ? Tag::hwigo : Tag::hwio);
+  const memory::desc plain =
+      s.groups > 1 ? memory::desc(kernel_dims, kernel_type, Tag::hwigo)
+                   : memory::desc(kernel_dims, kernel_type,
+                                  {1, s.row, s.kernel_width * s.channels * s.row,
+                                   s.channels * s.row});
   const memory::dims strides{s.strides[0], s.strides[1]};
   const memory::dims low{s.padding[0], s.padding[2]}, high{s.padding[1], s.padding[3]};
   const auto algorithm = dnnl::algorithm::convolution_direct;
@@ -309,8 +317,36 @@ void AddUp(const Shape& s, const float* x, const float* y, float* sum) {
     }
     const float more = first ? 1.f : 0.f;
     dnnl::sgemm('T', 'N', seen, s.features, end - first, 1.f, store, seen,
-                y + first * s.features, s.features, more, sum, s.features);
+                y + first * s.row, s.row, more, sum, s.row);
   }
+}
+
+// Kernels' gradients, each part for some of the features and all images: for a kernel that is
+// larger than y, where sums of parts for some of the images would take as long as the parts.
+void SliceKernel(ffi::ThreadPool& pool, const Shape& shape, int64_t members, int64_t parts,
+                 const float* x, float* kernel, const float* y) {
+  Shape slice = shape;
+  slice.features /= parts;
+  const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
+  const int64_t x_size = shape.batch * shape.height * shape.width * shape.channels;
+  const int64_t kernel_size =
+      shape.kernel_height * shape.kernel_width * shape.channels * shape.features;
+  const bool adds_up = AddsUp(kKernel, slice);
+  const auto product = adds_up ? nullptr : Find(kKernel, slice);
+  Share(pool, members * parts, [&](int64_t number) {
+    OneThread one_thread;
+    const int64_t member = number / parts, first = number % parts * slice.features;
+    const float* seen = x + member * x_size;
+    const float* from = y + member * pixels * shape.features + first;
+    float* to = kernel + member * kernel_size + first;
+    if (adds_up) return AddUp(slice, seen, from, to);
+    auto* own = reinterpret_cast<float*>(Scratch(1, 4 * pixels * slice.features));
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      std::copy_n(from + pixel * shape.row, slice.features, own + pixel * slice.features);
+    void* sum = Scratch(2, product->kernel.get_size());
+    Execute(*product, kKernel, seen, sum, own);
+    Reorder(*product, product->kernel, sum, product->plain_kernel, to);
+  });
 }
 
 uint16_t RoundToBfloat16(float value) {
@@ -348,6 +384,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   shape.groups = groups;
   const bool is_float = x_buffer.element_type() == ffi::DataType::F32;
   shape.type = is_float ? memory::data_type::f32 : memory::data_type::bf16;
+  shape.row = shape.features;
   const int64_t item = is_float ? 4 : 2;
 
   const int64_t x_size = shape.height * shape.width * shape.channels;
@@ -365,6 +402,12 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   int64_t parts = std::min({(threads + members - 1) / members, shape.batch,
                             std::max<int64_t>(1, macs / kSmallest)});
   if (wanted == kKernel) parts = std::min(parts, kMostKernelParts);
+  if (wanted == kKernel && is_float && groups == 1 && parts > 1 &&
+      shape.features % (kSlice * parts) == 0 && shape.batch * y_size < kernel_size) {
+    SliceKernel(pool, shape, members, parts, reinterpret_cast<const float*>(x),
+                reinterpret_cast<float*>(kernel), reinterpret_cast<const float*>(y));
+    return ffi::Error::Success();
+  }
   const int64_t images = (shape.batch + parts - 1) / parts;
   parts = (shape.batch + images - 1) / images;
 
@@ -427,20 +470,23 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
       Reorder(product, product.kernel, target, product.plain_kernel, sum);
   });
   if (is_direct) return ffi::Error::Success();
-  const int64_t total = members * kernel_size;
-  for (int64_t start = 0; start < total; start += kernel_size) {
-    float* sum = sums + start * parts;
+  const int64_t pieces = (kernel_size + kPiece - 1) / kPiece;
+  Share(pool, members * pieces, [&](int64_t number) {
+    const int64_t member = number / pieces, begin = number % pieces * kPiece;
+    const int64_t length = std::min(kPiece, kernel_size - begin);
+    float* sum = sums + member * parts * kernel_size + begin;
     for (int64_t part = 1; part < parts; ++part) {
       const float* more = sum + part * kernel_size;
-      for (int64_t i = 0; i < kernel_size; ++i) sum[i] += more[i];
+      for (int64_t i = 0; i < length; ++i) sum[i] += more[i];
     }
+    const int64_t place = member * kernel_size + begin;
     if (is_float) {
-      std::memcpy(kernel + 4 * start, sum, 4 * kernel_size);
+      std::copy_n(sum, length, reinterpret_cast<float*>(kernel) + place);
     } else {
-      auto* out = reinterpret_cast<uint16_t*>(kernel) + start;
-      for (int64_t i = 0; i < kernel_size; ++i) out[i] = RoundToBfloat16(sum[i]);
+      auto* out = reinterpret_cast<uint16_t*>(kernel) + place;
+      for (int64_t i = 0; i < length; ++i) out[i] = RoundToBfloat16(sum[i]);
     }
-  }
+  });
   return ffi::Error::Success();
 } catch (const std::exception& error) {
   return ffi::Error::Internal(std::string("oneDNN: ") + error.what());
@@ -455,6 +501,7 @@ extern "C" __attribute__((visibility("default"))) int cvjax_can_convolve(
     int64_t wanted, int64_t is_float, const int64_t* sizes) {
   Shape shape{};
   std::memcpy(&shape, sizes, offsetof(Shape, type));
+  shape.row = shape.features;
   shape.type = is_float ? memory::data_type::f32 : memory::data_type::bf16;
   try {
     if (AddsUp(static_cast<Wanted>(wanted), shape)) return 1;
@@ -462,6 +509,11 @@ extern "C" __attribute__((visibility("default"))) int cvjax_can_convolve(
   } catch (const std::exception&) {
     return 0;
   }
+}
+
+// Whether this processor has instructions for bfloat16 (AVX512_BF16 or AMX).
+extern "C" __attribute__((visibility("default"))) int cvjax_has_bfloat16() {
+  return dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core_bf16;
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cvjax_convolve, Convolve,
