@@ -82,7 +82,8 @@ def test_responses_are_those_of_batch_norm(network):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     bn, averages = jax.tree.map(np.asarray, (params["stem_bn"], stats["stem_bn"]))
-    y = (np.asarray(x) - averages["mean"]) / np.sqrt(averages["var"] + 1e-5) * bn["scale"] + bn["bias"]
+    y = (np.asarray(x) - averages["mean"]) / np.sqrt(averages["var"] + 1e-5)
+    y = y * bn["scale"] + bn["bias"]
     np.testing.assert_allclose(found[0], np.std(y), rtol=1e-4)
 
 

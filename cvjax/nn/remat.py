@@ -14,8 +14,8 @@ def recompute(f: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Callable:
 
     As `jax.checkpoint`, which saves no memory outside of loops: on CPU XLA (0.10) drops its
     barriers and merges the second computation with the first, and on a GPU (0.11, without
-    optimisations) a chain of blocks kept twenty times what goes into them. Here the second computation waits for the
-    cotangent. Only theta and x have gradients, of first order.
+    optimisations) a chain of blocks kept twenty times what goes into them. Here the second
+    computation waits for the cotangent. Only theta and x have gradients, of first order.
     """
 
     @jax.custom_vjp

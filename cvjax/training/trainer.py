@@ -175,8 +175,8 @@ def _log_plan(run: RunConfig, state: TrainState, trained: int) -> None:
     in_bfloat16 = run.model.get("dtype") == "bfloat16"
     if in_bfloat16 and jax.default_backend() == "cpu" and not onednn.has_bfloat16():
         logging.warning(
-            "model.dtype is bfloat16, for which this CPU has no instructions (AVX512_BF16 or "
-            "AMX) or no oneDNN: it will be slower than float32."
+            "model.dtype is bfloat16, for which this CPU has no instructions (AVX512_BF16 "
+            "or AMX) or no oneDNN: it will be slower than float32."
         )
     parameters = count_parameters(state.params)
     schedule = create_schedule(run.optim, run.total_steps)
