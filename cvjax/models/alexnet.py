@@ -37,6 +37,7 @@ from jax import numpy as jnp
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
 from cvjax.nn.conv import DTYPES, Conv, he_normal
+from cvjax.nn.pool import max_pool
 
 
 def local_response_norm(x: jax.Array) -> jax.Array:
@@ -170,6 +171,6 @@ class AlexNet(nn.Module):
             if layer in variant.normalized:
                 x = local_response_norm(x)
             if layer in POOLED:
-                x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")
+                x = max_pool(x, 3, 2)
         head = DenseHead(self.num_classes, 6, self.hidden, self.dropout, dtype, name="head")
         return head(x, train=train)

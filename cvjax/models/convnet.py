@@ -15,8 +15,9 @@ from flax import linen as nn
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.pool import max_pool
 
-POOLS = {"max": nn.max_pool, "average": nn.avg_pool}
+POOLS = ("max", "average")
 
 
 class ConvNet(nn.Module):
@@ -45,7 +46,7 @@ class ConvNet(nn.Module):
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_choice("pool", self.pool, tuple(POOLS))
+        check_choice("pool", self.pool, POOLS)
         check_positive(
             num_classes=self.num_classes,
             features=self.features,
@@ -79,6 +80,9 @@ class ConvNet(nn.Module):
                 f"pool_size {self.pool_size} does not fit on the {x.shape[1]}x"
                 f"{x.shape[2]} pixels that the convolutions leave; use a smaller one."
             )
-        window = (self.pool_size, self.pool_size)
-        x = POOLS[self.pool](x, window, strides=window)
+        if self.pool == "max":
+            x = max_pool(x, self.pool_size, self.pool_size)
+        else:
+            window = (self.pool_size, self.pool_size)
+            x = nn.avg_pool(x, window, strides=window)
         return nn.Dense(self.num_classes, name="head")(x.reshape(x.shape[0], -1))

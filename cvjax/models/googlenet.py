@@ -49,6 +49,7 @@ from cvjax.models.alexnet import (
 )
 from cvjax.models.norm_layers import batch_norm
 from cvjax.nn.conv import DTYPES, Conv, he_normal
+from cvjax.nn.pool import max_pool
 
 ModuleDef = Callable[..., nn.Module]
 
@@ -85,7 +86,7 @@ def max_pool_up(x: jax.Array, size: int) -> jax.Array:
     for n in x.shape[1:3]:
         windows = max(-(-(n - size) // 2) + 1, 1)
         pads.append((0, (windows - 1) * 2 + size - n))
-    return nn.max_pool(x, (size, size), strides=(2, 2), padding=pads)
+    return max_pool(x, size, 2, tuple(pads))
 
 
 class Layer(nn.Module):
@@ -124,7 +125,7 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         to, layer = self.branches, self.layer
-        pooled = nn.max_pool(x, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)))
+        pooled = max_pool(x, 3, 1, ((1, 1), (1, 1)))
         reduced_3x3 = layer(to.b3x3_reduce, 1, name="3x3_reduce")(x)
         reduced_5x5 = layer(to.b5x5_reduce, 1, name="5x5_reduce")(x)
         parts = (

@@ -38,6 +38,7 @@ from cvjax.models.norm_layers import batch_norm
 from cvjax.models.resnet_layers import Block, ModuleDef, PostActivation, head_init
 from cvjax.nn import depth as depth_axis
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.pool import max_pool
 
 # Blocks of each stage, by depth.
 STAGES = {
@@ -139,7 +140,7 @@ class ResNet(nn.Module):
         )
         x = nn.relu(norm(name="stem_bn")(stem(images)))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x, 3, 2, ((1, 1), (1, 1)))
         for stage, length in enumerate(STAGES[self.depth], start=1):
             features = self.width * 2 ** (stage - 1) * (EXPANSION if is_deep else 1)
             stride = 1 if stage == 1 else 2

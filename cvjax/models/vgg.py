@@ -30,6 +30,7 @@ from cvjax.errors import UserError
 from cvjax.models.alexnet import DenseHead, check_dropout
 from cvjax.models.norm_layers import batch_norm
 from cvjax.nn.conv import DTYPES, Conv
+from cvjax.nn.pool import max_pool
 
 # Convolutions of each stage, by depth.
 STAGES = {
@@ -114,7 +115,7 @@ class VGG(nn.Module):
                 if self.batch_norm:
                     x = norm(name=f"bn{stage}_{layer}")(x)
                 x = nn.relu(x)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="VALID")
+            x = max_pool(x, 2, 2)
 
         if self.head == "imagenet":
             head = DenseHead(
