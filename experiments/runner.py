@@ -186,9 +186,13 @@ def train_or_diverge(
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What results keep of a finished run, and under which names: see the top."""
+    return {"summary": workdirs.read_summary(folder), **read_started(folder)}
+
+
+def read_started(folder: Path) -> dict[str, Any]:
+    """The same of a run that may not be finished, without its summary."""
     manifest = workdirs.read_manifest(folder)
     return {
-        "summary": workdirs.read_summary(folder),
         **{key: manifest[key] for key in PROVENANCE},
         "seconds": training_seconds(metrics_log.read_metrics(folder / "metrics.jsonl")),
     }

@@ -19,7 +19,7 @@ from cvjax.storage import workdir
 from cvjax.training.config import parse_config
 from cvjax.training.optim import boundary_steps
 from experiments.depth_degradation import __main__ as depth_degradation
-from experiments.depth_degradation import presets, tables
+from experiments.depth_degradation import presets, rates, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -254,3 +254,44 @@ def test_papers_recipe_is_known_by_its_settings():
     assert depth_degradation.is_papers([run])
     run["config"]["total_steps"] = 2000
     assert not depth_degradation.is_papers([run])
+
+
+def test_rates_train_the_two_ends_of_depth_with_each_rate():
+    create_config, depths = presets.PRESETS["cpu"]
+    runs = rates.plan(create_config, depths["plain"], range(1))
+    settings = {
+        (run.model.depth, run.optim.learning_rate, run.optim.warmup_steps > 0)
+        for run in runs.values()
+    }
+    assert len(runs) == len(settings) == 2 * len(rates.RATES) * 2
+    assert {depth for depth, *_ in settings} == {20, 56}
+    assert {(run.total_steps, run.model.shortcut) for run in runs.values()} == {
+        (1_760, "none")
+    }
+    for run in runs.values():
+        parse_config(run)
+
+
+def test_rates_find_each_depths_best_and_draw(tmp_path):
+    runs = [
+        {
+            **{"depth": depth, "rate": rate, "warm_up": warm, "seed": seed},
+            "summary": {"train_eval/error": error + seed / 100, "test/error": 0.5},
+        }
+        for depth, warm, rate, error in (
+            (20, 0, 0.1, 0.2),
+            (20, 9, 0.1, 0.1),
+            (20, 9, 0.3, 0.4),
+            (56, 0, 0.03, 0.3),
+            (56, 9, 0.1, 0.6),
+        )
+        for seed in (0, 1)
+    ]
+    table = rates.tabulate(runs)
+    assert len(table) == 5 and {row["n"] for row in table} == {2}
+    assert rates.find_best(table) == [
+        {"depth": 20, "rate": 0.1, "warm_up": 9, "error": pytest.approx(0.105)},
+        {"depth": 56, "rate": 0.03, "warm_up": 0, "error": pytest.approx(0.305)},
+    ]
+    rates.draw(table, tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 10_000

@@ -90,10 +90,10 @@ def report(
         table = tabulate(finished)
         runner.write_results(
             folder,
-            "depth_degradation.rates",
+            "depth_degradation",
             preset,
             table=table,
-            claims=contrasts(table),
+            best=find_best(table),
             runs=finished,
             unfinished=unfinished,
         )
@@ -128,7 +128,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def contrasts(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def find_best(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each depth at its best: "depth", "rate", "warm_up" and training "error" there."""
     best = []
     for depth in sorted({row["depth"] for row in table}):
@@ -187,7 +187,7 @@ def show(folder: pathlib.Path) -> None:
     ]
     headings = ("layers", "rate", "warm-up steps", "n", *ERRORS.values())
     tables.show("Plain nets: error in %", headings, rows)
-    for best in results["claims"]:
+    for best in results["best"]:
         print(
             f"{best['depth']} layers fit best at rate {best['rate']:g} with "
             f"{best['warm_up']} steps of warm-up: training error {best['error']:.2%}."

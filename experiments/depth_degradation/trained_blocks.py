@@ -66,11 +66,11 @@ def main(arguments):
         network = load_network(path, flags.FLAGS.checkpoint)
         check_network(network, path)
         images = first_examples(network, flags.FLAGS.examples)
-        runs.append(measure(network, pathlib.Path(path).name, images))
+        run = measure(network, pathlib.Path(path).name, images)
+        runs.append(run | runner.read_started(pathlib.Path(path)))
         show(runs[-1])
     table = [{"name": run["name"], **row} for run in runs for row in run["changes"]]
-    name = "depth_degradation.trained_blocks"
-    runner.write_results(folder, name, None, table=table, runs=runs)
+    runner.write_results(folder, "depth_degradation", None, table=table, runs=runs)
     draw(runs, folder / "trained_blocks.png")
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {folder / 'trained_blocks.png'}")
@@ -90,14 +90,15 @@ def measure(network: Network, name: str, images: ArraySplit) -> dict[str, Any]:
     """One run: its test error as it is, after each change, and its layers' responses."""
     model = network.recipe.model
     net = "plain" if model.shortcut == "none" else "residual"
-    shares = {"name": name, "net": net, "depth": model.depth, "step": network.step}
+    what = {"name": name, "net": net, "depth": model.depth, "seed": network.run.seed}
     changes = [
         {**change, "error": test_error(network, changed, variables, images)}
         for change, changed, variables in changed_nets(model, network.variables)
     ]
     responses = layer_responses(model, network.variables, images.images[:SEEN], network)
     return {
-        **shares,
+        **what,
+        "step": network.step,
         "test/error": test_error(network, model, network.variables, images),
         "examples": len(images),
         "changes": changes,
