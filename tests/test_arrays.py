@@ -65,6 +65,8 @@ def test_given_validation_and_names(load):
         ({"y_train": np.arange(40) / 40}, "whole numbers"),
         ({"y_test": np.full(8, 4)}, "labels in y_test"),
         ({"y_test": np.full(8, -1)}, "labels in y_test"),
+        ({"y_test": np.full(8, 2**32)}, "goes from 4294967296"),
+        ({"y_test": np.full(8, 2**64 - 1, np.uint64)}, "goes from 18446744073709551615"),
         ({"class_names": ["a", "b"]}, "class_names"),
     ],
 )

@@ -111,7 +111,13 @@ def _split(arrays: dict[str, np.ndarray], split: str, file: pathlib.Path) -> Arr
         )
     if not len(images):
         raise UserError(f"x_{split} in {file} is empty.")
-    return ArraySplit(images, labels.astype(np.int32))
+    narrow = labels.astype(np.int32)
+    if (narrow != labels).any():
+        raise UserError(
+            f"y_{split} in {file} goes from {labels.min()} to {labels.max()}; it takes the "
+            "numbers of classes, from 0 on."
+        )
+    return ArraySplit(images, narrow)
 
 
 def _class_names(
