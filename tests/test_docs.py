@@ -89,7 +89,7 @@ def program_text(module: str) -> str:
     folder = path.is_dir()
     text = "".join(file.read_text() for file in path.glob("*.py")) if folder else ""
     text = text or path.with_suffix(".py").read_text()
-    shared = "runner.define_flags" in text
+    shared = "runner.define_" in text
     return text + (ROOT / "experiments/runner.py").read_text() * shared
 
 
