@@ -38,7 +38,7 @@ from cvjax.files import user_path
 from cvjax.models import create_model
 from cvjax.storage import workdir as workdirs
 from cvjax.training.config import parse_config
-from experiments import runner
+from experiments import runner, sharing
 
 MOST_RUNS = 10_000
 DIGITS = 4  # of what is drawn from a range
@@ -51,13 +51,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("random", 0, "How often to draw from the ranges.", 0, MOST_RUNS)
     flags.DEFINE_string("workdir", None, "Folder of all runs and the comparison.")
     flags.DEFINE_enum("metric", "val/error", MEASURED, "What the differences are of.")
-    runner.define_processes()
+    sharing.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     settings = parse_settings(values.set, workdirs.flatten(values.config.to_dict()))
     twice = settings.keys() & values["config"].override_values.keys()
     if twice:
@@ -69,7 +69,7 @@ def main(arguments):
     workdirs.check_writable(folder)
     diverged = None
     try:
-        runner.train_all(configs, processes=values.processes)
+        runner.train_all(configs, shared=shared)
     except DivergedError as error:  # a result, too
         diverged = error
     begun = [str(run) for run in configs if (run / "config.json").exists()]
