@@ -6,8 +6,10 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -165,6 +167,85 @@ def test_the_table_shows_who_trains_and_how_far(tmp_path):
     assert "1 of 3 runs ended" in shown
     assert re.search(r"a +process 7 on node3 +2,000 of 4,000 +0.001 +25.0 %", shown)
     assert shown.index("process 7") < shown.index("waiting") < shown.index("finished")
+
+
+# The SLURM script of docs/cluster.md
+
+STAND_INS = {
+    # A task on each of two nodes, as srun does.
+    "srun": """
+        echo "srun $1 $2 $3" >>"$LOG"
+        while [ "$1" != bash ]; do shift; done
+        SLURM_PROCID=0 "$@" & first=$!
+        SLURM_PROCID=1 "$@" & second=$!
+        trap 'kill $first $second; exit 143' TERM
+        wait""",
+    # A head that takes a second to answer.
+    "ray": """
+        if [ "$1" = status ]; then [ -e "$UP" ]; exit; fi
+        echo "ray $* token=${#RAY_AUTH_TOKEN}" >>"$LOG"
+        if [ "$2" = --head ]; then sleep 1; touch "$UP"; fi
+        exec sleep 60""",
+    "python": """
+        [ "$1" = -c ] && exec python3 "$@"
+        echo "python $*" >>"$LOG"
+        trap 'sleep 1; echo saved >>"$LOG"; exit 75' TERM
+        for i in $(seq "$SECONDS_OF_WORK"); do sleep 1; done
+        exit $CODE_OF_WORK""",
+    "scontrol": """
+        echo "scontrol $*" >>$LOG""",
+}
+
+
+def start_job(tmp_path, seconds, code=0):
+    (script,) = re.findall(
+        r"^```bash\n(.*?)^```", (ROOT / "docs/cluster.md").read_text(), re.M | re.S
+    )
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/bin/bash\n{textwrap.dedent(text)}\n")
+        file.chmod(0o755)
+    (tmp_path / "job.sh").write_text(script)
+    subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=True)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "UP": str(tmp_path / "up"),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "20123",
+        "SLURM_CPUS_PER_TASK": "16",
+        "SECONDS_OF_WORK": str(seconds),
+        "CODE_OF_WORK": str(code),
+    }
+    return subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=environment)
+
+
+def test_the_slurm_script_starts_ray_and_hands_on_the_exit_code(tmp_path):
+    job = start_job(tmp_path, seconds=4, code=3)
+    assert job.wait(timeout=30) == 3
+    lines = (tmp_path / "log").read_text().splitlines()
+    address = f"{socket.gethostname()}:20123"
+    assert "--no-kill" in lines[0] and "--cpus-per-task=16" in lines[0]
+    assert lines[1].startswith("ray start --head --port=20123 --num-cpus=16 ")
+    assert lines[1].endswith("--block token=64")
+    joined = f"ray start --address={address} --num-cpus=16 --block token=64"
+    assert joined in lines[2:4]
+    (work,) = [line for line in lines[2:] if line.startswith("python")]
+    assert work.startswith("python -m experiments.sweep --config=configs/")
+    assert work.endswith(f"--ray={address}")
+    assert not any(line.startswith("scontrol") for line in lines)
+
+
+def test_the_slurm_script_saves_at_sigterm_and_is_requeued(tmp_path):
+    job = start_job(tmp_path, seconds=60)
+    log = tmp_path / "log"
+    wait_until(lambda: log.exists() and "python" in log.read_text(), job, 30)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 75
+    assert log.read_text().splitlines()[-2:] == ["saved", "scontrol requeue 20123"]
 
 
 # With Ray itself
