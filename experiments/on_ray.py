@@ -10,6 +10,7 @@ The checkout and the Python environment must be at the same path on all nodes.
 
 import contextlib
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -88,11 +89,11 @@ def train_all(
     with contextlib.ExitStack() as stack:
         ray = stack.enter_context(_connect(address, cpus))
         stop = stack.enter_context(interrupt.watch())
-        mark = stack.enter_context(_mark(going))
-        show = stack.enter_context(runs_table.open())
         task = ray.remote(train).options(
             num_cpus=cpus, num_gpus=_gpus(ray, cpus, gpus), max_retries=RETRIES
         )
+        mark = stack.enter_context(_mark(going))
+        show = stack.enter_context(runs_table.open())
         command = [*cli.command_name().split(), *sys.argv[1:]]
 
         def submit(folder: Path) -> Any:
@@ -227,6 +228,8 @@ def _connect(address: str, cpus: int) -> Iterator[Any]:
     settings["PYTHONPATH"] = str(Path(cvjax.__file__).parents[1])
     new = {"num_cpus": _cores(), "include_dashboard": False} if address == "local" else {}
     try:
+        if address != "local":
+            _knock(ray, address)
         ray.init(
             address=address,
             runtime_env={"env_vars": settings},
@@ -234,7 +237,7 @@ def _connect(address: str, cpus: int) -> Iterator[Any]:
             logging_level="ERROR",
             **new,
         )
-    except (ConnectionError, ImportError, RuntimeError, ValueError) as error:
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise UserError(
             f"--ray={address} reaches no Ray cluster ({first[:200]}); give local, or start "
@@ -244,6 +247,21 @@ def _connect(address: str, cpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(ray, address: str) -> None:
+    """Raises OSError or ValueError if nobody listens there; Ray would wait for minutes."""
+    if "/" in address:
+        raise ValueError("an address is auto or HOST:PORT")
+    # "auto" is $RAY_ADDRESS, or what `ray start` has left in Ray's temporary folder.
+    known = ray._private.services.canonicalize_bootstrap_address(address)
+    if known is None:
+        raise ConnectionError("none was started on this machine")
+    host, _, port = known.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"{known}: {error.strerror or error}") from error
 
 
 def _cores() -> int:
@@ -273,8 +291,7 @@ def _gpus(ray, cpus: int, gpus: float | None) -> float:
 def _mark(runs: Mapping[Path, Any]) -> Iterator[Path]:
     """Gives a file beside the runs, by which a node knows whether it sees their folder."""
     folder = next(iter(runs), Path(tempfile.gettempdir()) / "run").parent
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".cvjax-{uuid.uuid4().hex[:12]}"
+    path = workdirs.check_writable(folder) / f".cvjax-{uuid.uuid4().hex[:12]}"
     path.touch()
     try:
         yield path

@@ -89,8 +89,14 @@ def open() -> Iterator[Callable[[Mapping[Path, Progress]], None]]:
     """Gives `show(rows)`: a table on a terminal, lines in the log elsewhere."""
     console = rich.console.Console(stderr=True)
     if sys.stderr.isatty() and not console.is_dumb_terminal:
+        # Within, rich's sys.stderr prints above the table; absl holds on to the real one.
+        handler = logging.get_absl_handler().python_handler
         with rich.live.Live(console=console, auto_refresh=False) as live:
-            yield lambda rows: live.update(make_table(rows), refresh=True)
+            real_stream, handler.stream = handler.stream, sys.stderr
+            try:
+                yield lambda rows: live.update(make_table(rows), refresh=True)
+            finally:
+                handler.stream = real_stream
         return
     last, next_lines = {}, time.monotonic() + SECONDS_BETWEEN_LINES
 

@@ -66,16 +66,16 @@ def main(arguments):
     runs = plan(values.config, settings, values.random)
     folder = user_path(values.workdir, "--workdir")
     configs = {user_path(folder / "runs" / name, "--set"): runs[name] for name in runs}
-    workdirs.check_writable(folder)
-    diverged = None
+    failure = None
     try:
         runner.train_all(configs, shared=shared)
-    except DivergedError as error:  # a result, too
-        diverged = error
+    except (DivergedError, UserError) as error:  # of some runs: the others are a result
+        failure = error
     begun = [str(run) for run in configs if (run / "config.json").exists()]
-    compare.report(begun, values.metric, output=str(folder))
-    if diverged:
-        raise diverged
+    if begun:
+        compare.report(begun, values.metric, output=str(folder))
+    if failure:
+        raise failure
 
 
 def parse_settings(

@@ -251,6 +251,27 @@ def test_the_slurm_script_saves_at_sigterm_and_is_requeued(tmp_path):
 # With Ray itself
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:1", r":1: Connection refused\)"),
+        ("auto", r":1: Connection refused\)"),
+        ("ray://a:1", r"an address is auto or HOST:PORT\)"),
+        ("nowhere", r"Invalid address format: nowhere\)"),
+    ],
+)
+def test_an_address_where_nobody_answers(address, reason, tmp_path, monkeypatch):
+    """At once: Ray itself would try for minutes."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'cvjax[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # which is what "auto" means
+    with pytest.raises(
+        UserError, match=f"--ray={address} reaches no Ray cluster .*{reason}"
+    ):
+        runner.train_all({tmp_path / "a": small()}, shared=sharing.Sharing(ray=address))
+    assert not list(tmp_path.iterdir())
+
+
 def command(folder, *flags, steps):
     return [
         *(sys.executable, "-m", "experiments.sweep", "--config=configs/digits_mlp.py"),
