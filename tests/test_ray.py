@@ -80,6 +80,8 @@ def test_a_run_asks_for_no_more_than_a_node_has():
 
     assert on_ray._gpus(Ray, 2, None) == 1
     assert on_ray._gpus(Ray, 4, 0.0) == 0
+    with pytest.raises(UserError, match="64 CPU cores and 0 GPUs"):
+        on_ray._gpus(Ray, 64, 0.0)
     with pytest.raises(
         UserError, match=r"4 CPU cores and 1 GPUs, and no node .* 4 and 0, 2"
     ):

@@ -46,7 +46,7 @@ def test_values_have_the_type_of_the_setting():
     found = [(run.data.flip, run.data.data_dir) for run in runs.values()]
     assert found == list(itertools.product((True, False), ("3", "")))
     assert all(type(run.optim.weight_decay) is float for run in runs.values())
-    assert "_data.data_dir=_" in list(runs)[1]
+    assert list(runs)[1] == "data.flip=True_data.data_dir=_optim.weight_decay=0.0"
 
 
 def test_draws_are_distributed_as_asked():
