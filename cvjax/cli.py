@@ -51,7 +51,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 def _call(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Calls `main`, and makes an exit code of what it raises."""
     try:
-        _prepare()
+        prepare()
         main(arguments)
     except tuple(EXIT_CODES) as error:
         kinds = (kind for kind in EXIT_CODES if isinstance(error, kind))
@@ -179,7 +179,8 @@ def _tell_of_thread(arguments) -> None:
     logging.warning("%s: %s", arguments.exc_type.__name__, arguments.exc_value)
 
 
-def _prepare() -> None:
+def prepare() -> None:
+    """Sets up log, warnings, memory and the compilation cache of this process."""
     memory.keep_freed()
     warnings.showwarning = _show_warning
     threading.excepthook = _tell_of_thread

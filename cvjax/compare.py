@@ -148,43 +148,63 @@ def main(arguments):
     values = flags.FLAGS
     if not arguments:
         raise UserError("name the folders of runs behind the flags, for example runs/*.")
+    settings = values.metric, values.baseline, values.by
     while True:
-        rows, notes = compare_runs(arguments, values.metric, values.baseline, values.by)
-        headings, cells = table(rows, values.metric)
-        title = f"{len(rows)} rows of {sum(len(row.runs) for row in rows)} runs"
         if values.watch:
             rich.console.Console().clear()
-        tables.show(title, headings, [[text for text, _ in line] for line in cells])
-        for note in notes:
-            print(note)
-        _write(rows, notes, headings, cells, values)
+        rows = report(arguments, *settings, output=values.output, html=values.html)
         if not values.watch or all(state_of(row) == "finished" for row in rows):
             return
         sys.stdout.flush()
         time.sleep(SECONDS_BETWEEN)
 
 
-def _write(rows, notes, headings, cells, values) -> None:
-    if not values.output and not values.html:
-        return
+def report(
+    places: Sequence[str],
+    metric: str,
+    baseline: str = "",
+    by: Sequence[str] = (),
+    *,
+    output: str = "",
+    html: str = "",
+) -> list[Row]:
+    """Prints the comparison of runs, and writes it where that is asked for.
+
+    Args:
+      places, metric, baseline, by: see `compare_runs`.
+      output: a folder for compare.md, compare.json and compare.png, "" for none.
+      html: a file for all of it as one page, "" for none.
+
+    Raises:
+      UserError: as `compare_runs`, and for what cannot be written.
+    """
+    rows, notes = compare_runs(places, metric, baseline, by)
+    headings, cells = table(rows, metric)
+    texts = [[text for text, _ in line] for line in cells]
+    title = f"{len(rows)} rows of {sum(len(row.runs) for row in rows)} runs"
+    tables.show(title, headings, texts)
+    for note in notes:
+        print(note)
+    if not output and not html:
+        return rows
     with tempfile.TemporaryDirectory() as temporary:
         figure = pathlib.Path(temporary) / "compare.png"
-        draw_comparison(rows, values.metric, figure)
+        draw_comparison(rows, metric, figure)
         png = figure.read_bytes()
-    if values.output:
-        folder = workdirs.check_writable(values.output, "--output")
-        texts = [[text for text, _ in line] for line in cells]
+    if output:
+        folder = workdirs.check_writable(output, "--output")
         lines = tables.markdown(headings, texts) + "".join(f"\n{note}\n" for note in notes)
         write_bytes(folder / "compare.md", lines.encode())
-        write_json(folder / "compare.json", to_json(rows, notes, values.metric))
+        write_json(folder / "compare.json", to_json(rows, notes, metric))
         write_bytes(folder / "compare.png", png)
         print(folder)
-    if values.html:
+    if html:
         page = make_page("Comparison of runs", headings, cells, rows, notes, png)
-        path = user_path(values.html, "--html")
+        path = user_path(html, "--html")
         workdirs.check_writable(path.parent, "--html")
         write_bytes(path, page.encode("utf-8", "replace"))
         print(path)
+    return rows
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Many runs may be shared out over processes, on one machine or on many. Nobody hands them
 out: a process trains each run that is neither finished nor held by another process, as the
 lock of its workdir shows. So the same command line may be given in any number of processes
-whose --workdir is one shared folder, and again after any of them was stopped.
+whose --workdir is one shared folder, and again after any of them was stopped. With --ray a
+Ray cluster hands them out instead; see `on_ray`.
 
 results.json of an experiment is an object with
 
@@ -41,7 +42,9 @@ from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
 from cvjax.training.trainer import train_and_evaluate
+from experiments import on_ray
 from experiments.processes import run_in_processes
+from experiments.sharing import ALONE, Sharing
 
 PROVENANCE = ("config", "versions", "device", "git", "command")
 RESULTS = ("experiment", "preset", "table", "claims", "runs", "provenance")
@@ -77,24 +80,17 @@ def define_flags(
     flags.mark_flag_as_required("workdir")
 
 
-def define_processes() -> None:
-    """Defines --processes, for experiments that pass it to `train_all`."""
-    flags.DEFINE_integer(
-        "processes", 1, "Number of processes that share the runs here.", lower_bound=1
-    )
-
-
 def train_all(
     runs: Mapping[Path, ml_collections.ConfigDict],
     after_each: Callable[[], None] = lambda: None,
-    processes: int = 1,
+    shared: Sharing = ALONE,
 ) -> list[Path]:
     """Trains the runs that no other process trains, in order.
 
     Args:
       runs: workdirs and their configs.
       after_each: called after each run that is finished.
-      processes: see `run_in_processes`; the flag is that of `define_processes`.
+      shared: who trains them; see `sharing`.
 
     Returns:
       The runs that are finished. Others are still held by other processes.
@@ -104,8 +100,33 @@ def train_all(
       InterruptedRun: after SIGTERM or Ctrl-C.
       UserError: as `train_and_evaluate`.
     """
-    if processes > 1:
-        run_in_processes(processes, "--processes=1")
+    if shared.processes > 1:
+        run_in_processes(shared.processes, "--processes=1")
+    if shared.ray:
+        settings = shared.ray, shared.ray_cpus, shared.ray_gpus
+        diverged = on_ray.train_all(runs, after_each, *settings)
+    else:
+        diverged = _train_here(runs, after_each)
+    if diverged:
+        names = ", ".join(folder.name for folder in diverged)
+        raise DivergedError(
+            f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
+            "others."
+        )
+    finished = [folder for folder in runs if is_finished(folder)]
+    held = [folder.name for folder in runs if folder not in finished]
+    if held:
+        logging.info(
+            "%d of %d runs are still held by other processes: %s.",
+            *(len(held), len(runs), ", ".join(held)),
+        )
+    return finished
+
+
+def _train_here(
+    runs: Mapping[Path, ml_collections.ConfigDict], after_each: Callable[[], None]
+) -> dict[Path, DivergedError]:
+    """Trains runs in this process; returns those that have diverged."""
     waiting, diverged = dict(runs), {}
     with interrupt.watch() as stop:
         while True:
@@ -134,21 +155,7 @@ def train_all(
             # Whoever had a run when we passed may have been stopped since.
             waiting = elsewhere
             if not trained or not waiting:
-                break
-    if diverged:
-        names = ", ".join(folder.name for folder in diverged)
-        raise DivergedError(
-            f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
-            "others."
-        )
-    finished = [folder for folder in runs if is_finished(folder)]
-    held = [folder.name for folder in runs if folder not in finished]
-    if held:
-        logging.info(
-            "%d of %d runs are still held by other processes: %s.",
-            *(len(held), len(runs), ", ".join(held)),
-        )
-    return finished
+                return diverged
 
 
 def is_finished(folder: Path) -> bool:

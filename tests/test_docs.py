@@ -89,8 +89,10 @@ def program_text(module: str) -> str:
     folder = path.is_dir()
     text = "".join(file.read_text() for file in path.glob("*.py")) if folder else ""
     text = text or path.with_suffix(".py").read_text()
-    shared = "runner.define_flags" in text
-    return text + (ROOT / "experiments/runner.py").read_text() * shared
+    for name in ("runner", "sharing"):
+        used = f"{name}.define_flags" in text
+        text += (ROOT / f"experiments/{name}.py").read_text() * used
+    return text
 
 
 def has_key(key: str) -> bool:

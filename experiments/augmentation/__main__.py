@@ -42,7 +42,7 @@ from cvjax.report.tables import p_value, percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
 from cvjax.training.config import DataConfig, parse_config
-from experiments import runner
+from experiments import runner, sharing
 from experiments.augmentation.figure import draw_augmentation
 
 ERRORS = {"train_eval/error": "training", "val/error": "validation", "test/error": "test"}
@@ -123,18 +123,18 @@ def describe(name: str, settings: dict[str, Any]) -> str:
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS, "augmentation")
-    runner.define_processes()
+    sharing.define_flags()
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     folder = workdirs.check_writable(values.workdir)
     preset = PRESETS[values.preset]
     config = preset.config()
     config.total_steps = values.steps or config.total_steps
     seeds = range(values.seeds)
-    compare(config, values.preset, preset.images, seeds, folder, values.processes)
+    compare(config, values.preset, preset.images, seeds, folder, shared)
 
 
 def compare(
@@ -143,7 +143,7 @@ def compare(
     images: tuple[int, ...],
     seeds: Sequence[int],
     folder: pathlib.Path,
-    processes: int = 1,
+    shared: sharing.Sharing = sharing.ALONE,
 ) -> None:
     """Trains with all augmentations; writes, draws and prints."""
     dataset = data.load(**parse_config(config).data.source)
@@ -158,7 +158,7 @@ def compare(
         run_dir: with_augmentation(config, choices[name], seed)
         for run_dir, (name, seed) in plan.items()
     }
-    finished = runner.train_all(configs, processes=processes)
+    finished = runner.train_all(configs, shared=shared)
     runs = [
         {"augmentation": name, "seed": seed, **runner.read_run(run_dir)}
         for run_dir, (name, seed) in plan.items()

@@ -39,7 +39,7 @@ from cvjax.models import create_model
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training.config import complete_config, parse_config
-from experiments import runner
+from experiments import runner, sharing
 from experiments.depth_degradation import tables
 from experiments.depth_degradation.figure import draw_degradation
 from experiments.depth_degradation.presets import NETS, PRESETS, full, parse_depths
@@ -55,13 +55,13 @@ def define_flags() -> None:
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
     flags.DEFINE_multi_enum("nets", list(NETS), list(NETS), "Which nets; may be repeated.")
     flags.DEFINE_integer("first_seed", 0, "The first of the seeds.", lower_bound=0)
-    runner.define_processes()
+    sharing.define_flags()
     flags.DEFINE_list("gather", None, "Folders whose finished runs to put together.")
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     if values.gather:
         refuse_with_gather()
         sources = [user_path(path, "--gather") for path in values.gather]
@@ -84,7 +84,7 @@ def main(arguments):
     runner.refuse_mixture(started, FREE_KEYS)
     write = functools.partial(report, folder, [folder], values.preset)
     try:
-        runner.train_all(runs, write, values.processes)
+        runner.train_all(runs, write, shared)
     finally:
         if any(map(runner.is_finished, runs)):
             write()
@@ -94,6 +94,7 @@ def main(arguments):
 def refuse_with_gather() -> None:
     """Raises UserError for flags that mean nothing when nothing is trained."""
     names = ("preset", "depths", "nets", "seeds", "first_seed", "steps", "processes")
+    names += ("ray", "ray_cpus", "ray_gpus")
     given = [f"--{name}" for name in names if flags.FLAGS[name].present]
     if given:
         raise UserError(

@@ -29,7 +29,7 @@ from cvjax.report import tables
 from cvjax.report.figures import label_axes, save_figure
 from cvjax.report.statistics import spread
 from cvjax.storage import workdir as workdirs
-from experiments import runner
+from experiments import runner, sharing
 from experiments.depth_degradation.presets import PRESETS
 
 RATES = (0.01, 0.03, 0.1, 0.3)
@@ -42,19 +42,19 @@ def define_flags() -> None:
     runner.define_flags(PRESETS, seeds_each="net and rate")
     flags.FLAGS["seeds"].default = 1
     flags.FLAGS["seeds"].value = 1
-    runner.define_processes()
+    sharing.define_flags()
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     create_config, depths = PRESETS[values.preset]
     runs = plan(create_config, depths["plain"], range(values.seeds), values.steps)
     folder = workdirs.check_writable(values.workdir)
     runs = {folder / "runs" / name: config for name, config in runs.items()}
     write = functools.partial(report, folder, runs, values.preset)
     try:
-        runner.train_all(runs, write, values.processes)
+        runner.train_all(runs, write, shared)
     except DivergedError as error:
         logging.warning("%s", error)  # a result, not a failure
     write()

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
 
 from configs import cifar10_odenet, digits_odenet, mnist_odenet
 from cvjax import cli
@@ -32,9 +32,9 @@ from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import first_examples
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
-from cvjax.training import default_config, steps, train_and_evaluate
+from cvjax.training import default_config, steps
 from cvjax.training.trained_network import load_network
-from experiments import runner
+from experiments import runner, sharing
 from experiments.odenet_vs_resnet import figure, tables
 from experiments.odenet_vs_resnet.step_costs import measure_steps
 
@@ -106,21 +106,22 @@ PRESETS = {
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS, "row")
+    sharing.define_flags()
     flags.DEFINE_multi_string("row", None, "Only this row; may be given several times.")
     flags.DEFINE_integer("rounds", 5, "Timings of each row.", lower_bound=1)
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     preset = PRESETS[values.preset]
     rows = choose_rows(values.row or preset.rows)
     folder = workdirs.check_writable(values.workdir)
     parts = []
     for base in preset.configs:
         configs = {row: create_config(base, row, values.steps) for row in rows}
-        runs = train_all(configs, values.seeds, preset.swap_examples, folder)
-        name = runs[0]["data"]
+        runs = train_all(configs, values.seeds, preset.swap_examples, folder, shared)
+        name = configs[rows[0]].data.name
         costs = measure_steps(configs, folder / f"costs_{name}.json", values.rounds)
         parts.append(
             {
@@ -175,19 +176,21 @@ def train_all(
     seeds: int,
     swap_examples: int,
     folder: pathlib.Path,
+    shared: sharing.Sharing,
 ) -> list[dict[str, Any]]:
     """Trains all rows on one data set, seed by seed, and reads what came out."""
-    runs = []
-    plan = [(row, seed) for seed in range(seeds) for row in configs]
-    for number, (row, seed) in enumerate(plan, start=1):
-        logging.info("Run %d of %d: %s, seed %d.", number, len(plan), row, seed)
-        config = configs[row].copy_and_resolve_references()
-        config.seed = seed
-        run = {"data": config.data.name, "row": row, "seed": seed}
-        where = run_folder(folder, run)
-        train_and_evaluate(config, where)
-        runs.append({**run, **read_run(where), "swaps": swap(where, swap_examples)})
-    return runs
+    plan, found = {}, {}
+    for seed in range(seeds):
+        for row, base in configs.items():
+            config = base.copy_and_resolve_references()
+            config.seed = seed
+            run = {"data": config.data.name, "row": row, "seed": seed}
+            where = run_folder(folder, run)
+            plan[where], found[where] = config, run
+    return [
+        {**found[where], **read_run(where), "swaps": swap(where, swap_examples)}
+        for where in runner.train_all(plan, shared=shared)
+    ]
 
 
 def create_config(

@@ -46,7 +46,7 @@ from cvjax.storage import workdir as workdirs
 from cvjax.training import default_config
 from cvjax.training.trained_network import Network, load_network
 from cvjax.training.transfer import initial_variables
-from experiments import runner
+from experiments import runner, sharing
 from experiments.depth_degradation import presets
 from experiments.vanishing_gradients import figure, gradients, tables
 
@@ -84,13 +84,13 @@ PRESETS = {"quick": (quick, (8, 20, 44)), "full": (full, (20, 56, 110))}
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS)
-    runner.define_processes()
+    sharing.define_flags()
     flags.DEFINE_list("depths", None, "Depths 6n + 2 instead of the preset's.")
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     create_config, depths = PRESETS[values.preset]
     if values.depths:
         depths = presets.parse_depths(values.depths)
@@ -113,7 +113,7 @@ def main(arguments):
             **dict(zip(("net", "depth", "seed"), plan[run_dir], strict=True)),
             **measure(run_dir),
         }
-        for run_dir in runner.train_all(configs, processes=values.processes)
+        for run_dir in runner.train_all(configs, shared=shared)
     ]
     table = tables.tabulate(runs)
     claims = tables.contrasts(runs)

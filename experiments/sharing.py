@@ -1,0 +1,66 @@
+"""Who trains the many runs of an experiment: flags and their meaning."""
+
+import dataclasses
+
+from absl import flags
+
+from cvjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Who trains the runs of `train_all`: this process, if nothing is set.
+
+    Attributes:
+      processes: how many of this machine do, see `run_in_processes`.
+      ray: the address of a Ray cluster that does, see `on_ray.train_all`; "" for none.
+      ray_cpus, ray_gpus: what it gives to each run; None GPUs for one if there are any.
+    """
+
+    processes: int = 1
+    ray: str = ""
+    ray_cpus: int = 1
+    ray_gpus: float | None = None
+
+
+ALONE = Sharing()
+
+
+def define_flags() -> None:
+    """Defines the flags of `from_flags`, for experiments that pass it to `train_all`."""
+    flags.DEFINE_integer(
+        "processes", 1, "Number of processes that share the runs here.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "ray",
+        "",
+        "Share the runs by Ray: local, auto (the cluster that this machine is part of) or "
+        "HOST:PORT of a cluster.",
+    )
+    flags.DEFINE_integer("ray_cpus", 1, "CPU cores of each run with --ray.", 1)
+    flags.DEFINE_float(
+        "ray_gpus",
+        None,
+        "GPUs of each run with --ray, such as 0.25; 1 if the cluster has any.",
+        lower_bound=0,
+    )
+
+
+def from_flags() -> Sharing:
+    """What the flags say.
+
+    Raises:
+      UserError: for --processes beside --ray, and half GPUs beside whole ones.
+    """
+    given = Sharing(
+        *(getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Sharing))
+    )
+    if given.ray and given.processes > 1:
+        raise UserError(
+            "--ray and --processes are two ways to share runs; leave one of them out."
+        )
+    if given.ray_gpus and given.ray_gpus > 1 and given.ray_gpus % 1:
+        raise UserError(
+            f"--ray_gpus takes a part of a GPU or a whole number, got {given.ray_gpus:g}."
+        )
+    return given
