@@ -109,12 +109,12 @@ def quick() -> ml_collections.ConfigDict:
 
 
 def medium() -> ml_collections.ConfigDict:
-    """CIFAR-10, 16 features at 7x7."""
+    """1,000 images of CIFAR-10, 16 features at 7x7."""
     config = _with_blocks()
-    config.total_steps = 1_000
+    config.total_steps = 500
     config.data.name = "cifar10"
-    config.data.train_examples = 5_000
-    config.data.batch_size = 64
+    config.data.train_examples = 1_000
+    config.data.batch_size = 32
     config.model.width = 16
     config.model.stem = "conv"
     return config
@@ -136,7 +136,7 @@ PRESETS = {
         trained=(4, 16, 64, 256),
         searched=(4, 16, 64, 256),
         rates=tuple(0.25 * 2.0**k for k in range(6)),
-        rate_steps=200,
+        rate_steps=100,
         examples=100,
     ),
 }
@@ -164,16 +164,7 @@ def main(arguments):
     config = preset.config()
     config.total_steps = values.steps or config.total_steps
     rate_steps = values.steps or preset.rate_steps
-    seeds = range(values.seeds)
-    parts = {
-        "initial": list(measure_initial(config, preset, seeds, folder)),
-        "trained": list(train_nets(config, preset, seeds, folder)),
-    }
-    searched = list(search_rates(config, preset, rate_steps, seeds, folder))
-    parts["rates"] = tables.find_best_rates(searched)
-    table = {part: tables.tabulate(part, rows) for part, rows in parts.items()}
-    fits = {part: tables.fit_exponents(part, rows) for part, rows in parts.items()}
-    table["exponents"] = [row for rows, _ in fits.values() for row in rows]
+    parts, runs = measure(config, preset, rate_steps, range(values.seeds), folder)
     results = runner.write_results(
         folder,
         "depth_scaling",
@@ -181,14 +172,39 @@ def main(arguments):
         data=config.data.name,
         initial=parts["initial"],
         best_rates=parts["rates"],
-        table=runner.join_parts(table),
-        claims=[claim for _, claims in fits.values() for claim in claims],
-        runs=runner.join_parts({"trained": parts["trained"], "rates": searched}),
+        **summarize(parts),
+        runs=runs,
     )
     draw_scaling(results, folder / "depth_scaling.png")
     tables.show(results["table"])
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {folder / 'depth_scaling.png'}")
+
+
+def measure(
+    config: ml_collections.ConfigDict,
+    preset: Preset,
+    rate_steps: int,
+    seeds: range,
+    folder: pathlib.Path,
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Trains and measures all nets: rows of each part of `tables.KEYS`, and the runs."""
+    parts = {
+        "initial": list(measure_initial(config, preset, seeds, folder)),
+        "trained": list(train_nets(config, preset, seeds, folder)),
+    }
+    searched = list(search_rates(config, preset, rate_steps, seeds, folder))
+    parts["rates"] = tables.find_best_rates(searched)
+    return parts, runner.join_parts({"trained": parts["trained"], "rates": searched})
+
+
+def summarize(parts: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The "table" and the "claims" of the rows of each part."""
+    table = {part: tables.tabulate(part, rows) for part, rows in parts.items()}
+    fits = [tables.fit_exponents(part, rows) for part, rows in parts.items()]
+    table["exponents"] = [row for rows, _ in fits for row in rows]
+    claims = [claim for _, own in fits for claim in own]
+    return {"table": runner.join_parts(table), "claims": claims}
 
 
 def create_config(

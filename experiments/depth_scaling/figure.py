@@ -10,6 +10,7 @@ from cvjax.report.figures import label_axes, save_figure
 COLORS = {0: "#c8553d", 0.5: "#d99a2b", 1: "#1f5a99"}
 LINES = {"independent": "--", "smooth": "-"}
 GREY = "#8c8c8c"
+FALLING = ("largest_change", "distance")  # as 1/L, if there is a limit
 PANELS = (
     ("initial", "displacement", "|x[L] - x[0]| / |x[0]|", "at initialisation"),
     ("trained", "moved", "|theta - theta[0]| / |theta[0]|", "weights moved by training"),
@@ -87,13 +88,15 @@ def _draw_measure(panel, rows, key: str) -> None:
             label=f"beta = {beta:g}, {start}",
         )
     depths = sorted({row["depth"] for row in rows})
-    values = [row[key]["mean"] for row in rows]
-    guide = np.array(depths, float) ** -1
-    panel.plot(depths, min(values) * guide / guide[-1], color=GREY, lw=0.8, ls=":")
+    if key in FALLING:
+        least = min(row[key]["mean"] for row in rows if row["depth"] == depths[0])
+        guide = [least * depths[0] / depth for depth in depths]
+        panel.plot(depths, guide, color=GREY, lw=0.9, ls=":")
+        panel.annotate("1/L", (depths[-1], guide[-1]), color=GREY, fontsize=8)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    _plain_numbers(panel.yaxis)
     panel.set_xticks(depths, [str(depth) for depth in depths])
-    panel.text(depths[0], min(values) * guide[0] / guide[-1], "1/L", color=GREY, fontsize=8)
 
 
 def _draw_losses(panel, rows) -> None:
@@ -109,6 +112,16 @@ def _draw_losses(panel, rows) -> None:
         panel.plot(rates, means, color=color, marker=".", label=f"L = {row['depth']}")
         best = 10 ** row["log10_best"]["mean"]
         panel.plot([best], [min(means)], "*", color=color, ms=10)
-    panel.set_xscale("log")
+    panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    _plain_numbers(panel.yaxis)
+    rates = rows[0]["rates"]
+    panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
     panel.legend(fontsize=8, frameon=False)
+
+
+def _plain_numbers(axis) -> None:
+    axis.set_major_formatter("{x:g}")
+    if np.ptp(np.log10(axis.get_view_interval())) < 1.5:
+        axis.set_minor_formatter("{x:g}")
+        axis.set_tick_params(which="minor", labelsize=7)
