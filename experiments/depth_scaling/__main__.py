@@ -42,8 +42,8 @@ Pilots before the predictions were written: one seed at initialisation (seed 0 o
 it is); other seeds and settings of training, to choose Adam's rate, the lengths, and rates
 of SGD for L = 4.
 
-Presets: quick (digits at 4x4, one CPU core, some ten minutes), medium (CIFAR-10, about an
-hour on two cores; not yet run). Each run has a folder of its own under WORKDIR/runs; the
+Presets: quick (digits at 4x4, one CPU core, some ten minutes), deep (the same, with L = 256
+after training too; twice as long), medium (CIFAR-10, about an hour; not yet run). Each run has a folder of its own under WORKDIR/runs; the
 same command goes on where it was stopped, and what is finished is not run again.
 """
 
@@ -126,6 +126,15 @@ PRESETS = {
         initial=(4, 16, 64, 256),
         trained=(4, 16, 64),
         searched=(4, 16, 64),
+        rates=tuple(0.25 * 2.0**k for k in range(6)),
+        rate_steps=60,
+        examples=60,
+    ),
+    "deep": Preset(
+        config=quick,
+        initial=(4, 16, 64, 256),
+        trained=(4, 16, 64, 256),
+        searched=(4, 16, 64, 256),
         rates=tuple(0.25 * 2.0**k for k in range(6)),
         rate_steps=60,
         examples=60,
