@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError
 from cvjax.models import create_model
-from cvjax.nn import depth
+from cvjax.nn import along_depth, depth
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.training import default_config
@@ -25,12 +25,6 @@ STEPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 # Distances and orders
-
-
-def test_relative_distance_by_hand():
-    limit = np.array([[3.0, 4.0], [0.0, 2.0]])
-    x = np.array([[3.0, 5.0], [1.0, 2.0]])
-    assert convergence.relative_distance(x, limit) == pytest.approx((1 / 5 + 1 / 2) / 2)
 
 
 @pytest.mark.parametrize("order", [1, 2.5, 5])
@@ -67,57 +61,13 @@ def test_orders_of_a_linear_field(method):
             for n in STEPS
         ]
         distances = [
-            convergence.relative_distance(np.asarray(end), np.exp(-0.9) * x) for end in ends
+            along_depth.relative_distance(np.asarray(end), np.exp(-0.9) * x) for end in ends
         ]
     found = convergence.fit_order(STEPS, distances)
     assert found["order"] == pytest.approx(tables.ORDERS[method], rel=0.1)
 
 
-def test_exponent_of_exact_powers():
-    counts = [2, 4, 8]
-    assert convergence.fit_exponent(counts, [3 / n for n in counts]) == pytest.approx(-1)
-
-
 # Blocks
-
-
-def test_weight_change_by_hand():
-    theta = np.array([[3.0, 4.0], [3.0, 2.0], [3.0, 2.0]])
-    assert blocks.weight_change(theta) == pytest.approx((2 / 5 + 0) / 2)
-
-
-def test_weight_change_of_draws_and_of_smooth_functions():
-    draws = np.random.default_rng(0).normal(size=(6, 5000))
-    assert blocks.weight_change(draws) == pytest.approx(np.sqrt(2), rel=0.03)
-
-    def sampled(n):
-        t = np.linspace(0, 1, n, endpoint=False)
-        return blocks.weight_change(np.stack([np.cos(t), np.sin(t)], axis=1))
-
-    # A circle: neighbours are 2 sin(1 / 2n) apart.
-    assert sampled(8) == pytest.approx(2 * np.sin(1 / 16))
-    assert sampled(64) / sampled(8) == pytest.approx(1 / 8, rel=0.01)
-
-
-def test_distance_moved_by_hand():
-    start = np.array([[3.0, 4.0], [0.0, 1.0]])
-    theta = np.array([[3.0, 4.0], [2.0, 1.0]])
-    assert blocks.distance_moved(theta, start) == pytest.approx((0 + 2 / 1) / 2)
-
-
-def test_kernels_are_those_of_the_stages_block_by_block():
-    a, b = np.arange(18.0).reshape(3, 1, 1, 2, 3), np.arange(6.0).reshape(3, 1, 1, 1, 2)
-    f = {"conv1": {"kernel": a}, "conv2": {"kernel": b}, "bn1": {"scale": np.ones((3, 4))}}
-    params = {
-        "stage1": {"blocks": {"f": f}},
-        "stage2_transition": {"f": {"conv1": {"kernel": a}}},
-        "head": {"kernel": np.ones((2, 2))},
-    }
-    found = blocks.stage_kernels(params)
-    assert list(found) == ["stage1"]
-    np.testing.assert_array_equal(
-        found["stage1"], np.concatenate([a.reshape(3, 6), b.reshape(3, 2)], axis=1)
-    )
 
 
 class Scaled(nn.Module):

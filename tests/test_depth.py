@@ -211,3 +211,36 @@ def test_each_block_has_statistics_of_its_own(walk):
     seen = X @ np.asarray(dense["kernel"][0]) + np.asarray(dense["bias"][:1])
     np.testing.assert_allclose(means[0], 0.1 * seen.mean(axis=0), atol=1e-6)
     assert np.abs(means[1] - means[0]).min() > 0 and np.abs(means[2] - means[1]).min() > 0
+
+
+# Smooth initial weights
+
+
+def test_smooth_turns_from_the_first_draw_to_the_second():
+    kernel = np.random.default_rng(2).normal(size=(3, 4, 5)).astype(np.float32)
+    bias = np.ones((3, 5), np.float32)
+    found = depth.smooth({"kernel": kernel, "bias": bias})
+    third = np.sqrt(3) / 2 * kernel[0] + kernel[1] / 2  # by 30 degrees
+    wanted = [kernel[0], third, kernel[0] / 2 + np.sqrt(3) / 2 * kernel[1]]
+    np.testing.assert_allclose(found["kernel"], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["bias"], bias)
+    alone = depth.smooth({"kernel": kernel[:1]})
+    np.testing.assert_array_equal(alone["kernel"], kernel[:1])
+
+
+@pytest.mark.parametrize("length", [4, 64])
+def test_smooth_weights_have_the_variance_of_draws_and_near_neighbours(length):
+    draws = np.random.default_rng(3).normal(size=(length, 200, 200)).astype(np.float32)
+    found = np.asarray(depth.smooth({"kernel": draws})["kernel"])
+    np.testing.assert_allclose(found.std(axis=(1, 2)), 1, rtol=0.02)
+    change = np.linalg.norm(np.diff(found, axis=0), axis=(1, 2)) / 200
+    np.testing.assert_allclose(change, 2 * np.sin(np.pi / 4 / length), rtol=0.02)
+
+
+def test_stage_with_smooth_initial_weights():
+    drawn = init()["params"]["blocks"]
+    stage = Stage(Block, LENGTH, depth_init="smooth")
+    found = stage.init(jax.random.key(0), X)["params"]["blocks"]
+    wanted = depth.smooth(drawn)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert np.abs(found["dense"]["kernel"] - drawn["dense"]["kernel"]).max() > 0.1

@@ -170,6 +170,35 @@ def test_euler_net_is_the_tied_net(images):
     )
 
 
+def test_blocks_with_a_step_size_by_hand(images):
+    """x + h f(x): f of one block is what it adds with h = 1."""
+    whole, half = (small("odenet_discrete", length=1, step_size=h) for h in (1.0, 0.5))
+    variables = init(whole, images)
+
+    def stage(model):
+        keep = {"mutable": ["intermediates"], "capture_intermediates": True}
+        _, kept = model.apply(variables, images, train=False, **keep)
+        kept = kept["intermediates"]
+        return kept["stem"]["__call__"][0], kept["stage"]["__call__"][0]
+
+    (x, end), (_, middle) = stage(whole), stage(half)
+    assert np.abs(end - x).max() > 0.1
+    np.testing.assert_allclose(middle, (x + end) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_smooth_initial_weights_of_a_net(images):
+    model = small("odenet_discrete", length=4, depth_init="smooth")
+    params = init(model, images)["params"]["stage"]["blocks"]["f"]
+    kernel = np.asarray(params["conv1"]["kernel"])
+    # On a circle the second difference of equidistant points is along the middle one.
+    step = np.pi / 8
+    np.testing.assert_allclose(
+        kernel[0] + kernel[2], 2 * np.cos(step) * kernel[1], rtol=1e-4, atol=1e-6
+    )
+    scale = np.asarray(params["norm1"]["group_norm"]["scale"])
+    np.testing.assert_array_equal(scale, np.ones_like(scale))
+
+
 # Half precision
 
 
@@ -332,6 +361,10 @@ def test_failures_are_described_with_advice(failure, fields, what):
         ("odenet", {"dtype": "bfloat16", "steps": 0, "solver": "dopri5"}, "adaptive steps"),
         ("odenet_discrete", {"length": -1}, "length must be 0 or more, got -1"),
         ("odenet_discrete", {"body": "ode"}, "body must be one of blocks, tied, got 'ode'"),
+        ("odenet_discrete", {"step_size": 0.0}, "step_size must be above 0, got 0"),
+        ("odenet_discrete", {"depth_init": "flat"}, "must be one of independent, smooth"),
+        ("odenet_discrete", {"body": "tied", "step_size": 0.5}, "step_size 0.5 and .*tied"),
+        ("odenet_discrete", {"body": "tied", "depth_init": "smooth"}, "are for body 'bl"),
     ],
 )
 def test_impossible_nets(name, fields, sentence):

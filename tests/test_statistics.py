@@ -85,3 +85,8 @@ def test_from_a_published_number_as_scipy():
 )
 def test_no_p_where_a_sample_is_alone_or_nothing_varies(found):
     assert found["p"] is found["interval"] is found["df"] is None
+
+
+def test_exponent_of_exact_powers():
+    counts = [2, 4, 8]
+    assert statistics.fit_exponent(counts, [3 / n for n in counts]) == pytest.approx(-1)

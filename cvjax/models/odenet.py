@@ -4,7 +4,7 @@
                "conv"  3x3, and twice norm, activation, 4x4 with stride 2   28x28 -> 6x6
                "res"   3x3, and two residual blocks with stride 2           28x28 -> 7x7
                "none"  3x3 with padding                                     28x28 -> 28x28
-    body     dx/dt = f(x, t) from 0 to 1, or residual blocks x + f(x)
+    body     dx/dt = f(x, t) from 0 to 1, or residual blocks x + h f(x)
     head     norm, activation, global average, 1 dense
 
 as in the authors' example for MNIST (github.com/rtqichen/torchdiffeq, odenet_mnist.py):
@@ -167,10 +167,13 @@ class DiscreteNet(nn.Module):
     """The same net with residual blocks in the place of each ODE block.
 
     Attributes:
-      body: "blocks": `length` blocks x + f(x), each with its own f and without t, as in
-        the paper's ResNet; "tied": `length` blocks x + h f(x, t) with one f, that of the
-        ODE-net, h = 1 / length and t = 0, h, 2h, ...: Euler's method.
+      body: "blocks": `length` blocks x + h f(x), each with its own f and without t, as in
+        the paper's ResNet, where h is 1; "tied": `length` blocks x + h f(x, t) with one f,
+        that of the ODE-net, h = 1 / length and t = 0, h, 2h, ...: Euler's method.
       length: blocks per stage; 0 for none.
+      step_size: h of "blocks".
+      depth_init: of "blocks", initial weights along depth: "independent" or "smooth", see
+        `nn.depth.smooth`.
       walk: how the blocks are compiled, one of `nn.depth.WALKS`.
       Others: see `ODENet`.
 
@@ -188,6 +191,8 @@ class DiscreteNet(nn.Module):
     zero_init: bool = False
     body: str = "blocks"
     length: int = 6
+    step_size: float = 1.0
+    depth_init: str = "independent"
     walk: str = "auto"
     dtype: str = "float32"
 
@@ -197,6 +202,15 @@ class DiscreteNet(nn.Module):
         check_choice("walk", self.walk, depth_axis.WALKS)
         if self.length < 0:
             raise UserError(f"length must be 0 or more, got {self.length}.")
+        if not self.step_size > 0:
+            raise UserError(f"step_size must be above 0, got {self.step_size:g}.")
+        check_choice("depth_init", self.depth_init, depth_axis.DEPTH_INITS)
+        if self.body == "tied" and (self.step_size, self.depth_init) != (1, "independent"):
+            raise UserError(
+                f"step_size {self.step_size:g} and depth_init {self.depth_init!r} are for "
+                "body 'blocks'; tied blocks share one f and have h = 1 / length: leave "
+                "them at 1 and 'independent'."
+            )
         super().__post_init__()
 
     @nn.compact
@@ -209,8 +223,9 @@ class DiscreteNet(nn.Module):
             name = f"stage{suffix}"
             if self.body == "tied":
                 return depth_axis.TiedStage(f, self.length, self.walk, name=name)
-            one = partial(ResidualBlock, f)
-            return depth_axis.Stage(one, self.length, self.walk, name=name)
+            one = partial(ResidualBlock, f, self.step_size)
+            init = {"depth_init": self.depth_init}
+            return depth_axis.Stage(one, self.length, self.walk, **init, name=name)
 
         return _frame(self).apply(images, block)
 

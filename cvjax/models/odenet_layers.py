@@ -177,10 +177,11 @@ class Head(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x)."""
+    """x + h * f(x), with h = `step_size`."""
 
     f: Callable[..., nn.Module]
+    step_size: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.f(name="f")(x)
+        return x + self.step_size * self.f(name="f")(x)

@@ -76,6 +76,11 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> dict[s
     return {**t_test(mean, error, n - 1), "n": [n, n]}
 
 
+def fit_exponent(counts: Sequence[int], values: Sequence[float]) -> float:
+    """p of value = c * count**p, by least squares between logarithms."""
+    return float(np.polyfit(np.log(counts), np.log(values), 1)[0])
+
+
 def _moments(values: Sequence[float]) -> tuple[float, float | None, int]:
     found = spread(values)
     return found["mean"], found["std"], len(values)

@@ -37,6 +37,7 @@ from configs import cifar10_odenet, cifar10_resnet, digits_odenet, digits_resnet
 from cvjax import cli
 from cvjax.data.normalize import normalize
 from cvjax.evaluation.predictions import first_examples
+from cvjax.nn import along_depth
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -192,8 +193,8 @@ def measure_solvers(
             )
             wrong = usual.logits.argmax(axis=-1) != test.labels
             row = {
-                "features": convergence.relative_distance(near.features, exact.features),
-                "logits": convergence.relative_distance(near.logits, exact.logits),
+                "features": along_depth.relative_distance(near.features, exact.features),
+                "logits": along_depth.relative_distance(near.logits, exact.logits),
                 "taken": float(near.steps.mean()),
                 "nfe": float(usual.evaluations.mean()),
                 "test/error": float(wrong.mean()),
@@ -229,14 +230,14 @@ def measure_resnet(
         found, thetas = {}, {}
         for when, variables in states.items():
             sizes = blocks.measure_blocks(network.recipe.model, variables, images)
-            thetas[when] = blocks.stage_kernels(variables["params"])
+            thetas[when] = along_depth.stage_kernels(variables["params"])
             for stage, theta in thetas[when].items():
-                row = {"change": blocks.weight_change(theta), **sizes[stage]}
+                row = {"change": along_depth.weight_change(theta), **sizes[stage]}
                 found.setdefault(stage, {}).update(
                     {f"{when}/{key}": value for key, value in row.items()}
                 )
         for stage, theta in thetas["trained"].items():
-            moved = blocks.distance_moved(theta, thetas["initial"][stage])
+            moved = along_depth.distance_moved(theta, thetas["initial"][stage])
             found[stage]["trained/moved"] = moved
         return found
 

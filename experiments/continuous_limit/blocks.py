@@ -1,45 +1,14 @@
-"""How the blocks of a residual stage differ from one to the next."""
+"""How far the blocks of a residual stage move x, and how f changes from one to the next."""
 
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from jax import numpy as jnp
 
 from cvjax.nn import depth
-
-
-def stage_kernels(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The convolutions of each residual stage, a row per block: [blocks, weights].
-
-    Only kernels: BatchNorm's scales and biases start as ones and zeros in all blocks.
-    """
-    rows = {}
-    for path, leaf in sorted(traverse_util.flatten_dict(dict(params)).items()):
-        if depth.BLOCKS in path and path[-1] == "kernel":
-            flat = np.asarray(leaf, np.float64).reshape(len(leaf), -1)
-            rows.setdefault(path[0], []).append(flat)
-    return {stage: np.concatenate(parts, axis=1) for stage, parts in rows.items()}
-
-
-def weight_change(theta: np.ndarray) -> float:
-    """Mean over l of |theta[l + 1] - theta[l]| / |theta[l]|, for theta [blocks, weights].
-
-    About sqrt(2) for blocks drawn independently of each other, and proportional to
-    1 / blocks for a smooth function of depth that is sampled more and more finely.
-    """
-    change, size = (np.linalg.norm(x, axis=1) for x in (np.diff(theta, axis=0), theta[:-1]))
-    return float((change / size).mean())
-
-
-def distance_moved(theta: np.ndarray, start: np.ndarray) -> float:
-    """Mean over l of |theta[l] - start[l]| / |start[l]|, both [blocks, weights]."""
-    moved, size = (np.linalg.norm(x, axis=1) for x in (theta - start, start))
-    return float((moved / size).mean())
 
 
 def measure_blocks(

@@ -89,13 +89,6 @@ def _solve(variables, images, *, model):
     return features, logits, total.evaluations, total.steps, total.result
 
 
-def relative_distance(x: np.ndarray, limit: np.ndarray) -> float:
-    """|x - limit| / |limit|, Euclidean, for each image (the first axis); their mean."""
-    axes = tuple(range(1, x.ndim))
-    difference, size = (np.sqrt((y**2).sum(axis=axes)) for y in (x - limit, limit))
-    return float((difference / size).mean())
-
-
 def fit_order(steps: Sequence[int], distances: Sequence[float]) -> dict[str, Any] | None:
     """The order p of distance = c * steps**-p: minus the slope between logarithms.
 
@@ -111,8 +104,3 @@ def fit_order(steps: Sequence[int], distances: Sequence[float]) -> dict[str, Any
         return None
     x, y = np.log2(kept).T
     return {"order": -float(np.polyfit(x, y, 1)[0]), "range": [kept[0][0], kept[-1][0]]}
-
-
-def fit_exponent(counts: Sequence[int], values: Sequence[float]) -> float:
-    """p of value = c * count**p, by least squares between logarithms."""
-    return float(np.polyfit(np.log(counts), np.log(values), 1)[0])

@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import difference, paired_difference, spread
+from cvjax.report.statistics import (
+    difference,
+    fit_exponent,
+    paired_difference,
+    spread,
+)
 from cvjax.report.tables import interval, mean_std, percent, percent_interval
 from experiments.continuous_limit import convergence
 
@@ -73,7 +78,7 @@ def tabulate_exponents(table: list[dict[str, Any]]) -> dict[str, dict[str, float
     """p of value = c * n**p for each start and what changes; -1 is an ODE's for changes."""
     return {
         start: {
-            key: convergence.fit_exponent(
+            key: fit_exponent(
                 [row["blocks"] for row in table if row["start"] == start],
                 [row[key]["mean"] for row in table if row["start"] == start],
             )

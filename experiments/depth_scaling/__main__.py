@@ -1,0 +1,341 @@
+"""How residual nets scale with depth: x + L^(-beta) f(x) for L blocks.
+
+    python -m experiments.depth_scaling --preset=quick --workdir=runs/depth_scaling
+
+Nets `odenet_discrete` with one stage of L blocks, f = conv(tanh(conv(tanh(x)))) without
+normalisation, are drawn from two starts: independent weights in each block, or a smooth
+function of depth (`nn.depth.smooth`). f is bounded, so that also beta = 0 grows as a power
+of L only; with an unbounded f (ReLU) it explodes.
+
+At initialisation: the displacement |x[L] - x[0]| / |x[0]|. Predicted: independent f add up
+like a random walk, L^(1/2 - beta), and those of a smooth start like L, L^(1 - beta), for
+large L. So beta = 1/2 is the only exponent that is neither explosion nor the identity for
+independent draws, and 1 for a smooth start (Marion et al. 2022, arXiv:2206.06929). And the
+distance of x[L] to the solution of the differential equation whose theta(t) is linear
+between neighbours: with a smooth start and beta = 1 it falls as 1/L, Euler's order (Sander
+et al. 2022, arXiv:2205.14612); with independent draws as L^(-1/2) for beta = 1, where x
+hardly moves, and not at all for beta = 1/2, whose limit is no such equation.
+
+After training with Adam, whose steps have one size whatever L^(-beta) makes of the
+gradient, so that weights really move: how far they moved ("moved", of their size); the
+largest relative change of weights between neighbours (Cohen et al. 2021, arXiv:2105.12245,
+fit its exponent), for which a smooth limit needs -1; the mean change, and that of the
+update, trained less initial weights; and the distance to the equation as above. Predicted:
+an independent start stays rough, exponent 0 (its noise is no less than the training moves),
+and a smooth one stays smooth for beta = 1 and 1/2, exponent -1 (Marion et al. 2023,
+arXiv:2309.01213, prove it for beta = 1 and gradient descent); distances as before training.
+
+Best learning rate: SGD with momentum, one rate for all parameters, a short run for each;
+beta = 1/2 from independent draws and beta = 1 from a smooth start. Best is the least loss
+on the training images, between rates by a parabola. Predicted for both: exponent 0. For
+beta = 1/2 the update of f's sum is L * h * (rate * h) = rate, so that the rate transfers
+(Bordelon et al. 2023, arXiv:2309.16620; Depth-muP for SGD: Yang et al. 2023,
+arXiv:2310.02244); for beta = 1 it is rate / L, and stem and head, which do not know L, set
+the rate. Against it stands L^(-3/2) (AM-muP 2025, arXiv:2510.04327), for nets whose weights
+are drawn smaller by L^(-1/2) in the place of a factor h. A weight h w has the gradient of w
+over h, so that its rate is h^2 times that of w: L^(-3/2) there are L^(-1/2) here.
+
+Exponents are fitted to each seed alone, between logarithms, over all L of the part; their
+interval is that over the seeds. It does not say whether a power is the right curve.
+
+Pilots before the predictions were written: one seed at initialisation (seed 0 of quick, as
+it is); other seeds and settings of training, to choose Adam's rate, the lengths, and rates
+of SGD for L = 4.
+
+Presets: quick (digits at 4x4, one CPU core, some ten minutes), deep (the same, with L = 256
+after training too; twice as long), medium (CIFAR-10, about an hour; not yet run). Each run has a folder of its own under WORKDIR/runs; the
+same command goes on where it was stopped, and what is finished is not run again.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import flags, logging
+
+from cvjax import cli, data
+from cvjax.data.normalize import compute_statistics, normalize
+from cvjax.evaluation.predictions import first_examples
+from cvjax.nn import along_depth
+from cvjax.storage import workdir as workdirs
+from cvjax.training.config import default_config, parse_config
+from cvjax.training.recipe import create_recipe
+from cvjax.training.state import create_train_state, initial_rng
+from cvjax.training.trained_network import draw_variables, load_network
+from experiments import runner
+from experiments.depth_scaling import tables
+from experiments.depth_scaling.figure import draw_scaling
+from experiments.depth_scaling.states import measure_states
+
+BETAS = (0, 0.5, 1)
+STARTS = ("independent", "smooth")
+TRANSFERS = {0.5: "independent", 1: "smooth"}  # whose best learning rate is looked for
+
+
+class Preset(NamedTuple):
+    """What a preset measures and trains.
+
+    Attributes:
+      config: of all nets, trained by Adam.
+      initial, trained, searched: numbers of blocks at initialisation, after training, and
+        for the best learning rate.
+      rates: of SGD with momentum 0.9.
+      rate_steps: the length of these runs.
+      examples: how many test images are looked at.
+    """
+
+    config: Callable[[], ml_collections.ConfigDict]
+    initial: tuple[int, ...]
+    trained: tuple[int, ...]
+    searched: tuple[int, ...]
+    rates: tuple[float, ...]
+    rate_steps: int
+    examples: int
+
+
+def quick() -> ml_collections.ConfigDict:
+    """500 of the bundled digits at 4x4, 8 features."""
+    config = _with_blocks()
+    config.total_steps = 300
+    config.data.name = "digits"
+    config.data.shrink = 2
+    config.data.train_examples = 500
+    config.data.batch_size = 32
+    config.model.width = 8
+    config.model.stem = "none"
+    return config
+
+
+def medium() -> ml_collections.ConfigDict:
+    """1,000 images of CIFAR-10, 16 features at 7x7."""
+    config = _with_blocks()
+    config.total_steps = 500
+    config.data.name = "cifar10"
+    config.data.train_examples = 1_000
+    config.data.batch_size = 32
+    config.model.width = 16
+    config.model.stem = "conv"
+    return config
+
+
+PRESETS = {
+    "quick": Preset(
+        config=quick,
+        initial=(4, 16, 64, 256),
+        trained=(4, 16, 64),
+        searched=(4, 16, 64),
+        rates=tuple(0.25 * 2.0**k for k in range(6)),
+        rate_steps=60,
+        examples=60,
+    ),
+    "deep": Preset(
+        config=quick,
+        initial=(4, 16, 64, 256),
+        trained=(4, 16, 64, 256),
+        searched=(4, 16, 64, 256),
+        rates=tuple(0.25 * 2.0**k for k in range(6)),
+        rate_steps=60,
+        examples=60,
+    ),
+    "medium": Preset(
+        config=medium,
+        initial=(4, 8, 16, 32, 64, 128, 256),
+        trained=(4, 16, 64, 256),
+        searched=(4, 16, 64, 256),
+        rates=tuple(0.25 * 2.0**k for k in range(6)),
+        rate_steps=100,
+        examples=100,
+    ),
+}
+
+
+def _with_blocks() -> ml_collections.ConfigDict:
+    config = default_config("odenet_discrete")
+    config.data.normalization = "channel"
+    config.model.update(norm="none", activation="tanh", walk="rolled")
+    config.optim.update(name="adam", learning_rate=0.01, weight_decay=0.0)
+    config.optim.schedule = "cosine"
+    return config
+
+
+def define_flags() -> None:
+    """The command line; not at import, as other experiments have flags of these names."""
+    runner.define_flags(PRESETS, steps_of=" of all runs")
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values = flags.FLAGS
+    folder = workdirs.check_writable(values.workdir)
+    preset = PRESETS[values.preset]
+    config = preset.config()
+    config.total_steps = values.steps or config.total_steps
+    rate_steps = values.steps or preset.rate_steps
+    parts, runs = measure(config, preset, rate_steps, range(values.seeds), folder)
+    results = runner.write_results(
+        folder,
+        "depth_scaling",
+        values.preset,
+        data=config.data.name,
+        initial=parts["initial"],
+        best_rates=parts["rates"],
+        **summarize(parts),
+        runs=runs,
+    )
+    draw_scaling(results, folder / "depth_scaling.png")
+    tables.show(results["table"])
+    print(f"Results: {folder / 'results.json'}")
+    print(f"Figure:  {folder / 'depth_scaling.png'}")
+
+
+def measure(
+    config: ml_collections.ConfigDict,
+    preset: Preset,
+    rate_steps: int,
+    seeds: range,
+    folder: pathlib.Path,
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Trains and measures all nets: rows of each part of `tables.KEYS`, and the runs."""
+    parts = {
+        "initial": list(measure_initial(config, preset, seeds, folder)),
+        "trained": list(train_nets(config, preset, seeds, folder)),
+    }
+    searched = list(search_rates(config, preset, rate_steps, seeds, folder))
+    parts["rates"] = tables.find_best_rates(searched)
+    return parts, runner.join_parts({"trained": parts["trained"], "rates": searched})
+
+
+def summarize(parts: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The "table" and the "claims" of the rows of each part."""
+    table = {part: tables.tabulate(part, rows) for part, rows in parts.items()}
+    fits = [tables.fit_exponents(part, rows) for part, rows in parts.items()]
+    table["exponents"] = [row for rows, _ in fits for row in rows]
+    claims = [claim for _, own in fits for claim in own]
+    return {"table": runner.join_parts(table), "claims": claims}
+
+
+def create_config(
+    config: ml_collections.ConfigDict, beta: float, start: str, depth: int, seed: int
+) -> ml_collections.ConfigDict:
+    """The config of one net of `depth` blocks x + depth**-beta f(x)."""
+    own = config.copy_and_resolve_references()
+    own.seed = seed
+    own.log_every = own.eval_every = own.checkpoint_every = own.total_steps
+    own.model.update(length=depth, step_size=float(depth) ** -beta, depth_init=start)
+    return own
+
+
+def measure_initial(
+    config: ml_collections.ConfigDict, preset: Preset, seeds: range, folder: pathlib.Path
+) -> Iterator[dict[str, Any]]:
+    """A row per start, depth, beta and seed: `states.measure_states` before training."""
+    dataset = data.load(**parse_config(config).data.source)
+    statistics = compute_statistics(dataset.train.images, config.data.normalization)
+    few = dataset.test.first(preset.examples).images
+    images = normalize(few, statistics)
+    (folder / "initial").mkdir(exist_ok=True)
+    for start in STARTS:
+        for depth in preset.initial:
+            for beta in BETAS:
+                for seed in seeds:
+                    own = create_config(config, beta, start, depth, seed)
+                    name = f"{start}-{beta:g}-{depth}-seed{seed}.json"
+
+                    def measure(own=own, seed=seed):
+                        recipe = create_recipe(parse_config(own), dataset.num_classes)
+                        shape = dataset.image_shape
+                        state = create_train_state(
+                            initial_rng(seed), recipe=recipe, image_shape=shape
+                        )
+                        return measure_states(
+                            recipe.model, {"params": state.params}, images
+                        )
+
+                    key = {"config": own.to_dict(), "examples": preset.examples}
+                    path = folder / "initial" / name
+                    names = {"beta": beta, "start": start, "depth": depth, "seed": seed}
+                    yield {**names, **runner.cached(path, key, measure)}
+    logging.info("The nets are measured at initialisation.")
+
+
+def train_nets(
+    config: ml_collections.ConfigDict, preset: Preset, seeds: range, folder: pathlib.Path
+) -> Iterator[dict[str, Any]]:
+    """Trains all nets, or finds them trained: a row each, with `measure_trained`."""
+    plan = {
+        folder / "runs" / f"{start}-{beta:g}-{depth}-seed{seed}": (beta, start, depth, seed)
+        for depth in preset.trained
+        for start in STARTS
+        for beta in BETAS
+        for seed in seeds
+    }
+    configs = {place: create_config(config, *names) for place, names in plan.items()}
+    runner.train_all(configs)
+    for place, (beta, start, depth, seed) in plan.items():
+        key = {"config": configs[place].to_dict(), "examples": preset.examples}
+        measured = runner.cached(
+            place / "depth.json",
+            key,
+            lambda place=place: measure_trained(place, preset.examples),
+        )
+        run = runner.read_run(place)
+        yield {
+            **{"beta": beta, "start": start, "depth": depth, "seed": seed},
+            **measured,
+            **{fit: run["summary"][f"train_eval/{fit}"] for fit in tables.FITS},
+            **run,
+        }
+
+
+def measure_trained(place: pathlib.Path, examples: int) -> dict[str, float]:
+    """`KEYS["trained"]` of a trained net: weights along depth, and where it takes x."""
+    network = load_network(place)
+    images = normalize(first_examples(network, examples).images, network.statistics)
+    trained, initial = (
+        along_depth.stage_kernels(variables["params"])["stage"]
+        for variables in (network.variables, draw_variables(network))
+    )
+    return {
+        "moved": along_depth.distance_moved(trained, initial),
+        "change": along_depth.weight_change(trained),
+        "largest_change": along_depth.largest_change(trained),
+        "update_change": along_depth.weight_change(trained - initial),
+        **measure_states(network.recipe.model, network.variables, np.asarray(images)),
+    }
+
+
+def search_rates(
+    config: ml_collections.ConfigDict,
+    preset: Preset,
+    steps: int,
+    seeds: range,
+    folder: pathlib.Path,
+) -> Iterator[dict[str, Any]]:
+    """Trains each net at each rate: rows with "rate" and "loss", None if it diverged."""
+    for depth in preset.searched:
+        for beta, start in TRANSFERS.items():
+            for rate in preset.rates:
+                for seed in seeds:
+                    short = config.copy_and_resolve_references()
+                    short.total_steps = steps
+                    short.optim.update(name="sgd", momentum=0.9, learning_rate=rate)
+                    own = create_config(short, beta, start, depth, seed)
+                    name = f"rate{rate:g}-{start}-{beta:g}-{depth}-seed{seed}"
+                    place = folder / "runs" / name
+                    diverged = runner.train_or_diverge(own, place)
+                    names = {"beta": beta, "start": start, "depth": depth, "seed": seed}
+                    if diverged:
+                        manifest = workdirs.read_manifest(place)
+                        kept = {key: manifest[key] for key in runner.PROVENANCE}
+                        run = {"summary": None, **kept, "seconds": None}
+                    else:
+                        run = runner.read_run(place)
+                    loss = None if diverged else run["summary"]["train_eval/loss"]
+                    yield {**names, "rate": rate, "loss": loss, **run}
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
