@@ -1,6 +1,7 @@
 """Data sets by name: `load(name) -> Dataset`, and what happens to their images.
 
 digits                       bundled with scikit-learn, needs no network
+digit_scenes                 several of these digits on each image, with their boxes
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 folder                       your own pictures (`data.folder`)
 npz                          your own arrays (`data.arrays`)
@@ -21,6 +22,7 @@ from absl import logging
 from cvjax.data import cache, tfds
 from cvjax.data.arrays import load_npz
 from cvjax.data.dataset import ArraySplit, Dataset, check_labels
+from cvjax.data.digit_scenes import load_digit_scenes
 from cvjax.data.digits import load_digits
 from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
@@ -47,7 +49,8 @@ def load(
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
     Args:
-      name: "digits", "folder", "npz", or a TFDS set's NAME[/CONFIG][:VERSION].
+      name: "digits", "digit_scenes", "folder", "npz", or a TFDS set's
+        NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
         ~/tensorflow_datasets. For "folder" the folder of pictures, see
         `data.folder_listing`; for "npz" the file, see `data.arrays`.
@@ -96,6 +99,13 @@ def load(
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":
         return reduced(load_digits(val_examples), train_examples, shrink)
+    if name == "digit_scenes":
+        if val_examples != -1:
+            raise UserError(
+                f"data.val_examples is {val_examples}, but digit_scenes has validation "
+                "scenes of its own digits; set it to -1."
+            )
+        return reduced(load_digit_scenes(), train_examples, shrink)
     decoded = _labelled(_load_tfds(name, data_dir, cache_dir), name)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
@@ -152,7 +162,7 @@ def load_stream(
       UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
         with these options.
     """
-    if name in ("digits", "npz"):
+    if name in ("digits", "digit_scenes", "npz"):
         raise UserError(
             f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
         )
@@ -215,7 +225,8 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    names = {"digits", "folder", "npz", *_catalog(), *prepared} - {"downloads"}
+    own = ("digits", "digit_scenes", "folder", "npz")
+    names = {*own, *_catalog(), *prepared} - {"downloads"}
     near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (
         f"did you mean {near[0]}?"
