@@ -11,7 +11,7 @@ from cvjax.training import default_config
 
 def get_config():
     config = default_config("centernet")
-    config.total_steps = 2500
+    config.total_steps = 1500
     config.log_every = 50
     config.eval_every = 500
     config.checkpoint_every = 500

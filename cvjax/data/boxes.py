@@ -109,6 +109,28 @@ def match(found: Boxes, scores: jax.Array, wanted: Boxes, threshold: float) -> j
     return jnp.zeros_like(hits).at[order].set(hits)
 
 
+def suppress(found: Boxes, threshold: float) -> jax.Array:
+    """Non-maximum suppression: which detections have no better one of their class nearby.
+
+    Args:
+      found: n detections of an image, the best first.
+      threshold: of the overlap with a detection that is kept, above which one is removed.
+
+    Returns:
+      bool [n].
+    """
+    rivals = found.classes[:, None] == found.classes[None]
+    rivals &= overlaps(found.corners, found.corners) > threshold
+
+    def decide(kept, k):
+        keep = found.mask[k] & ~(kept & rivals[k]).any()
+        return kept.at[k].set(keep), None
+
+    count = len(found.mask)
+    kept, _ = jax.lax.scan(decide, jnp.zeros(count, bool), jnp.arange(count))
+    return kept
+
+
 def move(
     rng: jax.Array,
     targets: jax.Array,

@@ -157,9 +157,10 @@ def _check_boxes(targets: np.ndarray, num_classes: int, where: str) -> None:
     wrong = present & ~good
     if wrong.any():
         image, row = np.argwhere(wrong)[0]
+        first = targets[image, row].tolist()
         raise UserError(
             f"{int(wrong.sum())} of {int(present.sum())} boxes in {where} have no area or "
-            f"no class of 0 to {num_classes - 1}; the first is {targets[image, row].tolist()} "
+            f"no class of 0 to {num_classes - 1}; the first is {first} "
             f"(x_min, y_min, x_max, y_max, class + 1), of image {image}: mend these boxes, "
             "or leave them out."
         )

@@ -17,6 +17,7 @@ from cvjax.models.odenet import DiscreteNet, ODENet
 from cvjax.models.resnet import ResNet
 from cvjax.models.resnet_cifar import CifarResNet
 from cvjax.models.vgg import VGG
+from cvjax.models.yolo import YOLO
 from cvjax.nn import solver
 
 MODELS = {
@@ -30,10 +31,11 @@ MODELS = {
     "resnet": ResNet,
     "resnet_cifar": CifarResNet,
     "vgg": VGG,
+    "yolo": YOLO,
 }
 
 # The networks of the task "detection"; see `tasks.detection`.
-DETECTORS = ("centernet",)
+DETECTORS = ("centernet", "yolo")
 
 # Fields that change how a network is computed, and not what (but for rounding).
 SAME_FUNCTION = ("walk", "remat", "gradient")
