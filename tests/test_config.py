@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from cvjax.errors import UserError
-from cvjax.models import DETECTORS, MODELS, create_model
+from cvjax.models import DETECTORS, MODELS, create_model, model_fields
 from cvjax.training.config import (
     RESUMABLE_KEYS,
     DataConfig,
@@ -109,6 +109,7 @@ OTHERS = {
 }
 # What a value needs beside it.
 NEEDED = {
+    "model.stem": {"model.stride": 8},  # of model yolo
     "task": {"loss.name": "sigmoid"},
     "init_refine": {"init_from": "runs/coarse"},
     "model.pieces": {"model.theta": "piecewise_constant"},
@@ -152,7 +153,13 @@ def another(model, key, value):
 def test_every_key_arrives(model, key, value):
     changed = another(model, key, value)
     assert changed != value
-    run = parse_config(config_with({key: changed, **NEEDED.get(key, {})}, model))
+    needed = {
+        name: field
+        for name, field in NEEDED.get(key, {}).items()
+        if not name.startswith("model.")
+        or name.removeprefix("model.") in model_fields(model)
+    }
+    run = parse_config(config_with({key: changed, **needed}, model))
     target = run
     *groups, last = key.split(".")
     for name in groups:

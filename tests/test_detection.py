@@ -223,7 +223,7 @@ def test_several_labels_are_trained_from_boxes(tmp_path):
     config = default_config("mlp")
     config.task, config.loss.name = "multilabel", "sigmoid"
     config.model.widths = (8,)
-    config.total_steps = 3
+    config.total_steps = 4
     config.data.name = "scenes"
     config.data.batch_size = 8
     summary = train_and_evaluate(config, tmp_path)

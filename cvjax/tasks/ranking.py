@@ -43,11 +43,11 @@ def precision_recall(
       positives: what there is to find, above 0.
 
     Returns:
-      precision and recall [BINS]; the precision of nothing is 1.
+      precision and recall [BINS]; the precision of nothing is 0.
     """
     hits, misses = np.cumsum(right[::-1]), np.cumsum(wrong[::-1])
     taken = hits + misses
-    return np.where(taken > 0, hits / np.maximum(taken, 1), 1.0), hits / positives
+    return hits / np.maximum(taken, 1), hits / positives
 
 
 def average_precision(right: np.ndarray, wrong: np.ndarray, positives: float) -> float:
