@@ -100,9 +100,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("top", 5, "Classes named for each image.", lower_bound=1)
     flags.DEFINE_float(
         "threshold",
-        0.5,
-        "From which probability or score on classes and boxes are named, where an image "
-        "may have any number of them.",
+        None,
+        "From which probability (0.5) or score (0.3) on classes and boxes are named, where "
+        "an image may have any number of them.",
         lower_bound=0,
         upper_bound=1,
     )
@@ -138,7 +138,7 @@ def main(arguments):
             scores = predict(network, image)
             count = values.top
             if task == "multilabel":
-                count = int((scores >= values.threshold).sum())
+                count = int((scores >= _threshold(0.5)).sum())
             named = list(most_probable(scores, network.class_names, count))
             shown = _shown(path)
             table = _table(shown, named)
@@ -147,6 +147,11 @@ def main(arguments):
         sys.stdout.flush()
     if failed:
         sys.exit(2)
+
+
+def _threshold(usual: float) -> float:
+    given = flags.FLAGS.threshold
+    return usual if given is None else given
 
 
 def _shown(path: str) -> str:
@@ -163,7 +168,7 @@ def _show_boxes(
         picture = read_picture(path, shape[-1])
     part = seen_part(picture.size, shape, border, network.run.data.resize)
     found = place(locate(network, image), part, shape)
-    sure = found.scores >= values.threshold
+    sure = found.scores >= _threshold(0.3)
     corners, kinds, scores = found.corners[sure], found.classes[sure], found.scores[sure]
     names = [network.class_names[kind] for kind in kinds]
     drawn = None

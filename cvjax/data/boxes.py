@@ -79,7 +79,7 @@ def overlaps(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 
 
 def match(found: Boxes, scores: jax.Array, wanted: Boxes, threshold: float) -> jax.Array:
-    """Which of an image's detections are right, greedily, as in PASCAL VOC and COCO.
+    """Which box each of an image's detections finds, greedily, as in PASCAL VOC and COCO.
 
     In the order of their scores detections take the free box of their class that they
     overlap most, if that is at least `threshold`; a box is taken once.
@@ -91,7 +91,7 @@ def match(found: Boxes, scores: jax.Array, wanted: Boxes, threshold: float) -> j
       threshold: of intersection over union.
 
     Returns:
-      bool [n].
+      int32 [n], the number of the box; -1 for a detection that finds none.
     """
     fits = found.classes[:, None] == wanted.classes[None]
     fits &= found.mask[:, None] & wanted.mask[None]
@@ -102,11 +102,11 @@ def match(found: Boxes, scores: jax.Array, wanted: Boxes, threshold: float) -> j
         row = jnp.where(free, row, -1)
         best = jnp.argmax(row)
         hit = row[best] >= threshold
-        return free.at[best].set(free[best] & ~hit), hit
+        return free.at[best].set(free[best] & ~hit), jnp.where(hit, best, -1)
 
     free = jnp.ones(wanted.mask.shape, bool)
-    _, hits = jax.lax.scan(take, free, candidates[order])
-    return jnp.zeros_like(hits).at[order].set(hits)
+    _, which = jax.lax.scan(take, free, candidates[order])
+    return jnp.zeros_like(which).at[order].set(which)
 
 
 def suppress(found: Boxes, threshold: float) -> jax.Array:

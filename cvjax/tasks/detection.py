@@ -61,7 +61,7 @@ def _sum_batch(model: nn.Module, losses, outputs, targets, mask) -> Sums:
     wanted = boxes.unpack(targets)
     found, scores = model.decode(outputs.astype(jnp.float32))
     match = jax.vmap(lambda *one: boxes.match(*one, threshold=OVERLAP))
-    hits = match(found, scores, wanted)
+    hits = match(found, scores, wanted) >= 0
     classes = model.num_classes
     counted = found.mask & mask[:, None]
 
