@@ -5,6 +5,7 @@ digit_scenes                 several of these digits on each image, with their b
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 folder                       your own pictures (`data.folder`)
 npz                          your own arrays (`data.arrays`)
+voc                          your own pictures with boxes (`data.voc`)
 any other TFDS name          if it is prepared already (`data.tfds`)
 
 A set that does not fit in memory, or whose images differ in size, is streamed, with
@@ -28,6 +29,7 @@ from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.data.splits import check_val_examples, reduced, stratified
 from cvjax.data.streaming import StreamOptions, open_stream
+from cvjax.data.voc import load_voc
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
@@ -49,11 +51,12 @@ def load(
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
     Args:
-      name: "digits", "digit_scenes", "folder", "npz", or a TFDS set's
+      name: "digits", "digit_scenes", "folder", "npz", "voc", or a TFDS set's
         NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
         ~/tensorflow_datasets. For "folder" the folder of pictures, see
-        `data.folder_listing`; for "npz" the file, see `data.arrays`.
+        `data.folder_listing`; for "npz" the file, see `data.arrays`; for "voc" see
+        `data.voc`.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others. A
@@ -61,7 +64,8 @@ def load(
       train_examples: how many of the other training images are kept, stratified by class;
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
-      image_size, resize: of a folder in memory, see `data.folder.load_folder`.
+      image_size, resize: of a folder in memory, see `data.folder.load_folder`; of "voc",
+        see `data.voc.load_voc`.
       stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
         images in memory.
 
@@ -90,6 +94,9 @@ def load(
         return dataset if stream else reduced(dataset, train_examples, shrink)
     if stream:
         return load_stream(name, stream, data_dir=data_dir, val_examples=val_examples)
+    if name == "voc":
+        dataset = load_voc(data_dir, image_size, resize, val_examples)
+        return reduced(dataset, train_examples, shrink)
     if resize != "crop":
         raise UserError(
             f"data.resize {resize!r} is for pictures of any size: a folder, or a stream; "
@@ -166,6 +173,11 @@ def load_stream(
         raise UserError(
             f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
         )
+    if name == "voc":
+        raise UserError(
+            "pictures with boxes cannot be streamed; set data.streaming=false, and choose "
+            "a data.image_size at which they fit into memory."
+        )
     folder = tfds.resolve_data_dir(data_dir)
     _check_name(name, folder)
     source = tfds.find_source(name, folder)
@@ -225,7 +237,7 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    own = ("digits", "digit_scenes", "folder", "npz")
+    own = ("digits", "digit_scenes", "folder", "npz", "voc")
     names = {*own, *_catalog(), *prepared} - {"downloads"}
     near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (
