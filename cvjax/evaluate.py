@@ -1,4 +1,4 @@
-"""Evaluates a trained network: errors, confusion matrix, calibration.
+"""Evaluates a trained network: errors, confusion matrix, calibration; average precision.
 
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet
     python -m cvjax.evaluate --workdir=runs/cifar10_resnet --crops=10
@@ -15,6 +15,9 @@ class probabilities are averaged, and the loss is that of the average. The expec
 calibration error sorts the examples by the probability of the predicted class into 15 bins
 of equal width, and averages over the examples how far their bin's accuracy is from its mean
 confidence (Guo et al. 2017).
+
+Of other tasks than classification there is one view; what is measured is said in
+cvjax/evaluation/detection.py and multilabel.py.
 """
 
 import json
@@ -30,7 +33,7 @@ from absl import flags, logging
 from cvjax import cli
 from cvjax.data.dataset import ArraySplit
 from cvjax.errors import UserError
-from cvjax.evaluation import classification
+from cvjax.evaluation import classification, detection, multilabel
 from cvjax.evaluation.multicrop import CROPS, Views
 from cvjax.evaluation.predictions import (
     choose_views,
@@ -46,6 +49,9 @@ from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import load_network
 
 SPLITS = ("test", "val", "train")
+
+# What reports on tasks other than classification, and shows it.
+REPORTS = {"detection": detection, "multilabel": multilabel}
 
 _ONE_VIEW = Views()
 _SHOWN_CLASSES = 20
@@ -87,11 +93,44 @@ def evaluate(
     network = load_network(workdir, checkpoint, fields)
     manifest = workdirs.read_manifest(workdir)
     _warn_of_changes(manifest["config"]["model"], fields or {})
+    task = network.recipe.task.name
+    if task in REPORTS and (crops > 1 or scales):
+        raise UserError(
+            f"--crops and --scales are for classification, and this network's task is "
+            f"{task}; leave them out."
+        )
     views = choose_views(network, crops, scales, batch_size)
     folder = pathlib.Path(output or pathlib.Path(workdir) / "evaluation")
     folder = workdirs.check_writable(folder, "--output")
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
+    source = {
+        "workdir": str(pathlib.Path(workdir).absolute()),
+        "checkpoint": checkpoint,
+        "step": network.step,
+        "data": dataset.name,
+        "split": split,
+        "examples": len(examples),
+        "fields": dict(fields or {}),
+    }
+    provenance = {
+        "evaluated_by": workdirs.provenance(),
+        "trained_by": {key: manifest[key] for key in manifest if key != "config"},
+    }
+    name = _name(split, network.step, views)
+    for field, value in (fields or {}).items():
+        name += f"_{field}-{value}"
+    title = f"{network.run.model['name']} on {dataset.name}, {split}"
+    files = {"results": folder / f"{name}.json"}
+    if task in REPORTS:
+        size = min(batch_size or network.run.data.eval_batch_size, len(examples))
+        about = (network, dataset, split, size, folder / name, title)
+        measured, figures = REPORTS[task].report(*about)
+        files |= figures
+        written = {key: str(path) for key, path in files.items()}
+        results = {**source, "task": task, **measured, "files": written, **provenance}
+        write_json(files["results"], results)
+        return results
     if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
         raise UserError(
             f"{dataset.name} has several classes per image; only sets with one can be "
@@ -106,15 +145,10 @@ def evaluate(
     matrix = classification.confusion_matrix(labels, predicted, len(dataset.class_names))
     calibration = classification.calibrate(scores.max(axis=-1), predicted == labels)
 
-    name = _name(split, network.step, views)
-    for field, value in (fields or {}).items():
-        name += f"_{field}-{value}"
-    files = {
-        "results": folder / f"{name}.json",
+    files |= {
         "confusion_matrix": folder / f"{name}_confusion.png",
         "reliability": folder / f"{name}_reliability.png",
     }
-    title = f"{network.run.model['name']} on {dataset.name}, {split}"
     if views.count > 1:
         title += f", {views.count} views"
     classification.draw_confusion_matrix(
@@ -122,13 +156,7 @@ def evaluate(
     )
     classification.draw_reliability(calibration, files["reliability"], title)
     results = {
-        "workdir": str(pathlib.Path(workdir).absolute()),
-        "checkpoint": checkpoint,
-        "step": network.step,
-        "data": dataset.name,
-        "split": split,
-        "examples": len(labels),
-        "fields": dict(fields or {}),
+        **source,
         "views": {
             "count": views.count,
             "crops": views.crops,
@@ -141,8 +169,7 @@ def evaluate(
         "confusion_matrix": matrix.tolist(),
         "calibration": _calibration_rows(calibration),
         "files": {key: str(path) for key, path in files.items()},
-        "evaluated_by": workdirs.provenance(),
-        "trained_by": {key: manifest[key] for key in manifest if key != "config"},
+        **provenance,
     }
     write_json(files["results"], results)
     return results
@@ -294,7 +321,7 @@ def main(arguments):
     if values.json:
         print(json.dumps(results, indent=2))
         return
-    show(results)
+    (REPORTS[results["task"]].show if "task" in results else show)(results)
     for path in results["files"].values():
         print(path)
 

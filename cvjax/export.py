@@ -53,6 +53,11 @@ def export_network(
     Raises:
       UserError: the network cannot be exported for any batch size.
     """
+    if network.recipe.task.name == "detection":
+        raise UserError(
+            "a detector cannot be exported: the file gives probabilities of classes; "
+            "use cvjax.predict."
+        )
     sigmoid = network.run.loss.name == "sigmoid"
 
     @jax.jit

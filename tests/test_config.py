@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from cvjax.errors import UserError
-from cvjax.models import MODELS, create_model
+from cvjax.models import DETECTORS, MODELS, create_model, model_fields
 from cvjax.training.config import (
     RESUMABLE_KEYS,
     DataConfig,
@@ -66,7 +66,8 @@ TYPED = [case for case in KEYS if not isinstance(case[2], tuple)]
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_defaults_are_the_classes_defaults(model):
     run = parse_config(default_config(model))
-    assert run == RunConfig(model=run.model)
+    task = "detection" if model in DETECTORS else "classification"
+    assert run == RunConfig(task=task, model=run.model)
     assert (run.data, run.optim, run.loss) == (DataConfig(), OptimConfig(), LossConfig())
     assert run.model["name"] == model
     assert create_model(num_classes=10, **run.model) == MODELS[model](num_classes=10)
@@ -83,6 +84,7 @@ def test_unknown_model():
 
 # Where not any other string or number will do.
 OTHERS = {
+    "task": "multilabel",
     "data.normalization": "channel",
     "optim.decayed": "all",
     "optim.name": "adamw",
@@ -100,19 +102,28 @@ OTHERS = {
     "model.pool": "average",
     "model.shortcut": "C",
     "model.solver": "dopri5",
+    "model.stride": 16,
     "model.theta": "piecewise_linear",
     "model.version": "1",
     "model.walk": "rolled",
 }
 # What a value needs beside it.
 NEEDED = {
+    "model.stem": {"model.stride": 8},  # of model yolo
+    "task": {"loss.name": "sigmoid"},
     "init_refine": {"init_from": "runs/coarse"},
     "model.pieces": {"model.theta": "piecewise_constant"},
 }
 OTHER_ACTIVATIONS = {"resnet_cifar": "sigmoid"}
-OTHER_DEPTHS = {"resnet": 34, "resnet_cifar": 26, "vgg": 13}
+OTHER_DEPTHS = {"centernet": 34, "yolo": 34, "resnet": 34, "resnet_cifar": 26, "vgg": 13}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
-OTHER_STEMS = {"resnet": "small", "odenet": "res", "odenet_discrete": "res"}
+OTHER_STEMS = {
+    "centernet": "small",
+    "yolo": "small",
+    "resnet": "small",
+    "odenet": "res",
+    "odenet_discrete": "res",
+}
 
 
 def another(model, key, value):
@@ -142,7 +153,13 @@ def another(model, key, value):
 def test_every_key_arrives(model, key, value):
     changed = another(model, key, value)
     assert changed != value
-    run = parse_config(config_with({key: changed, **NEEDED.get(key, {})}, model))
+    needed = {
+        name: field
+        for name, field in NEEDED.get(key, {}).items()
+        if not name.startswith("model.")
+        or name.removeprefix("model.") in model_fields(model)
+    }
+    run = parse_config(config_with({key: changed, **needed}, model))
     target = run
     *groups, last = key.split(".")
     for name in groups:

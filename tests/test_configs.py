@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cvjax import data
+from cvjax.data.boxes import pack
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.training import train_and_evaluate
 from cvjax.training.config import parse_config
@@ -19,8 +20,14 @@ SHAPES = {
     "cifar10": (32, 32, 3),
     "imagenet2012": (32, 32, 3),  # small, like the networks
     "folder": (32, 32, 3),
+    "digit_scenes": (32, 32, 1),
+    "voc": (32, 48, 3),
 }
+BOXES = ("digit_scenes", "voc")
 LARGE = (
+    "digit_scenes_centernet",
+    "digit_scenes_yolo",
+    "voc_centernet",
     "folder_finetune",
     "imagenet_resnet",
     "imagenet_vgg",
@@ -32,6 +39,8 @@ SMALL = {
     "odenet": {"width": 4, "solver": "euler", "steps": 1},
     "resnet": {"depth": 18, "width": 2},
     "vgg": {"depth": 11, "width": 2, "hidden": 4},
+    "centernet": {"width": 2, "features": 2},
+    "yolo": {"width": 2, "features": 2},
 }
 
 
@@ -42,7 +51,10 @@ def load_config(name):
 def fake_dataset(name):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, *SHAPES[name])).astype(np.uint8)
-    split = ArraySplit(images, np.arange(20, dtype=np.int32) % 10)
+    labels = np.arange(20, dtype=np.int32) % 10
+    if name in BOXES:
+        labels = np.stack([pack([[3, 5, 20, 17]], [kind], 3) for kind in labels])
+    split = ArraySplit(images, labels)
     return Dataset(name, split, split, split, tuple("0123456789"), "fake")
 
 
@@ -57,6 +69,7 @@ def test_config_trains(name, tmp_path, monkeypatch):
     config.data.batch_size = 4
     config.data.eval_batch_size = 20
     config.train_eval_examples = min(config.train_eval_examples, 10)
+    config.data.crop_padding = min(config.data.crop_padding, 8)
     config.model.update(SMALL.get(config.model.name, {}))
     if config.data.scale_max:
         side = SHAPES[config.data.name][0]

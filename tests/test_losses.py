@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from cvjax.training.losses import LossConfig, loss_per_example, targets
+from cvjax.tasks.classification import loss_per_example, targets
+from cvjax.training.losses import LossConfig
 
 LOGITS = np.array([[2.0, -1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [-3.0, 4.0, 1.0, 2.0]])
 LABELS = np.array([0, 3, 2])

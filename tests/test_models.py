@@ -97,6 +97,27 @@ GOLDEN = [
     ("resnet_cifar", {"depth": 20, "blocks": (3, 3, 3)}, CIFAR, 10, 269_722),
     # One block of 2 * 9 * 16 * 16 and four times 16 more.
     ("resnet_cifar", {"depth": 22, "blocks": (4, 3, 3)}, CIFAR, 10, 269_722 + 4_672),
+    # torchvision's ResNet-18 without its 513,000 of the head; 1x1 from each stage and the
+    # 3x3 with BatchNorm, three heads of a 3x3 with bias, and 1x1s with bias.
+    (
+        "centernet",
+        {},
+        IMAGENET,
+        10,
+        (11_689_512 - 513_000)
+        + (64 * (64 + 128 + 256 + 512) + 4 * 128)
+        + (9 * 64 * 64 + 128)
+        + 3 * (9 * 64 * 64 + 64)
+        + (64 + 1) * (10 + 2 + 2),
+    ),
+    # Likewise; a 3x3 with BatchNorm, and 2 boxes of five numbers and 10 classes.
+    (
+        "yolo",
+        {},
+        IMAGENET,
+        10,
+        (11_689_512 - 513_000) + (9 * 512 * 256 + 512) + (256 + 1) * (2 * 5 + 10),
+    ),
     # One of each; their variants are in test_models_imagenet.py.
     ("alexnet", {}, IMAGENET, 1000, 61_100_840),
     ("googlenet", {"auxiliary_heads": False}, IMAGENET, 1000, 6_998_552),

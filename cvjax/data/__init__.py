@@ -1,9 +1,11 @@
 """Data sets by name: `load(name) -> Dataset`, and what happens to their images.
 
 digits                       bundled with scikit-learn, needs no network
+digit_scenes                 several of these digits on each image, with their boxes
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 folder                       your own pictures (`data.folder`)
 npz                          your own arrays (`data.arrays`)
+voc                          your own pictures with boxes (`data.voc`)
 any other TFDS name          if it is prepared already (`data.tfds`)
 
 A set that does not fit in memory, or whose images differ in size, is streamed, with
@@ -21,11 +23,13 @@ from absl import logging
 from cvjax.data import cache, tfds
 from cvjax.data.arrays import load_npz
 from cvjax.data.dataset import ArraySplit, Dataset, check_labels
+from cvjax.data.digit_scenes import load_digit_scenes
 from cvjax.data.digits import load_digits
 from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.data.splits import check_val_examples, reduced, stratified
 from cvjax.data.streaming import StreamOptions, open_stream
+from cvjax.data.voc import load_voc
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
@@ -47,10 +51,12 @@ def load(
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
     Args:
-      name: "digits", "folder", "npz", or a TFDS set's NAME[/CONFIG][:VERSION].
+      name: "digits", "digit_scenes", "folder", "npz", "voc", or a TFDS set's
+        NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
         ~/tensorflow_datasets. For "folder" the folder of pictures, see
-        `data.folder_listing`; for "npz" the file, see `data.arrays`.
+        `data.folder_listing`; for "npz" the file, see `data.arrays`; for "voc" see
+        `data.voc`.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others. A
@@ -58,7 +64,8 @@ def load(
       train_examples: how many of the other training images are kept, stratified by class;
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
-      image_size, resize: of a folder in memory, see `data.folder.load_folder`.
+      image_size, resize: of a folder in memory, see `data.folder.load_folder`; of "voc",
+        see `data.voc.load_voc`.
       stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
         images in memory.
 
@@ -87,6 +94,9 @@ def load(
         return dataset if stream else reduced(dataset, train_examples, shrink)
     if stream:
         return load_stream(name, stream, data_dir=data_dir, val_examples=val_examples)
+    if name == "voc":
+        dataset = load_voc(data_dir, image_size, resize, val_examples)
+        return reduced(dataset, train_examples, shrink)
     if resize != "crop":
         raise UserError(
             f"data.resize {resize!r} is for pictures of any size: a folder, or a stream; "
@@ -96,6 +106,13 @@ def load(
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":
         return reduced(load_digits(val_examples), train_examples, shrink)
+    if name == "digit_scenes":
+        if val_examples != -1:
+            raise UserError(
+                f"data.val_examples is {val_examples}, but digit_scenes has validation "
+                "scenes of its own digits; set it to -1."
+            )
+        return reduced(load_digit_scenes(), train_examples, shrink)
     decoded = _labelled(_load_tfds(name, data_dir, cache_dir), name)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
@@ -152,9 +169,14 @@ def load_stream(
       UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
         with these options.
     """
-    if name in ("digits", "npz"):
+    if name in ("digits", "digit_scenes", "npz"):
         raise UserError(
             f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
+        )
+    if name == "voc":
+        raise UserError(
+            "pictures with boxes cannot be streamed; set data.streaming=false, and choose "
+            "a data.image_size at which they fit into memory."
         )
     folder = tfds.resolve_data_dir(data_dir)
     _check_name(name, folder)
@@ -215,7 +237,8 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    names = {"digits", "folder", "npz", *_catalog(), *prepared} - {"downloads"}
+    own = ("digits", "digit_scenes", "folder", "npz", "voc")
+    names = {*own, *_catalog(), *prepared} - {"downloads"}
     near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (
         f"did you mean {near[0]}?"

@@ -50,7 +50,7 @@ def random_crop(rng: jax.Array, images: jax.Array, padding: int) -> jax.Array:
     """
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    offsets = jax.random.randint(rng, (len(images), 2), 0, 2 * padding + 1)
+    offsets = draw_offsets(rng, len(images), padding)
 
     def window(image, offset):
         return jax.lax.dynamic_slice(image, (*offset, 0), (height, width, image.shape[-1]))
@@ -58,10 +58,19 @@ def random_crop(rng: jax.Array, images: jax.Array, padding: int) -> jax.Array:
     return jax.vmap(window)(padded, offsets)
 
 
+def draw_offsets(rng: jax.Array, count: int, padding: int) -> jax.Array:
+    """Where `random_crop` cuts: int32 [count, 2], (row, column) in the padded image."""
+    return jax.random.randint(rng, (count, 2), 0, 2 * padding + 1)
+
+
 def random_flip(rng: jax.Array, images: jax.Array) -> jax.Array:
     """Each image mirrored left to right with probability one half."""
-    mirrored = jax.random.bernoulli(rng, 0.5, (len(images), 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+    return jnp.where(draw_flips(rng, len(images)), images[:, :, ::-1], images)
+
+
+def draw_flips(rng: jax.Array, count: int) -> jax.Array:
+    """Which images `random_flip` mirrors: bool [count, 1, 1, 1]."""
+    return jax.random.bernoulli(rng, 0.5, (count, 1, 1, 1))
 
 
 def augment_colors(
@@ -120,10 +129,17 @@ def random_scale_crop(
     Returns:
       Floats of the same shape.
     """
+    draws = draw_scales(rng, len(images), scale_min, scale_max)
+    return jax.vmap(scale_crop)(images, *draws)
+
+
+def draw_scales(
+    rng: jax.Array, count: int, scale_min: int, scale_max: int
+) -> tuple[jax.Array, jax.Array]:
+    """The short sides, int32 [count], and places, [count, 2], of `random_scale_crop`."""
     scale_rng, window_rng = jax.random.split(rng)
-    shorts = jax.random.randint(scale_rng, (len(images),), scale_min, scale_max + 1)
-    places = jax.random.uniform(window_rng, (len(images), 2))
-    return jax.vmap(scale_crop)(images, shorts, places)
+    shorts = jax.random.randint(scale_rng, (count,), scale_min, scale_max + 1)
+    return shorts, jax.random.uniform(window_rng, (count, 2))
 
 
 def scale_crop(image: jax.Array, short: jax.Array, place: jax.Array) -> jax.Array:
@@ -138,17 +154,22 @@ def scale_crop(image: jax.Array, short: jax.Array, place: jax.Array) -> jax.Arra
       [height, width, channels]. The resizing is bilinear, and antialiased where it shrinks,
       as Pillow's.
     """
-    size = jnp.array(image.shape[:2])
-    resized = jnp.round(size * short / size.min())
-    offset = jnp.floor(place * (resized - size + 1))
+    scale, offset = window(jnp.array(image.shape[:2]), short, place)
     return jax.image.scale_and_translate(
-        image,
-        image.shape,
-        (0, 1),
-        scale=resized / size,
-        translation=-offset,
-        method="bilinear",
+        image, image.shape, (0, 1), scale=scale, translation=-offset, method="bilinear"
     )
+
+
+def window(
+    size: jax.Array, short: jax.Array, place: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """By what `scale_crop` resizes an image of this size [2], and where its window begins.
+
+    Returns:
+      [2] and [2], of (rows, columns): a point at p comes to scale * p - offset.
+    """
+    resized = jnp.round(size * short / size.min())
+    return resized / size, jnp.floor(place * (resized - size + 1))
 
 
 def jitter_brightness(rng: jax.Array, images: jax.Array, most: float) -> jax.Array:

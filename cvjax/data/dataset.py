@@ -51,7 +51,8 @@ class ArraySplit:
 
     Attributes:
       images: uint8 [n, height, width, channels]; may be a read-only memory map.
-      labels: int32 [n], class numbers; or [n, classes] of zeros and ones (multi-label).
+      labels: int32 [n], class numbers; or [n, classes] of zeros and ones (multi-label); or
+        float32 [n, max_boxes, 5], see `data.boxes`.
     """
 
     images: np.ndarray
@@ -130,6 +131,9 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     """
     if not len(labels):
         raise UserError(f"{where} is empty.")
+    if labels.ndim == 3:
+        _check_boxes(labels, num_classes, where)
+        return
     highest = num_classes - 1 if labels.ndim == 1 else 1
     wrong = (labels < 0) | (labels > highest)
     if labels.ndim > 1:
@@ -140,6 +144,25 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
             f"{int(wrong.sum())} of {len(labels)} labels in {where} are none of 0 to "
             f"{highest}; the first is {labels[first]}, of example {first}: mend these "
             "examples, or leave them out."
+        )
+
+
+def _check_boxes(targets: np.ndarray, num_classes: int, where: str) -> None:
+    """Raises UserError for boxes without area or of no class, see `data.boxes`."""
+    present = (targets != 0).any(axis=-1)
+    corners, classes = targets[..., :4], targets[..., 4] - 1
+    good = np.isfinite(targets).all(axis=-1)
+    good &= (corners[..., 2:] > corners[..., :2]).all(axis=-1)
+    good &= (classes >= 0) & (classes < num_classes) & (classes == np.round(classes))
+    wrong = present & ~good
+    if wrong.any():
+        image, row = np.argwhere(wrong)[0]
+        first = targets[image, row].tolist()
+        raise UserError(
+            f"{int(wrong.sum())} of {int(present.sum())} boxes in {where} have no area or "
+            f"no class of 0 to {num_classes - 1}; the first is {first} "
+            f"(x_min, y_min, x_max, y_max, class + 1), of image {image}: mend these boxes, "
+            "or leave them out."
         )
 
 
@@ -170,7 +193,7 @@ def train_batch(
     """Batch number `step` (from 0) of a run, or the rows of it that are `share`.
 
     Returns:
-      "image" uint8 [batch_size, height, width, channels] and "label" [batch_size].
+      "image" uint8 [batch_size, height, width, channels] and "label" [batch_size, ...].
     """
     indices = batch_indices(len(split), batch_size, seed, step)[share]
     return {"image": split.images[indices], "label": split.labels[indices]}

@@ -70,6 +70,28 @@ def load_picture(
     return np.asarray(image).reshape(image_shape)
 
 
+def seen_part(
+    size: tuple[int, int],
+    image_shape: tuple[int, int, int],
+    border: float | None = None,
+    resize: str = "crop",
+) -> tuple[float, float, float, float]:
+    """The part of a picture of this size (width, height) that `load_picture` takes.
+
+    Returns:
+      left, top, right, bottom in pixels of the picture.
+    """
+    width, height = size
+    if resize == "squash":
+        return 0.0, 0.0, float(width), float(height)
+    cut = border or 0.0
+    inner = (1 - 2 * cut) * width, (1 - 2 * cut) * height
+    scale = min(inner[0] / image_shape[1], inner[1] / image_shape[0])
+    halves = scale * image_shape[1] / 2, scale * image_shape[0] / 2
+    x, y = width / 2, height / 2
+    return x - halves[0], y - halves[1], x + halves[0], y + halves[1]
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without Pillow's warnings of files that are large (checked here) or have odd metadata

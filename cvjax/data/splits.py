@@ -71,16 +71,25 @@ def _fewer(dataset: Dataset, count: int) -> Dataset:
             f"data.train_examples must be between 1 and {available} for {dataset.name} (or "
             f"-1 for all), got {count}."
         )
-    kept, _ = stratified(dataset.train.labels, (count, available - count))
+    labels = dataset.train.labels
+    # Several classes per image cannot be stratified by: the first ones are kept.
+    kept = np.arange(count)
+    if labels.ndim == 1:
+        kept, _ = stratified(labels, (count, available - count))
     return dataclasses.replace(
         dataset,
-        train=ArraySplit(dataset.train.images[kept], dataset.train.labels[kept]),
+        train=ArraySplit(dataset.train.images[kept], labels[kept]),
         fingerprint=_fingerprint(dataset, f"train_examples {count}"),
     )
 
 
 def _smaller(dataset: Dataset, factor: int) -> Dataset:
     height, width, _ = dataset.image_shape
+    if dataset.train.labels.ndim == 3:
+        raise UserError(
+            f"data.shrink is {factor}, but {dataset.name} has boxes, which would not fit "
+            "smaller images; set it to 1."
+        )
     if factor < 1 or height % factor or width % factor:
         raise UserError(
             f"data.shrink is {factor}, but the images of {dataset.name} are "

@@ -12,8 +12,8 @@ from cvjax.data.dataset import ArraySplit, Dataset, Split
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
 from cvjax.evaluation.multicrop import Views, create_views
+from cvjax.tasks.classification import targets
 from cvjax.training import memory, steps
-from cvjax.training.losses import targets
 from cvjax.training.trained_network import Network, apply_model, probabilities
 
 
@@ -157,7 +157,7 @@ def predict_as_in_training(
     """
     arrays = network.variables["params"], network.variables["batch_stats"]
     recipe = network.recipe
-    fixed = {"model": recipe.model, "loss": recipe.loss}
+    fixed = {"model": recipe.model, "loss": recipe.loss, "task": recipe.task}
     sums, scores, labels = [], [], []
     batches = split.eval_batches(_batch_size(network, split, batch_size))
     with contextlib.closing(batches):

@@ -1,4 +1,4 @@
-"""The networks, each `apply(variables, images, train=...) -> logits`."""
+"""The networks, each `apply(variables, images, train=...) -> logits` (detectors: maps)."""
 
 import dataclasses
 import difflib
@@ -9,6 +9,7 @@ from flax import linen as nn
 from cvjax.checks import as_type, check_choice
 from cvjax.errors import UserError
 from cvjax.models.alexnet import AlexNet
+from cvjax.models.centernet import CenterNet
 from cvjax.models.convnet import ConvNet
 from cvjax.models.googlenet import GoogLeNet
 from cvjax.models.mlp import MLP
@@ -16,10 +17,12 @@ from cvjax.models.odenet import DiscreteNet, ODENet
 from cvjax.models.resnet import ResNet
 from cvjax.models.resnet_cifar import CifarResNet
 from cvjax.models.vgg import VGG
+from cvjax.models.yolo import YOLO
 from cvjax.nn import solver
 
 MODELS = {
     "alexnet": AlexNet,
+    "centernet": CenterNet,
     "convnet": ConvNet,
     "googlenet": GoogLeNet,
     "mlp": MLP,
@@ -28,14 +31,21 @@ MODELS = {
     "resnet": ResNet,
     "resnet_cifar": CifarResNet,
     "vgg": VGG,
+    "yolo": YOLO,
 }
+
+# The networks of the task "detection"; see `tasks.detection`.
+DETECTORS = ("centernet", "yolo")
 
 # Fields that change how a network is computed, and not what (but for rounding).
 SAME_FUNCTION = ("walk", "remat", "gradient")
 # Fields that change how the equation of an ODE block is solved besides.
 SAME_EQUATION = tuple(dict.fromkeys((*SAME_FUNCTION, *solver.FIELDS)))
 # Fields that leave the meaning of each parameter as it is.
-SAME_PARAMETERS = (*SAME_EQUATION, "dtype", "dropout", "auxiliary_dropout", "norm_momentum")
+SAME_PARAMETERS = (
+    *SAME_EQUATION,
+    *("dtype", "dropout", "auxiliary_dropout", "norm_momentum", "max_detections"),
+)
 
 
 def model_fields(name: str) -> dict[str, dataclasses.Field]:

@@ -27,6 +27,7 @@ padded by one on each side, as in torchvision. With the stem "small" (3x3, not h
 pooling) the net takes images of 32 pixels to 4x4, as in kuangliu/pytorch-cifar.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -128,29 +129,37 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
-        dtype = DTYPES[self.dtype]
-        norm = batch_norm(self, train)
-        is_deep = self.depth >= 50
-        f = partial(Bottleneck, version=self.version) if is_deep else PostActivation
-        block = partial(Block, f=f, shortcut=self.shortcut, norm=norm, dtype=dtype)
-
-        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        stem = Conv(
-            self.width, kernel, stride, padding=kernel // 2, dtype=dtype, name="stem_conv"
-        )
-        x = nn.relu(norm(name="stem_bn")(stem(images)))
-        if self.stem == "imagenet":
-            x = max_pool(x, 3, 2, ((1, 1), (1, 1)))
-        for stage, length in enumerate(STAGES[self.depth], start=1):
-            features = self.width * 2 ** (stage - 1) * (EXPANSION if is_deep else 1)
-            stride = 1 if stage == 1 else 2
-            if stride != 1 or x.shape[-1] != features:
-                x = block(features, stride, name=f"stage{stage}_transition")(x)
-                length -= 1
-            same = partial(block, features, stride=1)
-            blocks = depth_axis.Stage(
-                same, length, self.walk, self.remat, name=f"stage{stage}"
-            )
-            x = blocks(x)
+        *_, x = resnet_stages(self, images, train)
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)
+
+
+def resnet_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:
+    """The maps at the end of each of the four stages, for networks built on them.
+
+    To be called in the compact method of `net`, whose own the layers become; its fields are
+    those of `ResNet`.
+    """
+    dtype = DTYPES[net.dtype]
+    norm = batch_norm(net, train)
+    is_deep = net.depth >= 50
+    f = partial(Bottleneck, version=net.version) if is_deep else PostActivation
+    block = partial(Block, f=f, shortcut=net.shortcut, norm=norm, dtype=dtype)
+
+    kernel, stride = (7, 2) if net.stem == "imagenet" else (3, 1)
+    stem = Conv(
+        net.width, kernel, stride, padding=kernel // 2, dtype=dtype, name="stem_conv"
+    )
+    x = nn.relu(norm(name="stem_bn")(stem(images)))
+    if net.stem == "imagenet":
+        x = max_pool(x, 3, 2, ((1, 1), (1, 1)))
+    for stage, length in enumerate(STAGES[net.depth], start=1):
+        features = net.width * 2 ** (stage - 1) * (EXPANSION if is_deep else 1)
+        stride = 1 if stage == 1 else 2
+        if stride != 1 or x.shape[-1] != features:
+            x = block(features, stride, name=f"stage{stage}_transition")(x)
+            length -= 1
+        same = partial(block, features, stride=1)
+        blocks = depth_axis.Stage(same, length, net.walk, net.remat, name=f"stage{stage}")
+        x = blocks(x)
+        yield x

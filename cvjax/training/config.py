@@ -20,8 +20,9 @@ from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 from cvjax.files import user_path
-from cvjax.models import MODELS, SAME_EQUATION, model_fields
+from cvjax.models import DETECTORS, MODELS, SAME_EQUATION, model_fields
 from cvjax.nn.norm import check_group
+from cvjax.tasks import TASKS
 from cvjax.training.losses import LOSSES, LossConfig
 from cvjax.training.optim import (
     DECAYED,
@@ -37,10 +38,12 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      name: "digits" (bundled), "folder" (your own pictures), "npz" (your own arrays), or a
-        TFDS image classification set such as "cifar10".
+      name: "digits" or "digit_scenes" (bundled), "folder" (your own pictures), "npz" (your
+        own arrays), "voc" (your own pictures with boxes), or a TFDS image
+        classification set such as "cifar10".
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default. The
-        folder of your pictures, or the .npz file of your arrays.
+        folder of your pictures (with boxes: as `data.voc` says), or the .npz file of your
+        arrays.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
       train_examples: how many of the other training images are used, stratified by class;
@@ -51,7 +54,8 @@ class DataConfig:
         does not fit in memory or whose images differ in size; then `scale_min` and
         `scale_max` are pixels of the images as they are stored.
       image_size, resize: what pictures of a folder or of a stream become: squares of so
-        many pixels a side, by cropping ("crop") or by squashing ("squash").
+        many pixels a side, by cropping ("crop") or by squashing ("squash"). Of "voc" it is
+        the short side.
       num_workers: of a stream, see `data.streaming.StreamOptions`.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
@@ -112,6 +116,7 @@ class RunConfig:
     """One training run. All durations are numbers of updates.
 
     Attributes:
+      task: the problem, one of `cvjax.tasks.TASKS`.
       seed: of the initial parameters, the order of the data and the augmentation.
       total_steps: the length of the run.
       log_every: between two rows of training metrics.
@@ -136,6 +141,7 @@ class RunConfig:
       loss: see `training.losses.LossConfig`.
     """
 
+    task: str = "classification"
     seed: int = 0
     total_steps: int = 1000
     log_every: int = 50
@@ -182,7 +188,8 @@ def default_config(model: str) -> ml_collections.ConfigDict:
     """
     check_choice("model.name", model, tuple(MODELS))
     fields = {name: field.default for name, field in model_fields(model).items()}
-    config = RunConfig(model={"name": model, **fields})
+    task = "detection" if model in DETECTORS else "classification"
+    config = RunConfig(task=task, model={"name": model, **fields})
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
@@ -206,6 +213,7 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
     )
     if "name" not in run.model:
         raise UserError(f"model.name is missing; it is one of {', '.join(MODELS)}.")
+    check_choice("task", run.task, tuple(TASKS))
     choices = (*NORMALIZATIONS, "init_from")
     if "num_classes" in run.model:
         raise UserError(
@@ -222,6 +230,7 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
             f"init_refine is {run.init_refine}, but init_from is empty; name the workdir "
             "of the network that is to be refined there."
         )
+    _check_task(run)
     check_choice("optim.name", run.optim.name, OPTIMIZERS)
     check_choice("optim.schedule", run.optim.schedule, SCHEDULES)
     check_choice("optim.decayed", run.optim.decayed, DECAYED)
@@ -244,6 +253,28 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
     _check_stream(run.data)
     boundary_steps(run.optim, run.total_steps)
     return run
+
+
+def _check_task(run: RunConfig) -> None:
+    """Raises UserError for a model or a loss that is not for the task."""
+    detects = run.model["name"] in DETECTORS
+    if detects != (run.task == "detection"):
+        fitting = DETECTORS if run.task == "detection" else set(MODELS) - {*DETECTORS}
+        raise UserError(
+            f"task is {run.task!r}, but model.name {run.model['name']!r} is "
+            f"{'a' if detects else 'no'} detector; choose one of "
+            f"{', '.join(sorted(fitting))}, or another task."
+        )
+    if run.task == "multilabel" and run.loss.name != "sigmoid":
+        raise UserError(
+            f"loss.name is {run.loss.name!r}, but with task 'multilabel' each class has a "
+            "yes or a no of its own; set it to 'sigmoid'."
+        )
+    if detects and run.loss.label_smoothing:
+        raise UserError(
+            f"loss.label_smoothing is {run.loss.label_smoothing:g}, but a detector's loss "
+            "is that of its paper; set it to 0."
+        )
 
 
 def _check_numbers(values: dict[str, Any], prefix: str = "") -> None:

@@ -199,11 +199,12 @@ def train(
         text = ""
         if due(run.log_every):
             _check_sound(state, run, recipe, folder)
-            row = _training_row(state, recipe.model.num_classes, run.data.batch_size)
+            row = _training_row(state, recipe, run.data.batch_size)
             # Seven digits are all that float32 has: 0.1 and not 0.10000000149.
             row["train/learning_rate"] = float(f"{schedule(step - 1):.7g}")
             blocks = tuple(metrics.solves_of(state.monitor.sums))
-            state = state.replace(monitor=devices.replicate(create_monitor(blocks), mesh))
+            unseen = create_monitor(blocks, recipe.task, recipe.model.num_classes)
+            state = state.replace(monitor=devices.replicate(unseen, mesh))
             seconds = clock.lap() / (step - lap_step)
             lap_step = step
             times["time/step_ms"] = 1000 * seconds
@@ -222,10 +223,11 @@ def _next_point(run: RunConfig, traced: range, step: int) -> int:
     return min(point for point in points if point > step)
 
 
-def _training_row(state: TrainState, num_classes: int, batch_size: int) -> dict[str, float]:
+def _training_row(state: TrainState, recipe: Recipe, batch_size: int) -> dict[str, float]:
     monitor = jax.device_get(state.monitor)
     count = int(monitor.steps) * batch_size
-    row = metrics.means([monitor.sums], num_classes, "train", count)
+    classes = recipe.model.num_classes
+    row = metrics.means([monitor.sums], classes, "train", count, recipe.task)
     row["train/gradient_norm"] = float(monitor.gradient_norm / monitor.steps)
     return row
 

@@ -1,17 +1,13 @@
-"""Losses of single examples, in float32."""
+"""What is minimised, as the config has it; the losses themselves are in `cvjax.tasks`."""
 
 import dataclasses
-
-import jax
-import optax
-from jax import numpy as jnp
 
 LOSSES = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is minimised.
+    """What is minimised; of detectors the loss of their papers, whatever `name` says.
 
     Attributes:
       name: "softmax" cross entropy (one class an image), or "sigmoid" (each class for
@@ -31,22 +27,3 @@ class LossConfig:
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.3
     kinetic_weight: float = 0.0
-
-
-def targets(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Class numbers [batch], or multi-hot rows [batch, classes] -> float rows."""
-    if labels.ndim == 1:
-        return jax.nn.one_hot(labels, num_classes)
-    return labels.astype(jnp.float32)
-
-
-def loss_per_example(logits: jax.Array, labels: jax.Array, loss: LossConfig) -> jax.Array:
-    """Logits [batch, classes] and labels (see `targets`) -> [batch], in nats."""
-    logits = logits.astype(jnp.float32)
-    wanted = targets(labels, logits.shape[-1])
-    smoothing = loss.label_smoothing
-    if loss.name == "softmax":
-        wanted = optax.smooth_labels(wanted, smoothing)
-        return optax.softmax_cross_entropy(logits, wanted)
-    wanted = wanted * (1 - smoothing) + smoothing / 2
-    return optax.sigmoid_binary_cross_entropy(logits, wanted).sum(axis=-1)

@@ -1,17 +1,21 @@
 """Metrics as sums and counts: added on the device, divided once, on the host.
 
-A mean of means weighs the examples of a small batch too much; sums do not.
+A mean of means weighs the examples of a small batch too much; sums do not. What is added
+up is the task's business (`cvjax.tasks`); with it goes what the solvers of ODE blocks did.
 """
 
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import struct
 from jax import numpy as jnp
 
 from cvjax.nn import solver as solvers
-from cvjax.training.losses import targets
+from cvjax.tasks import classification
+from cvjax.tasks.classification import Sums
+from cvjax.tasks.task import Task
 
 
 @struct.dataclass
@@ -35,25 +39,9 @@ class Solves:
 
 
 @struct.dataclass
-class Sums:
-    """Sums over examples, float32 scalars.
-
-    Attributes:
-      loss: of the losses, in nats.
-      errors: examples whose most probable class is not a right one.
-      top5_errors: examples whose five most probable classes hold no right one.
-      count: examples.
-    """
-
-    loss: jax.Array
-    errors: jax.Array
-    top5_errors: jax.Array
-    count: jax.Array
-
-
-@struct.dataclass
 class SolverSums(Sums):
-    """`Sums` for a network with ODE blocks.
+    """Of classification by a network with ODE blocks. Other tasks' sums have `solves`
+    always; these must not, or older checkpoints would not fit.
 
     Attributes:
       solves: of each block, by its name.
@@ -70,11 +58,17 @@ def solves_of(sums: Sums) -> dict[str, Solves]:
 def _with_solves(sums: Sums, solves: dict[str, Solves]) -> Sums:
     if not solves:
         return sums
-    return SolverSums(sums.loss, sums.errors, sums.top5_errors, sums.count, solves)
+    if type(sums) is Sums:
+        return SolverSums(sums.loss, sums.errors, sums.top5_errors, sums.count, solves)
+    return sums.replace(solves=solves)
 
 
-def zero_sums(blocks: tuple[str, ...] = ()) -> Sums:
-    """The sums over no example, for a network with these ODE blocks."""
+def zero_sums(
+    blocks: tuple[str, ...] = (),
+    task: Task = classification.TASK,
+    num_classes: int = 0,
+) -> Sums:
+    """The sums of a task over no example, for a network with these ODE blocks."""
 
     def zeros(dtype, count):  # arrays of their own, as a step gives them up one by one
         return [jnp.zeros((), dtype) for _ in range(count)]
@@ -82,40 +76,32 @@ def zero_sums(blocks: tuple[str, ...] = ()) -> Sums:
     solves = {
         block: Solves(*zeros(jnp.float32, 4), *zeros(jnp.int32, 3)) for block in blocks
     }
-    return _with_solves(Sums(*zeros(jnp.float32, 4)), solves)
+    return _with_solves(task.zero_sums(num_classes), solves)
 
 
 def sum_batch(
     losses: jax.Array,
-    logits: jax.Array,
-    labels: jax.Array,
+    outputs: jax.Array,
+    targets: jax.Array,
     mask: jax.Array,
     sown: Any = None,
+    *,
+    task: Task = classification.TASK,
+    model: nn.Module | None = None,
 ) -> Sums:
     """Sums over the examples of a batch whose mask is True.
 
     Args:
       losses: [batch].
-      logits: [batch, classes].
-      labels: class numbers [batch] or multi-hot rows [batch, classes].
+      outputs: of the network, [batch, ...].
+      targets: [batch, ...], as the task takes them.
       mask: bool [batch].
       sown: the collection "solver", from networks with ODE blocks.
+      task: what is added up.
+      model: the network; a classifier's is not needed.
     """
-    right = targets(labels, logits.shape[-1])
-    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-    hits = jnp.take_along_axis(right, best, axis=-1)
-
+    sums = task.sum_batch(model, losses, outputs, targets, mask)
     blocks = solver_stats(sown)
-
-    def total(values):
-        return jnp.where(mask, values, 0).sum(dtype=jnp.float32)
-
-    sums = Sums(
-        loss=total(losses),
-        errors=total(hits[:, 0] == 0),
-        top5_errors=total(hits.max(axis=-1) == 0),
-        count=total(jnp.ones_like(losses)),
-    )
     solves = {name: _sum_solves(stats, mask) for name, stats in blocks.items()}
     return _with_solves(sums, solves)
 
@@ -150,16 +136,14 @@ def _sum_solves(stats: solvers.Stats, mask: jax.Array) -> Solves:
 def add(a: Sums, b: Sums) -> Sums:
     """The sums over the examples of both; of failures those of `a`, if it has any."""
     ours, theirs = solves_of(a), solves_of(b)
+    if not ours:
+        return jax.tree.map(jnp.add, a, b)
     failed = jnp.array(False)
     for solves in ours.values():
         failed |= solves.failure != solvers.SUCCESSFUL
-    totals = [
-        getattr(a, name) + getattr(b, name)
-        for name in ("loss", "errors", "top5_errors", "count")
-    ]
-    return _with_solves(
-        Sums(*totals),
-        {block: _add_solves(ours[block], theirs[block], failed) for block in ours},
+    totals = jax.tree.map(jnp.add, a.replace(solves={}), b.replace(solves={}))
+    return totals.replace(
+        solves={block: _add_solves(ours[block], theirs[block], failed) for block in ours}
     )
 
 
@@ -208,32 +192,38 @@ def mark_failed(logits: jax.Array, sown: Any) -> jax.Array:
     return logits
 
 
-def means(sums: list[Sums], num_classes: int, prefix: str, count: int) -> dict[str, float]:
+def means(
+    sums: list[Sums],
+    num_classes: int,
+    prefix: str,
+    count: int,
+    task: Task = classification.TASK,
+) -> dict[str, float]:
     """Means over all examples of some batches, added in float64.
 
     Args:
       sums: one per batch.
-      num_classes: size of the logits.
+      num_classes: of the data set.
       prefix: of the keys, for example "val".
       count: the number of examples that there must be; it is asserted.
+      task: what the sums are of.
 
     Returns:
-      "loss" in nats, "error" and, if there are more than five classes, "top5_error" as
-      fractions in [0, 1]; of networks with ODE blocks "nfe", the forward evaluations of f
-      an example, all blocks together, "rejected", the rejected steps, and "nfe_max", the
-      evaluations for the example with the most; of more than one block also each by itself,
-      "nfe_BLOCK", and "nfe_max_BLOCK" alone. Each key stands behind `prefix` and a slash.
+      What the task makes of the sums: "loss", "error" and others; of networks with ODE
+      blocks "nfe", the forward evaluations of f per example, all blocks together,
+      "rejected", the rejected steps, and "nfe_max", the evaluations for the example with
+      the most; of more than one block also each by itself, "nfe_BLOCK", and
+      "nfe_max_BLOCK" alone. Each key stands behind `prefix` and a slash.
     """
     fetched = jax.device_get(sums)
-    total = jax.tree.map(lambda *leaves: np.sum(leaves, dtype=np.float64), *fetched)
+    total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64), *fetched)
     assert total.count == count, f"counted {total.count} examples, not {count}"
-    values = {"loss": total.loss, "error": total.errors}
-    if num_classes > 5:
-        values["top5_error"] = total.top5_errors
+    values = task.means(total, num_classes)
     blocks = solves_of(total)
     if blocks:
-        values |= _solver_values(blocks)
-    rows = {f"{prefix}/{name}": value / total.count for name, value in values.items()}
+        sums_of_solves = _solver_values(blocks)
+        values |= {name: value / total.count for name, value in sums_of_solves.items()}
+    rows = {f"{prefix}/{name}": value for name, value in values.items()}
     for block in blocks:
         name = "nfe_max" if len(blocks) == 1 else f"nfe_max_{block}"
         rows[f"{prefix}/{name}"] = max(one.solves[block].most for one in fetched)

@@ -6,6 +6,8 @@ from flax import linen as nn
 
 from cvjax.data.augment import Augmentation
 from cvjax.models import create_model
+from cvjax.tasks import TASKS, classification
+from cvjax.tasks.task import Task
 from cvjax.training.config import RunConfig
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
@@ -21,6 +23,7 @@ class Recipe:
       total_steps: the length that the learning-rate schedule refers to.
       loss: what is minimised.
       augmentation: of the training images.
+      task: what targets, losses and metrics are.
     """
 
     model: nn.Module
@@ -28,6 +31,7 @@ class Recipe:
     total_steps: int
     loss: LossConfig
     augmentation: Augmentation
+    task: Task = classification.TASK
 
 
 def create_recipe(run: RunConfig, num_classes: int) -> Recipe:
@@ -38,4 +42,5 @@ def create_recipe(run: RunConfig, num_classes: int) -> Recipe:
         total_steps=run.total_steps,
         loss=run.loss,
         augmentation=run.data.augmentation,
+        task=TASKS[run.task],
     )

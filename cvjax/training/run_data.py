@@ -7,12 +7,17 @@ import numpy as np
 
 from cvjax import data
 from cvjax.data.augment import compute_color_axes
+from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.data.streaming import StreamedSplit
+from cvjax.errors import UserError
+from cvjax.tasks import TASKS
 from cvjax.training import transfer
 from cvjax.training.config import RunConfig, check_data
 from cvjax.training.trained_network import Network
 
+# What the targets of an image are, by the rank of a batch of them.
+TARGETS = {1: "one class", 2: "several classes", 3: "boxes"}
 # So many training images of a stream are taken for all of them, to normalise.
 SAMPLE = 1_000
 
@@ -28,6 +33,7 @@ def load_data(run: RunConfig, folder: pathlib.Path, resumes: bool):
         source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
     dataset = data.load(**run.data.source)
     check_data(run, len(dataset.train), dataset.image_shape)
+    _check_targets(run, dataset)
     if isinstance(dataset.train, StreamedSplit):
         # While an evaluation reads its batches, those of the training stay ready.
         rows = run.data.batch_size + run.data.eval_batch_size
@@ -48,3 +54,15 @@ def _statistics(
     if source is None:
         return transfer.own_statistics(folder)
     return transfer.statistics_like(source.statistics, images.shape[1:])
+
+
+def _check_targets(run: RunConfig, dataset: Dataset) -> None:
+    """Raises UserError if the task takes other targets than the data set has."""
+    streamed = isinstance(dataset.train, StreamedSplit)
+    rank = 1 if streamed else dataset.train.labels.ndim
+    if rank not in TASKS[run.task].ranks:
+        fitting = [name for name, task in TASKS.items() if rank in task.ranks]
+        raise UserError(
+            f"task is {run.task!r}, but {dataset.name} has {TARGETS[rank]} of each image; "
+            f"set task to {' or '.join(map(repr, fitting))}, or choose another data set."
+        )

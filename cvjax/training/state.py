@@ -9,6 +9,8 @@ import optax
 from flax import struct
 from jax import numpy as jnp
 
+from cvjax.tasks import classification
+from cvjax.tasks.task import Task
 from cvjax.training import metrics
 from cvjax.training.optim import create_optimizer
 from cvjax.training.recipe import Recipe
@@ -40,10 +42,14 @@ class Monitor:
     bad_step: jax.Array
 
 
-def create_monitor(blocks: tuple[str, ...] = ()) -> Monitor:
+def create_monitor(
+    blocks: tuple[str, ...] = (),
+    task: Task = classification.TASK,
+    num_classes: int = 0,
+) -> Monitor:
     """A monitor that has seen nothing, for a network with these ODE blocks."""
     return Monitor(
-        sums=metrics.zero_sums(blocks),
+        sums=metrics.zero_sums(blocks, task, num_classes),
         gradient_norm=jnp.zeros((), jnp.float32),
         steps=jnp.zeros((), jnp.int32),
         bad_step=jnp.full((), NEVER, jnp.int32),
@@ -87,12 +93,13 @@ def create_train_state(
     """
     variables = recipe.model.init(rng, jnp.zeros((1, *image_shape)), train=False)
     tx = create_optimizer(recipe.optim, recipe.total_steps)
+    blocks = tuple(metrics.solver_stats(variables.get("solver")))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         opt_state=tx.init(variables["params"]),
-        monitor=create_monitor(tuple(metrics.solver_stats(variables.get("solver")))),
+        monitor=create_monitor(blocks, recipe.task, recipe.model.num_classes),
     )
 
 

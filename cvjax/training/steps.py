@@ -23,8 +23,10 @@ from cvjax.data.dataset import Batch, Split
 from cvjax.data.normalize import Statistics, normalize, standardize, to_unit
 from cvjax.errors import DivergedError
 from cvjax.nn import solver as solvers
+from cvjax.tasks import classification
+from cvjax.tasks.task import Task
 from cvjax.training import devices, metrics
-from cvjax.training.losses import LossConfig, loss_per_example
+from cvjax.training.losses import LossConfig
 from cvjax.training.optim import create_optimizer
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import NEVER, Monitor, TrainState
@@ -74,7 +76,9 @@ def training_images(
 def train_step(
     state: TrainState, batch: Batch, constants: Constants, *, recipe: Recipe
 ) -> TrainState:
-    """One update on a batch of "image" (uint8) and "label"; `state` is donated.
+    """One update on a batch of "image" (uint8) and "label" (the task's targets).
+
+    `state` is donated.
 
     A model may draw from the stream "dropout", and may sow logits into the collection
     "auxiliary" [batch, classes]: the loss that is minimised, and logged, is then its own
@@ -83,6 +87,8 @@ def train_step(
     """
     rng = jax.random.fold_in(constants.rng, state.step)
     images = training_images(rng, batch["image"], constants, recipe.augmentation)
+    task = recipe.task
+    targets = task.move(rng, batch["label"], images.shape[1:], recipe.augmentation)
 
     collections = ["batch_stats", "auxiliary", "solver"]
     if recipe.loss.kinetic_weight:
@@ -97,9 +103,9 @@ def train_step(
             mutable=collections,
             rngs={"dropout": jax.random.fold_in(rng, DROPOUT_DRAWS)},
         )
-        losses = loss_per_example(logits, batch["label"], recipe.loss)
+        losses = task.losses(recipe.model, logits, targets, recipe.loss)
         for auxiliary in jax.tree.leaves(updated.get("auxiliary", {})):
-            others = loss_per_example(auxiliary, batch["label"], recipe.loss)
+            others = task.losses(recipe.model, auxiliary, targets, recipe.loss)
             losses += recipe.loss.auxiliary_weight * others
         for energy in jax.tree.leaves(updated.get("kinetic", {})):
             losses += recipe.loss.kinetic_weight * energy
@@ -114,7 +120,9 @@ def train_step(
     step = state.step + 1
     norm = optax.tree.norm(gradient)
     mask = jnp.ones_like(losses, bool)
-    seen = metrics.sum_batch(losses, logits, batch["label"], mask, updated.get("solver"))
+    solved = updated.get("solver")
+    about = {"task": task, "model": recipe.model}
+    seen = metrics.sum_batch(losses, logits, targets, mask, solved, **about)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     for solves in metrics.solves_of(seen).values():
         finite &= solves.failure == solvers.SUCCESSFUL
@@ -166,7 +174,7 @@ def train_steps(
     return jax.lax.fori_loop(0, count, step, state)
 
 
-@partial(jax.jit, static_argnames=("model", "loss"))
+@partial(jax.jit, static_argnames=("model", "loss", "task"))
 def eval_step_with_logits(
     params,
     batch_stats,
@@ -175,25 +183,30 @@ def eval_step_with_logits(
     *,
     model: nn.Module,
     loss: LossConfig,
+    task: Task = classification.TASK,
 ) -> tuple[metrics.Sums, jax.Array]:
     """Sums over one batch of "image" (uint8), "label" and "mask", in evaluation mode.
 
-    With them the logits [batch, classes], NaN where a solver failed.
+    With them the network's outputs [batch, ...], NaN where a solver failed.
     """
     images = normalize(batch["image"], statistics)
     variables = {"params": params, "batch_stats": batch_stats}
     logits, sown = model.apply(variables, images, train=False, mutable=["solver"])
     plain = dataclasses.replace(loss, label_smoothing=0.0)
-    losses = loss_per_example(logits, batch["label"], plain)
+    losses = task.losses(model, logits, batch["label"], plain)
     solves = sown.get("solver")
-    sums = metrics.sum_batch(losses, logits, batch["label"], batch["mask"], solves)
+    about = {"task": task, "model": model}
+    sums = metrics.sum_batch(losses, logits, batch["label"], batch["mask"], solves, **about)
     return sums, metrics.mark_failed(logits, solves)
 
 
-@partial(jax.jit, static_argnames=("model", "loss"))
-def eval_step(*arrays, model: nn.Module, loss: LossConfig) -> metrics.Sums:
+@partial(jax.jit, static_argnames=("model", "loss", "task"))
+def eval_step(
+    *arrays, model: nn.Module, loss: LossConfig, task: Task = classification.TASK
+) -> metrics.Sums:
     """The sums alone, see `eval_step_with_logits`."""
-    return eval_step_with_logits.__wrapped__(*arrays, model=model, loss=loss)[0]
+    fixed = {"model": model, "loss": loss, "task": task}
+    return eval_step_with_logits.__wrapped__(*arrays, **fixed)[0]
 
 
 def evaluate(
@@ -215,7 +228,7 @@ def evaluate(
       batch_stats: BatchNorm's running averages.
       split: what to evaluate on.
       statistics: of the training images.
-      recipe: the model and the loss in it are used.
+      recipe: the model, the loss and the task in it are used.
       batch_size: of the evaluation; it does not change the result.
       prefix: of the keys, for example "val".
       mesh: the devices that hold copies of the arrays and share each batch, which is
@@ -229,7 +242,7 @@ def evaluate(
       DivergedError: if the solver of an ODE block failed.
     """
     sums = []
-    fixed = {"model": recipe.model, "loss": recipe.loss}
+    fixed = {"model": recipe.model, "loss": recipe.loss, "task": recipe.task}
     # Closed, or the workers of a stream would outlive an evaluation that is abandoned.
     with contextlib.closing(_eval_batches(split, batch_size, mesh)) as batches:
         for batch in batches:
@@ -249,7 +262,7 @@ def summarize(
         raise DivergedError(
             f"The evaluation ({prefix or 'of the network'}) failed. {cause}"
         )
-    return metrics.means(sums, recipe.model.num_classes, prefix, count)
+    return metrics.means(sums, recipe.model.num_classes, prefix, count, recipe.task)
 
 
 def _eval_batches(split: Split, batch_size: int, mesh: Mesh | None) -> Iterator[Batch]:

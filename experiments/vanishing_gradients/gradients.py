@@ -29,7 +29,8 @@ from cvjax.models.odenet_layers import Downsampling
 from cvjax.models.resnet_layers import Block
 from cvjax.nn import depth, runge_kutta
 from cvjax.nn.ode import ODEBlock
-from cvjax.training.losses import LossConfig, loss_per_example
+from cvjax.tasks.classification import loss_per_example
+from cvjax.training.losses import LossConfig
 
 Path = tuple[str, ...]
 

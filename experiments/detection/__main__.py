@@ -1,0 +1,116 @@
+"""A grid whose cells name one object each, or points: what does each detector miss?
+
+    python -m experiments.detection --preset=quick --workdir=runs/detection
+
+YOLO's first version divides the image into cells, and a cell names one object. Whatever
+else has its centre in that cell cannot be found; which objects these are follows from the
+grid and the true boxes alone, without any training. CenterNet asks for centres per class on
+a finer map. Theory predicts that CenterNet's recall does not depend on whether objects
+share a (YOLO's) cell, and that YOLO's does; that its recall can be at most one less the
+fraction of objects that come second to their cell.
+
+Detections count from the score on that gives the best F1 on the validation images, and are
+right at an overlap of 0.5. Average precisions are COCO's.
+"""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from configs import digit_scenes_centernet, digit_scenes_yolo
+from cvjax import cli
+from cvjax.report import tables
+from cvjax.report.statistics import paired_difference, spread
+from cvjax.storage import workdir as workdirs
+from experiments import runner, sharing
+from experiments.detection import figure
+from experiments.detection.measure import measure
+
+PRESETS = {"quick": (digit_scenes_centernet, digit_scenes_yolo)}
+MEASURED = ("ap50", "ap", "recall", "precision", "recall_alone", "recall_sharing")
+HEADINGS = ("AP at 0.5", "AP", "recall", "precision", "alone", "sharing a cell")
+
+
+def define_flags() -> None:
+    runner.define_flags(PRESETS, "network")
+    sharing.define_flags()
+
+
+def create_config(module, seed: int, total_steps: int | None):
+    config = module.get_config()
+    config.seed = seed
+    config.total_steps = total_steps or config.total_steps
+    return config
+
+
+def main(arguments):
+    cli.refuse_arguments(arguments)
+    values, shared = flags.FLAGS, sharing.from_flags()
+    folder = workdirs.check_writable(values.workdir)
+    configs = {}
+    for seed in range(values.seeds):
+        for module in PRESETS[values.preset]:
+            config = create_config(module, seed, values.steps)
+            configs[folder / "runs" / f"{config.model.name}-seed{seed}"] = config
+    runs = []
+    stride = PRESETS[values.preset][1].get_config().model.stride
+    for run in runner.train_all(configs, shared=shared):
+        config = configs[run]
+        kept = runner.read_run(run)
+        key = {"step": kept["summary"]["step"], "stride": stride}
+        measured = runner.cached(
+            run / "detections.json", key, lambda run=run: measure(run, stride)
+        )
+        about = {"network": config.model.name, "seed": config.seed}
+        runs.append({**about, "measured": measured, **kept})
+    report(runs, folder, values.preset)
+
+
+def report(runs: list[dict[str, Any]], folder: pathlib.Path, preset: str) -> None:
+    """Writes results.json and the figures, and prints the table."""
+    names = list(dict.fromkeys(run["network"] for run in runs))
+    by_name = {
+        name: [run["measured"] for run in runs if run["network"] == name] for name in names
+    }
+    table = [
+        {
+            **{"network": name, "n": len(measured)},
+            **{key: spread([one[key] for one in measured]) for key in MEASURED},
+        }
+        for name, measured in by_name.items()
+    ]
+    claims = []
+    for name, measured in by_name.items():
+        kinds = [
+            [one[f"recall_{kind}"] for one in measured] for kind in ("sharing", "alone")
+        ]
+        claim = {"network": name, "what": "recall of objects that share a cell, less alone"}
+        claims.append({**claim, **paired_difference(*kinds)})
+    bound = runs[0]["measured"]["bound"]
+    # Without the boxes, which stand in detections.json of each run.
+    kept = [
+        {**run, "measured": {k: v for k, v in run["measured"].items() if k != "scenes"}}
+        for run in runs
+    ]
+    runner.write_results(
+        folder, "detection", preset, table=table, claims=claims, runs=kept, bound=bound
+    )
+    rows = [
+        [row["network"], str(row["n"]), *(tables.mean_std(row[key], 3) for key in MEASURED)]
+        for row in table
+    ]
+    tables.show("Test scenes", ("network", "n", *HEADINGS), rows)
+    for claim in claims:
+        print(f"{claim['network']}: {claim['what']}: {tables.difference(claim, 3)}")
+    print(f"A grid of YOLO's cells can have a recall of {bound:.3f} at most.")
+    paths = folder / "detection.png", folder / "scenes.png"
+    figure.draw_recalls(by_name, bound, paths[0])
+    figure.draw_scenes({name: by_name[name][0] for name in names}, paths[1])
+    for path in (folder / "results.json", *paths):
+        print(path)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,92 @@
+"""The figures: recall against the number of objects; scenes with what was found on them."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cvjax.report.boxes import draw_boxes
+from cvjax.report.figures import label_axes, save_figure, tile
+from cvjax.report.statistics import spread
+
+STYLES = {
+    "centernet": {"color": "#1f5a99", "marker": "o", "label": "CenterNet"},
+    "yolo": {"color": "#c8553d", "marker": "s", "label": "YOLO, version 1"},
+}
+RIGHT, MISSED, FALSE = "#009E73", "#56B4E9", "#D55E00"
+SCALE = 4
+
+
+def draw_recalls(
+    measured: Mapping[str, Sequence[Mapping[str, Any]]], bound: float, path: pathlib.Path
+) -> None:
+    """Recall by the number of objects on an image, and by whether they share a cell.
+
+    Args:
+      measured: of each network what `measure` gives, one per seed.
+      bound: the recall that YOLO's cells allow.
+      path: the PNG.
+    """
+    figure = Figure(figsize=(7.2, 3.0), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    for name, seeds in measured.items():
+        counts = list(seeds[0]["recall_by_count"])
+        rows = [spread([one["recall_by_count"][c] for one in seeds]) for c in counts]
+        style = {"capsize": 2, "linewidth": 1.4, "markersize": 4, **STYLES[name]}
+        _plot(left, [int(count) for count in counts], rows, style)
+        kinds = [f"recall_{kind}" for kind in ("alone", "sharing")]
+        rows = [spread([one[kind] for one in seeds]) for kind in kinds]
+        _plot(right, [0, 1], rows, style)
+    line = {"color": "0.4", "linewidth": 0.9, "linestyle": (0, (4, 3))}
+    left.axhline(bound, label="most that YOLO's cells allow, all images", **line)
+    for panel in (left, right):
+        panel.set_ylim(top=1.005)
+    label_axes(left, "objects on the image", "recall")
+    left.legend(fontsize=7, frameon=False, loc="lower left")
+    label_axes(right, "objects in a cell of YOLO's grid", "recall")
+    right.set_xlim(-0.4, 1.4)
+    right.set_xticks([0, 1], ["one", "several"])
+    save_figure(figure, path)
+
+
+def _plot(panel, x: list[int], rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    """Means with their 95 % intervals, where there is more than one seed."""
+    means = [row["mean"] for row in rows]
+    if any(row["interval"] is None for row in rows):
+        kept = {key: style[key] for key in style if key != "capsize"}
+        panel.plot(x, means, **kept)
+        return
+    errors = [row["interval"][1] - row["mean"] for row in rows]
+    panel.errorbar(x, means, errors, **style)
+
+
+def draw_scenes(measured: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
+    """A contact sheet: a block of rows per network, with right, missed and false boxes.
+
+    Args:
+      measured: of each network what `measure` gives for one seed.
+      path: the PNG.
+    """
+    figure = Figure(figsize=(7.2, 5.6), dpi=200, layout="constrained")
+    panels = figure.subplots(len(measured), 1, squeeze=False)[:, 0]
+    for panel, (name, one) in zip(panels, measured.items(), strict=True):
+        pictures = [np.asarray(_draw(scene)) / 255 for scene in one["scenes"]]
+        panel.imshow(tile(pictures, 6, 1), interpolation="nearest")
+        panel.set_axis_off()
+        panel.set_title(STYLES[name]["label"], fontsize=9, loc="left")
+    for k, (text, color) in enumerate(
+        (("right", RIGHT), ("missed", MISSED), ("false", FALSE))
+    ):
+        figure.text(0.62 + 0.11 * k, 0.985, f"■ {text}", color=color, fontsize=9, va="top")
+    save_figure(figure, path)
+
+
+def _draw(scene: Mapping[str, Any]):
+    found, missed = scene["found"], scene["missed"]
+    corners = [row[:4] for row in missed] + [row[:4] for row in found]
+    labels = [""] * len(missed) + [str(row[4]) for row in found]
+    colors = [MISSED] * len(missed) + [RIGHT if row[5] else FALSE for row in found]
+    image = np.array(scene["image"], np.uint8)
+    return draw_boxes(image, np.array(corners).reshape(-1, 4), labels, colors, SCALE)
