@@ -2,8 +2,8 @@
 
 Paper:    Zhou et al. 2019 (arXiv:1904.07850) on He et al. 2015's ResNet-18, in miniature
 Command:  python train.py --config=configs/digit_scenes_centernet.py --workdir=runs/scenes
-Cost:     177 s of one CPU core, compilation included
-Expected: AP at 0.5 of 0.95 to 0.96 on the test scenes
+Cost:     177 CPU seconds on one core, compilation and evaluation included
+Expected: AP at 0.5 of 0.956 +- 0.005 on the test scenes (n = 3)
 """
 
 from cvjax.training import default_config
