@@ -43,8 +43,9 @@ it is); other seeds and settings of training, to choose Adam's rate, the lengths
 of SGD for L = 4.
 
 Presets: quick (digits at 4x4, one CPU core, some ten minutes), deep (the same, with L = 256
-after training too; twice as long), medium (CIFAR-10, about an hour; not yet run). Each run has a folder of its own under WORKDIR/runs; the
-same command goes on where it was stopped, and what is finished is not run again.
+after training too; twice as long), medium (CIFAR-10, about an hour; not yet run). Each run
+has a folder of its own under WORKDIR/runs; the same command goes on where it was stopped,
+and what is finished is not run again.
 """
 
 import pathlib
