@@ -92,6 +92,7 @@ OTHERS = {
     "optim.boundaries": (0.25, 100),
     "loss.name": "sigmoid",
     "model.body": "tied",
+    "model.depth_init": "smooth",
     "model.blocks": (3, 3, 3),
     "model.dtype": "bfloat16",
     "model.gradient": "backsolve",

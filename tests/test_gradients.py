@@ -13,6 +13,7 @@ from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.nn import depth
+from cvjax.tasks.classification import loss_per_example
 from cvjax.training import steps
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
@@ -202,7 +203,7 @@ def test_steps_in_time_are_those_of_the_model(name, fields):
 
     def loss(params):
         logits = ode.apply({"params": params}, images, train=True, mutable=["solver"])[0]
-        return steps.loss_per_example(logits, labels, SOFTMAX).mean()
+        return loss_per_example(logits, labels, SOFTMAX).mean()
 
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])

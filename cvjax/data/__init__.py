@@ -23,13 +23,11 @@ from absl import logging
 from cvjax.data import cache, tfds
 from cvjax.data.arrays import load_npz
 from cvjax.data.dataset import ArraySplit, Dataset, check_labels
-from cvjax.data.digit_scenes import load_digit_scenes
 from cvjax.data.digits import load_digits
 from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
 from cvjax.data.splits import check_val_examples, reduced, stratified
 from cvjax.data.streaming import StreamOptions, open_stream
-from cvjax.data.voc import load_voc
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
@@ -95,6 +93,8 @@ def load(
     if stream:
         return load_stream(name, stream, data_dir=data_dir, val_examples=val_examples)
     if name == "voc":
+        from cvjax.data.voc import load_voc  # Imports jax.
+
         dataset = load_voc(data_dir, image_size, resize, val_examples)
         return reduced(dataset, train_examples, shrink)
     if resize != "crop":
@@ -112,6 +112,8 @@ def load(
                 f"data.val_examples is {val_examples}, but digit_scenes has validation "
                 "scenes of its own digits; set it to -1."
             )
+        from cvjax.data.digit_scenes import load_digit_scenes  # Imports jax.
+
         return reduced(load_digit_scenes(), train_examples, shrink)
     decoded = _labelled(_load_tfds(name, data_dir, cache_dir), name)
     test = "test" if "test" in decoded.images else "validation"
