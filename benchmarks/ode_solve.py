@@ -1,7 +1,8 @@
 """An ODE block beside torchdiffeq's, and beside diffrax's own loop over equal steps.
 
     pip install torch torchdiffeq
-    python -m benchmarks.ode_solve --workdir=results/ode_solve
+    python -m benchmarks.ode_solve --workdir=results/benchmarks/ode_solve
+    python -m benchmarks.ode_solve --batch_size=32 --side=8 --activation=softplus
 
 The same f (the paper's: GroupNorm, ReLU, two 3x3 convolutions that see t), the same weights
 and images, the same solver and tolerance. First outputs and gradients are compared, then
@@ -11,11 +12,13 @@ round. Compilation stands apart.
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
 steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
-"cvjax, direct" differentiates through the solver's steps without checkpoints, as
-torchdiffeq does. Diffrax's loop over equal steps shows what nn/runge_kutta.py is for.
+"cvjax, direct" keeps all that the solver computed for the gradient, as torchdiffeq does;
+"cvjax, checkpoint" computes most of it again; "cvjax" is the default, one of the two.
+Diffrax's loop over equal steps shows what nn/runge_kutta.py is for.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,22 +29,28 @@ import numpy as np
 from absl import flags, logging
 from jax import numpy as jnp
 
+from benchmarks import report
 from cvjax import cli, timing
 from cvjax.errors import UserError
-from cvjax.files import write_json
 from cvjax.models.odenet_layers import Residual, groups_of
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
-SIDE = flags.DEFINE_integer("side", 8, "Height and width.", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
+BATCH_SIZE = flags.DEFINE_multi_integer(
+    "batch_size", [32, 128], "Images per batch; may be repeated.", lower_bound=1
+)
+SIDE = flags.DEFINE_multi_integer(
+    "side", [8, 16], "Height and width; may be repeated.", lower_bound=1
+)
 FEATURES = flags.DEFINE_integer("features", 64, "Channels.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each side.", lower_bound=1)
 ACTIVATION = flags.DEFINE_enum("activation", "relu", ["relu", "softplus"], "Of f.")
 TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "rtol and atol of Dopri5.")
+
+HEADINGS = ("x", "solver", "side", "NFE", "ms (quartiles)", "speed (quartiles)")
 
 # label: solver here, and the arguments of torchdiffeq's odeint
 SOLVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -174,29 +183,30 @@ def main(arguments):
             f"{error.name} is missing; `pip install torch torchdiffeq`."
         ) from None
     folder = workdirs.check_writable(WORKDIR.value) if WORKDIR.value else None
-    shape = (BATCH_SIZE.value, SIDE.value, SIDE.value, FEATURES.value)
-    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    params = Residual("group", ACTIVATION.value).init(jax.random.key(0), x, jnp.zeros(()))[
-        "params"
-    ]
-    params = jax.device_get(params)
     rows = []
-    for label, (here, there) in SOLVERS.items():
-        tolerance = {"rtol": TOLERANCE.value, "atol": TOLERANCE.value}
-        solver = Solver(**here, **tolerance, per_sample="never")
-        rows.append(compare(label, solver, there, params, x))
-    show(rows, shape)
+    for batch_size, side in itertools.product(BATCH_SIZE.value, SIDE.value):
+        shape = (batch_size, side, side, FEATURES.value)
+        x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        f = Residual("group", ACTIVATION.value)
+        params = jax.device_get(f.init(jax.random.key(0), x, jnp.zeros(()))["params"])
+        for label, (here, there) in SOLVERS.items():
+            tolerance = {"rtol": TOLERANCE.value, "atol": TOLERANCE.value}
+            solver = Solver(**here, **tolerance, per_sample="never")
+            rows.append(compare(label, solver, there, params, x))
+    cells = tabulate(rows)
+    tables.show("Forward and gradient; speed: torchdiffeq's is 1", HEADINGS, cells)
+    for row in rows:
+        told = ", ".join(f"{name} {value:.1e}" for name, value in row["difference"].items())
+        print(f"{row['shape']}, {row['solver']}: differences {told}")
     if folder:
         results = {
             "benchmark": "ode_solve",
-            "shape": shape,
             "tolerance": TOLERANCE.value,
             "activation": ACTIVATION.value,
             "rounds": ROUNDS.value,
             "rows": rows,
-            "measured_by": workdirs.provenance(),
         }
-        write_json(folder / "results.json", results)
+        report.write(folder, results, tables.markdown(HEADINGS, cells))
 
 
 def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: np.ndarray):
@@ -206,8 +216,9 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
     torch_run, read, *versions = create_torch_side(params, x, there)
     compile_seconds = {}
     ours = partial(Residual, "group", ACTIVATION.value)
-    direct = dataclasses.replace(solver, gradient="direct")
-    for name, how in (("cvjax", solver), ("cvjax, direct", direct)):
+    other = "checkpoint" if solver.steps else "direct"
+    others = dataclasses.replace(solver, gradient=other)
+    for name, how in (("cvjax", solver), (f"cvjax, {other}", others)):
         sides[name], compile_seconds[name] = create_jax_side(ours, how, params, x)
     if solver.steps:
         name = "diffrax's loop"
@@ -228,6 +239,7 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
         relative(leaf["bias"][0], theirs[2][name]["bias"]) for name, leaf in weights.items()
     ]
     return {
+        "shape": x.shape,
         "solver": label,
         "nfe": {"cvjax": int(nfe), "torchdiffeq": theirs[3]},
         "difference": {
@@ -235,14 +247,9 @@ def compare(label: str, solver: Solver, there: dict[str, Any], params: Any, x: n
             "gradient by x": relative(by_x, theirs[1]),
             "gradient by parameters": max(differences),
         },
-        "ms": {name: 1000 * float(np.median(own)) for name, own in times.items()},
-        "ms_quartiles": {
-            name: np.percentile(1000 * own, (25, 75)).tolist()
-            for name, own in times.items()
-        },
-        "times_as_fast_as_torchdiffeq": {
-            name: float(np.median(times["torchdiffeq"] / own))
-            for name, own in times.items()
+        "ms": {name: timing.spread(1000 * own) for name, own in times.items()},
+        "speed": {
+            name: timing.spread(times["torchdiffeq"] / own) for name, own in times.items()
         },
         "compile_seconds": compile_seconds,
         "versions": dict(zip(("torch", "torchdiffeq"), versions, strict=True)),
@@ -255,22 +262,20 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
-    """The tables on the terminal."""
-    cells = []
-    for row in rows:
-        for name, ms in row["ms"].items():
-            low, high = row["ms_quartiles"][name]
-            side = "torchdiffeq" if name == "torchdiffeq" else "cvjax"
-            ratio = row["times_as_fast_as_torchdiffeq"][name]
-            numbers = (f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}")
-            cells.append([row["solver"], name, str(row["nfe"][side]), *numbers])
-    title = "Forward and gradient of an ODE block; speed: torchdiffeq's is 1"
-    tables.show(title, ("solver", "side", "NFE", "ms", "quartiles", "speed"), cells)
-    print(f"Images and features: {shape}.")
-    for row in rows:
-        told = ", ".join(f"{name} {value:.1e}" for name, value in row["difference"].items())
-        print(f"{row['solver']}: differences {told}")
+def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the table, with quartiles of times and of ratios."""
+    return [
+        (
+            " x ".join(map(str, row["shape"])),
+            row["solver"],
+            name,
+            str(row["nfe"]["torchdiffeq" if name == "torchdiffeq" else "cvjax"]),
+            timing.format_spread(ms, 0),
+            timing.format_spread(row["speed"][name]),
+        )
+        for row in rows
+        for name, ms in row["ms"].items()
+    ]
 
 
 if __name__ == "__main__":

@@ -435,7 +435,7 @@ def test_batch_norm_is_refused():
     ("settings", "sentence"),
     [
         ({"method": "rk5"}, "method must be one of euler, .*, got 'rk5'"),
-        ({"gradient": "adjoint"}, "gradient must be one of checkpoint, .*, got 'adjoint'"),
+        ({"gradient": "adjoint"}, "gradient must be one of auto, .*, got 'adjoint'"),
         ({"steps": -1}, "steps must be 1 to 100,000, or 0 for adaptive steps, got -1"),
         (
             {"method": "rk4", "steps": 0},

@@ -131,7 +131,7 @@ class ODENet(nn.Module):
     rtol: float = 1e-3
     atol: float = 1e-3
     max_steps: int = 256
-    gradient: str = "checkpoint"
+    gradient: str = "auto"
     per_sample: str = "eval"
     walk: str = "auto"
     dtype: str = "float32"

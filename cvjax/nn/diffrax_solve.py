@@ -134,11 +134,8 @@ def solve(
 
     if solver.gradient == "backsolve":
         return _solve_with_adjoint(f, theta, x, t0, t1, controlled, solver)
-    adjoints = {
-        "checkpoint": diffrax.RecursiveCheckpointAdjoint,
-        "direct": diffrax.DirectAdjoint,
-    }
-    adjoint = adjoints[solver.gradient]()
+    keeps_all = solver.gradient == "direct"
+    adjoint = diffrax.DirectAdjoint() if keeps_all else diffrax.RecursiveCheckpointAdjoint()
     return _solve(f, theta, x, t0, t1, controlled, adjoint, solver)
 
 

@@ -152,7 +152,9 @@ class ODEBlock(nn.Module):
             path = jax.tree.map(lambda leaf, end: jnp.vstack([leaf, end[None]]), path, x)
             self.sow("trajectory", "x", path, reduce_fn=lambda _, new: new)
         else:
-            checkpoint = solver.gradient == "checkpoint"
+            checkpoint = solver.gradient == "checkpoint" or (
+                solver.gradient == "auto" and depth.is_rolled("auto", solver.steps)
+            )
             x = runge_kutta.walk(
                 one_step, theta, x, solver.steps, rolled=rolled, checkpoint=checkpoint
             )

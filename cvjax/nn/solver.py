@@ -12,7 +12,7 @@ SUCCESSFUL, MAX_STEPS, UNDERFLOW, NOT_FINITE = range(4)
 
 METHODS = ("euler", "midpoint", "heun", "rk4", "tsit5", "dopri5", "reversible_heun")
 ADAPTIVE = ("midpoint", "heun", "tsit5", "dopri5", "reversible_heun")
-GRADIENTS = ("checkpoint", "direct", "backsolve")
+GRADIENTS = ("auto", "checkpoint", "direct", "backsolve")
 PER_SAMPLE = ("eval", "always", "never")
 # Fields of a model that are about the solver: no parameter depends on them.
 FIELDS = ("solver", "steps", "rtol", "atol", "max_steps", "gradient", "per_sample")
@@ -34,7 +34,9 @@ class Solver:
         failure. So it is with the continuous adjoint's steps back.
       gradient: "checkpoint" and "direct" are exact: they differentiate the steps taken,
         keeping some of them (about the root of their number; diffrax: the logarithm of
-        `max_steps`) and computing the others again, or keeping all. "backsolve" is the
+        `max_steps`) and computing the others again, or keeping all, which is faster:
+        "auto" is "direct" for fixed steps as few as are unrolled (`nn.depth.is_rolled`),
+        or else "checkpoint". "backsolve" is the
         continuous adjoint of Chen et al.: memory does not grow with the steps, and the
         gradient has an error of the order of the solver's.
       per_sample: when images have adaptive steps of their own, so that none depends on
@@ -50,7 +52,7 @@ class Solver:
     rtol: float = 1e-3
     atol: float = 1e-3
     max_steps: int = 256
-    gradient: str = "checkpoint"
+    gradient: str = "auto"
     per_sample: str = "eval"
 
     def __post_init__(self):
