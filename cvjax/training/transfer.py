@@ -12,8 +12,8 @@ With `config.init_refine = 2` that network first gets two blocks for each one th
 `models.resnet_cifar.refined_fields`.
 
 A detector may also start from a classifier, a network `resnet` with the fields of its
-backbone (`models.resnet.BACKBONE`), trained or imported: it takes the layers of the stem and
-of the stages that it has, and what lies behind them is re-initialised.
+backbone (`models.resnet.BACKBONE`), trained or imported: it takes the layers of the stem
+and of the stages that it has, and what lies behind them is re-initialised.
 
 With `config.data.normalization = "init_from"` images are normalised as they were for that
 network; else by the statistics of the new training images, which suits a network that is
