@@ -53,6 +53,8 @@ SHORTCUTS = ("A", "B", "C", "none")
 VERSIONS = ("1", "1.5")
 STEMS = ("imagenet", "small")
 EXPANSION = 4  # of a bottleneck
+# The fields that say which layers a net has before its head.
+BACKBONE = ("depth", "shortcut", "version", "stem", "width")
 
 
 class Bottleneck(nn.Module):

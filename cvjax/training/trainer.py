@@ -112,7 +112,9 @@ def _run(
     check_network(run, recipe, dataset.image_shape)
     state, record, measured = initial_or_restored(run, recipe, dataset, folder)
     if source is not None:
-        state = transfer.start_from(state, source, run.init_from, dataset.class_names)
+        state = transfer.start_from(
+            state, source, run.init_from, run.model, dataset.class_names
+        )
     trained = transfer.check_freeze(state.params, run.optim.freeze)
     if run.loss.kinetic_weight and not metrics.solves_of(state.monitor.sums):
         raise UserError(

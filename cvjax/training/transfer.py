@@ -11,6 +11,10 @@ With `config.init_refine = 2` that network first gets two blocks for each one th
 (`nn.depth.refine`), and the fields of the one that is trained are those of
 `models.resnet_cifar.refined_fields`.
 
+A detector may also start from a classifier, a network `resnet` with the fields of its
+backbone (`models.resnet.BACKBONE`), trained or imported: it takes the layers of the stem
+and of the stages that it has, and what lies behind them is re-initialised.
+
 With `config.data.normalization = "init_from"` images are normalised as they were for that
 network; else by the statistics of the new training images, which suits a network that is
 going to be trained as a whole.
@@ -31,7 +35,8 @@ from jax import numpy as jnp
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.files import Path, user_path
-from cvjax.models import SAME_PARAMETERS, create_model
+from cvjax.models import DETECTORS, SAME_PARAMETERS, create_model
+from cvjax.models.resnet import BACKBONE
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn.depth import refine
 from cvjax.storage import workdir as workdirs
@@ -76,7 +81,10 @@ def load_source(
         raise UserError(f"init_from cannot be used: {error}") from error
     if factor > 1:
         network = _refined(network, factor)
-    differences = workdirs.config_differences(_fixed(network.run.model), _fixed(model))
+    fields = _fixed(network.run.model), _fixed(model)
+    if _gives_backbone(network, model):
+        fields = [{key: group[key] for key in BACKBONE} for group in fields]
+    differences = workdirs.config_differences(*({"model": group} for group in fields))
     if differences:
         raise UserError(
             f"init_from {source} is of another network ({'; '.join(differences)}); give "
@@ -109,14 +117,20 @@ def _refined(network: Network, factor: int) -> Network:
 
 
 def start_from(
-    state: TrainState, source: Network, init_from: str, class_names: tuple[str, ...]
+    state: TrainState,
+    source: Network,
+    init_from: str,
+    model: Mapping[str, Any],
+    class_names: tuple[str, ...],
 ) -> TrainState:
     """The state before the first update, with the variables of `source`.
 
     Args:
-      state: as drawn; layers that make another number of logits keep what they have.
+      state: as drawn; layers that make another number of logits keep what they have, and
+        so do a detector's layers behind a classifier's backbone.
       source: see `load_source`.
       init_from: its workdir, for the log.
+      model: name and fields of the network that is to be trained.
       class_names: of the data that is trained on; layers that make logits are not taken
         from a network of other classes.
 
@@ -128,9 +142,13 @@ def start_from(
     loaded = traverse_util.flatten_dict(source.variables)
     classes = len(source.class_names)
     heads, differences = [], []
-    if class_names != source.class_names and len(class_names) == classes:
+    if _gives_backbone(source, model):
+        heads = [path for path in wanted if not _in_backbone(path)]
+        # A detector may leave out the last stages.
+        loaded = {path: loaded[path] for path in wanted if _in_backbone(path)}
+    elif class_names != source.class_names and len(class_names) == classes:
         heads = _heads(source)
-    for path in wanted.keys() | loaded.keys():
+    for path in (wanted.keys() | loaded.keys()) - set(heads):
         name = "/".join(path)
         ours, theirs = (np.shape(tree.get(path)) for tree in (wanted, loaded))
         if path not in loaded or path not in wanted:
@@ -157,8 +175,10 @@ def start_from(
     )
     if heads:
         logging.info(
-            "Drawn anew, as there are other classes than its %d: %s.",
-            classes,
+            "Drawn anew, as %s: %s.",
+            "it has no such layers"
+            if _gives_backbone(source, model)
+            else f"there are other classes than its {classes}",
             ", ".join(sorted("/".join(path) for path in heads)),
         )
     return state.replace(
@@ -243,8 +263,17 @@ def _paths(params: Any) -> list[str]:
 
 
 def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {key: model[key] for key in model if key not in SAME_PARAMETERS}
-    return {"model": fields}
+    return {key: model[key] for key in model if key not in SAME_PARAMETERS}
+
+
+def _gives_backbone(source: Network, model: Mapping[str, Any]) -> bool:
+    """Whether the source is a classifier, and what is trained a detector built on it."""
+    return source.run.model["name"] == "resnet" and model["name"] in DETECTORS
+
+
+def _in_backbone(path: tuple[str, ...]) -> bool:
+    """Whether an array of a detector or of a ResNet belongs to stem or stages."""
+    return path[1].startswith(("stem", "stage"))
 
 
 def initial_variables(

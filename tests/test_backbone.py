@@ -1,0 +1,109 @@
+"""A detector that starts from a classifier: which layers it takes, and what is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from cvjax.data.normalize import Statistics
+from cvjax.errors import UserError
+from cvjax.files import write_json
+from cvjax.models import SAME_EQUATION, create_model
+from cvjax.storage import checkpoint
+from cvjax.storage.inputs import write_inputs
+from cvjax.training import default_config, transfer
+from cvjax.training.config import parse_config
+from cvjax.training.recipe import create_recipe
+from cvjax.training.state import Record, create_train_state, initial_rng
+
+BACKBONE = {"depth": 18, "width": 2, "stem": "small"}
+CLASSES = ("ant", "cat")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The workdir of a ResNet for ten classes of grey images, as an import writes it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    config = default_config("resnet")
+    config.model.update(BACKBONE)
+    recipe = create_recipe(parse_config(config), 10)
+    state = create_train_state(initial_rng(3), recipe=recipe, image_shape=(8, 8, 1))
+    model = {key: config.model[key] for key in config.model if key not in SAME_EQUATION}
+    record = Record(data_fingerprint="none", model=model)
+    checkpoint.save(folder, 0, state, dataclasses.asdict(record))
+    statistics = Statistics(np.full((8, 8, 1), 0.25, "f4"), np.full((8, 8, 1), 0.5, "f4"))
+    write_inputs(folder, statistics, tuple("0123456789"))
+    write_json(folder / "config.json", {"config": config.to_dict()})
+    return folder
+
+
+def detector(name, **fields):
+    """Its name and fields, and its state as drawn, for images of 16 x 16 pixels."""
+    config = default_config(name)
+    config.model.update({**BACKBONE, "features": 2, **fields})
+    run = parse_config(config)
+    recipe = create_recipe(run, len(CLASSES))
+    state = create_train_state(initial_rng(7), recipe=recipe, image_shape=(16, 16, 1))
+    return run.model, state
+
+
+def flat(params, batch_stats):
+    tree = {"params": params, "batch_stats": batch_stats}
+    return jax.device_get(traverse_util.flatten_dict(tree, sep="/"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "stages"), [("centernet", {}, 4), ("yolo", {"stride": 2}, 2)]
+)
+def test_a_detector_takes_the_layers_of_stem_and_stages(
+    classifier, tmp_path, name, fields, stages
+):
+    model, drawn = detector(name, **fields)
+    source = transfer.load_source(classifier, model, tmp_path)
+    state = transfer.start_from(drawn, source, str(classifier), model, CLASSES)
+    theirs = flat(**source.variables)
+    before = flat(drawn.params, drawn.batch_stats)
+    after = flat(state.params, state.batch_stats)
+    assert before.keys() == after.keys()
+    modules = {path.split("/")[1] for path in after}
+    assert f"stage{stages}" in modules and f"stage{stages + 1}" not in modules
+    for path, array in after.items():
+        is_backbone = path.split("/")[1].startswith(("stem", "stage"))
+        wanted = (theirs if is_backbone else before)[path]
+        np.testing.assert_array_equal(array, wanted, err_msg=path)
+    assert not np.array_equal(
+        before["params/stem_conv/kernel"], after["params/stem_conv/kernel"]
+    )
+
+
+def test_its_normalisation_can_be_taken_for_images_of_another_size(classifier, tmp_path):
+    model, _ = detector("yolo", stride=2)
+    statistics = transfer.load_source(classifier, model, tmp_path).statistics
+    larger = transfer.statistics_like(statistics, (16, 16, 1))
+    assert larger.mean.shape == (16, 16, 1)
+    assert (np.asarray(larger.mean) == 0.25).all() and (np.asarray(larger.std) == 0.5).all()
+
+
+def test_another_backbone_is_refused(classifier, tmp_path):
+    with pytest.raises(UserError, match=r"of another network \(model.width.*2.*4"):
+        transfer.load_source(
+            classifier,
+            {**BACKBONE, "name": "yolo", "version": "1.5", "shortcut": "B", "width": 4},
+            tmp_path,
+        )
+
+
+def test_pictures_with_other_channels_are_refused(classifier, tmp_path):
+    model, _ = detector("yolo", stride=2)
+    source = transfer.load_source(classifier, model, tmp_path)
+    fields = {key: model[key] for key in model if key != "name"}
+    net = create_model("yolo", len(CLASSES), **fields)
+    variables = jax.eval_shape(
+        lambda: net.init(jax.random.key(0), np.zeros((1, 16, 16, 3)), train=False)
+    )
+    _, drawn = detector("yolo", stride=2)
+    drawn = drawn.replace(params=variables["params"], batch_stats=variables["batch_stats"])
+    with pytest.raises(UserError, match=r"stem_conv/kernel is \(3, 3, 1, 2\)"):
+        transfer.start_from(drawn, source, str(classifier), model, CLASSES)
