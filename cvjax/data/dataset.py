@@ -177,8 +177,8 @@ def _check_maps(targets: np.ndarray, num_classes: int, where: str) -> None:
         first = int((most > num_classes).argmax())
         raise UserError(
             f"{int((most > num_classes).sum())} of {len(targets)} label maps in {where} "
-            f"have classes above {num_classes - 1}; the first is that of image {first}, with "
-            f"{most[first] - 1}: mend these maps, or leave them out."
+            f"have classes above {num_classes - 1}; the first is that of image {first}, "
+            f"with {most[first] - 1}: mend these maps, or leave them out."
         )
 
 
