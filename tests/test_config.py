@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from cvjax.errors import UserError
-from cvjax.models import DETECTORS, MODELS, create_model, model_fields
+from cvjax.models import DETECTORS, MODELS, SEGMENTERS, create_model, model_fields
 from cvjax.training.config import (
     RESUMABLE_KEYS,
     DataConfig,
@@ -51,11 +51,13 @@ def names(cls):
     return ", ".join(field.name for field in dataclasses.fields(cls))
 
 
+OF_MODEL = {"loss.dice_weight": "unet"}  # of one alone; other keys are tested with mlp
 KEYS = [
     (model, key, value)
     for model in sorted(MODELS)
     for key, value in leaves(default_config(model).to_dict())
-    if (model == "mlp" or key.startswith("model.")) and key != "model.name"
+    if (model == OF_MODEL.get(key, "mlp") or key.startswith("model."))
+    and key != "model.name"
 ]
 TYPED = [case for case in KEYS if not isinstance(case[2], tuple)]
 
@@ -66,9 +68,13 @@ TYPED = [case for case in KEYS if not isinstance(case[2], tuple)]
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_defaults_are_the_classes_defaults(model):
     run = parse_config(default_config(model))
-    task = "detection" if model in DETECTORS else "classification"
-    assert run == RunConfig(task=task, model=run.model)
-    assert (run.data, run.optim, run.loss) == (DataConfig(), OptimConfig(), LossConfig())
+    task, data = "classification", DataConfig()
+    if model in DETECTORS:
+        task = "detection"
+    elif model in SEGMENTERS:
+        task, data = "segmentation", DataConfig(normalization="channel")
+    assert run == RunConfig(task=task, model=run.model, data=data)
+    assert (run.data, run.optim, run.loss) == (data, OptimConfig(), LossConfig())
     assert run.model["name"] == model
     assert create_model(num_classes=10, **run.model) == MODELS[model](num_classes=10)
 
@@ -116,10 +122,18 @@ NEEDED = {
     "model.pieces": {"model.theta": "piecewise_constant"},
 }
 OTHER_ACTIVATIONS = {"resnet_cifar": "sigmoid"}
-OTHER_DEPTHS = {"centernet": 34, "yolo": 34, "resnet": 34, "resnet_cifar": 26, "vgg": 13}
+OTHER_DEPTHS = {
+    "centernet": 34,
+    "fcn": 34,
+    "yolo": 34,
+    "resnet": 34,
+    "resnet_cifar": 26,
+    "vgg": 13,
+}
 OTHER_VARIANTS = {"alexnet": "two_groups", "googlenet": "3x3"}
 OTHER_STEMS = {
     "centernet": "small",
+    "fcn": "small",
     "yolo": "small",
     "resnet": "small",
     "odenet": "res",

@@ -22,11 +22,16 @@ SHAPES = {
     "folder": (32, 32, 3),
     "digit_scenes": (32, 32, 1),
     "voc": (32, 48, 3),
+    "digit_scenes/masks": (32, 32, 1),
+    "label_folder": (32, 32, 3),
 }
 BOXES = ("digit_scenes", "voc")
+MAPS = ("digit_scenes/masks", "label_folder")
 LARGE = (
     "digit_scenes_centernet",
+    "digit_scenes_unet",
     "digit_scenes_yolo",
+    "nuclei_unet",
     "voc_centernet",
     "folder_finetune",
     "imagenet_resnet",
@@ -41,6 +46,7 @@ SMALL = {
     "vgg": {"depth": 11, "width": 2, "hidden": 4},
     "centernet": {"width": 2, "features": 2},
     "yolo": {"width": 2, "features": 2},
+    "unet": {"width": 2, "levels": 2},
 }
 
 
@@ -54,6 +60,8 @@ def fake_dataset(name):
     labels = np.arange(20, dtype=np.int32) % 10
     if name in BOXES:
         labels = np.stack([pack([[3, 5, 20, 17]], [kind], 3) for kind in labels])
+    if name in MAPS:
+        labels = (images[..., :1] % 3).astype(np.uint8)
     split = ArraySplit(images, labels)
     return Dataset(name, split, split, split, tuple("0123456789"), "fake")
 

@@ -187,7 +187,7 @@ def test_the_batch_size_of_an_evaluation_does_not_matter(run):
     [
         (
             {"task": "classification"},
-            "task is 'classification'.* 'centernet' is a detector",
+            "task is 'classification'.* 'centernet' is a network for detection",
         ),
         ({"loss.label_smoothing": 0.1}, "label_smoothing is 0.1, but a detector's loss"),
         ({"data.name": "digits"}, "task is 'detection', but digits has one class of each"),
@@ -202,7 +202,7 @@ def test_a_classifier_is_no_detector_and_boxes_are_no_single_class(tmp_path):
     config = default_config("mlp")
     config.task = "detection"
     with pytest.raises(
-        UserError, match="'mlp' is no detector; choose one of centernet, yolo"
+        UserError, match=r"'mlp' is a network for .* choose one of centernet, yolo"
     ):
         train_and_evaluate(config, tmp_path)
     config.task = "classification"

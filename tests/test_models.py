@@ -118,6 +118,19 @@ GOLDEN = [
         10,
         (11_689_512 - 513_000) + (9 * 512 * 256 + 512) + (256 + 1) * (2 * 5 + 10),
     ),
+    # torchvision's ResNet-18 likewise, 1x1 with bias from its last three stages, and two
+    # 4x4 of classes to classes.
+    (
+        "fcn",
+        {},
+        IMAGENET,
+        21,
+        (11_689_512 - 513_000) + (512 + 256 + 128 + 3) * 21 + 2 * 16 * 21 * 21,
+    ),
+    # The formula is in test_segmentation_models.py; the paper's net, and that of
+    # milesial/Pytorch-UNet.
+    ("unet", {"norm": "none"}, (64, 64, 1), 2, 31_030_658),
+    ("unet", {}, (64, 64, 3), 2, 31_037_698),
     # One of each; their variants are in test_models_imagenet.py.
     ("alexnet", {}, IMAGENET, 1000, 61_100_840),
     ("googlenet", {"auxiliary_heads": False}, IMAGENET, 1000, 6_998_552),

@@ -2,10 +2,12 @@
 
 digits                       bundled with scikit-learn, needs no network
 digit_scenes                 several of these digits on each image, with their boxes
+digit_scenes/masks           the same scenes, with the class of each pixel
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 folder                       your own pictures (`data.folder`)
 npz                          your own arrays (`data.arrays`)
 voc                          your own pictures with boxes (`data.voc`)
+label_folder                 your own pictures with label pictures (`data.label_folder`)
 any other TFDS name          if it is prepared already (`data.tfds`)
 
 A set that does not fit in memory, or whose images differ in size, is streamed, with
@@ -49,12 +51,12 @@ def load(
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
 
     Args:
-      name: "digits", "digit_scenes", "folder", "npz", "voc", or a TFDS set's
-        NAME[/CONFIG][:VERSION].
+      name: "digits", "digit_scenes", "digit_scenes/masks", "folder", "npz", "voc",
+        "label_folder", or a TFDS set's NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
         ~/tensorflow_datasets. For "folder" the folder of pictures, see
         `data.folder_listing`; for "npz" the file, see `data.arrays`; for "voc" see
-        `data.voc`.
+        `data.voc`, for "label_folder" `data.label_folder`.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others. A
@@ -63,7 +65,7 @@ def load(
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
       image_size, resize: of a folder in memory, see `data.folder.load_folder`; of "voc",
-        see `data.voc.load_voc`.
+        see `data.voc.load_voc`; of "label_folder" the side of a tile.
       stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
         images in memory.
 
@@ -97,6 +99,11 @@ def load(
 
         dataset = load_voc(data_dir, image_size, resize, val_examples)
         return reduced(dataset, train_examples, shrink)
+    if name == "label_folder":
+        from cvjax.data.label_folder import load_label_folder  # Imports jax.
+
+        dataset = load_label_folder(data_dir, image_size, val_examples)
+        return reduced(dataset, train_examples, shrink)
     if resize != "crop":
         raise UserError(
             f"data.resize {resize!r} is for pictures of any size: a folder, or a stream; "
@@ -106,7 +113,7 @@ def load(
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":
         return reduced(load_digits(val_examples), train_examples, shrink)
-    if name == "digit_scenes":
+    if name in ("digit_scenes", "digit_scenes/masks"):
         if val_examples != -1:
             raise UserError(
                 f"data.val_examples is {val_examples}, but digit_scenes has validation "
@@ -114,7 +121,8 @@ def load(
             )
         from cvjax.data.digit_scenes import load_digit_scenes  # Imports jax.
 
-        return reduced(load_digit_scenes(), train_examples, shrink)
+        dataset = load_digit_scenes(masks=name.endswith("masks"))
+        return reduced(dataset, train_examples, shrink)
     decoded = _labelled(_load_tfds(name, data_dir, cache_dir), name)
     test = "test" if "test" in decoded.images else "validation"
     if "train" not in decoded.images or test not in decoded.images:
@@ -171,13 +179,14 @@ def load_stream(
       UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
         with these options.
     """
-    if name in ("digits", "digit_scenes", "npz"):
+    if name in ("digits", "digit_scenes", "digit_scenes/masks", "npz"):
         raise UserError(
             f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
         )
-    if name == "voc":
+    if name in ("voc", "label_folder"):
+        what = {"voc": "boxes", "label_folder": "label pictures"}[name]
         raise UserError(
-            "pictures with boxes cannot be streamed; set data.streaming=false, and choose "
+            f"pictures with {what} cannot be streamed; set data.streaming=false and choose "
             "a data.image_size at which they fit into memory."
         )
     folder = tfds.resolve_data_dir(data_dir)
@@ -239,7 +248,8 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    own = ("digits", "digit_scenes", "folder", "npz", "voc")
+    own = ("digits", "digit_scenes", "digit_scenes/masks", "folder", "npz", "voc")
+    own += ("label_folder",)
     names = {*own, *_catalog(), *prepared} - {"downloads"}
     near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (

@@ -9,6 +9,7 @@ the network's input size is cut out at random. Lighting as in Krizhevsky et al. 
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -97,13 +98,20 @@ def augment_colors(
     return images
 
 
-def augment(rng: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Crops and flips normalised images [batch, height, width, channels]."""
+def augment(
+    rng: jax.Array,
+    images: jax.Array,
+    augmentation: Augmentation,
+    method: str = "bilinear",
+) -> jax.Array:
+    """Crops and flips normalised images [batch, height, width, channels].
+
+    With `method` "nearest" (see `scale_crop`) label maps move as images do of the same key.
+    """
     crop_rng, flip_rng = jax.random.split(rng)
     if augmentation.scale_max:
-        images = random_scale_crop(
-            crop_rng, images, augmentation.scale_min, augmentation.scale_max
-        )
+        sides = augmentation.scale_min, augmentation.scale_max
+        images = random_scale_crop(crop_rng, images, *sides, method)
     if augmentation.crop_padding:
         images = random_crop(crop_rng, images, augmentation.crop_padding)
     if augmentation.flip:
@@ -112,7 +120,11 @@ def augment(rng: jax.Array, images: jax.Array, augmentation: Augmentation) -> ja
 
 
 def random_scale_crop(
-    rng: jax.Array, images: jax.Array, scale_min: int, scale_max: int
+    rng: jax.Array,
+    images: jax.Array,
+    scale_min: int,
+    scale_max: int,
+    method: str = "bilinear",
 ) -> jax.Array:
     """A window of the original size from each image, resized before.
 
@@ -125,12 +137,13 @@ def random_scale_crop(
       images: floats [batch, height, width, channels].
       scale_min: at least the short side of the images.
       scale_max: at least `scale_min`.
+      method: see `scale_crop`.
 
     Returns:
-      Floats of the same shape.
+      The same shape and type.
     """
     draws = draw_scales(rng, len(images), scale_min, scale_max)
-    return jax.vmap(scale_crop)(images, *draws)
+    return jax.vmap(functools.partial(scale_crop, method=method))(images, *draws)
 
 
 def draw_scales(
@@ -142,19 +155,29 @@ def draw_scales(
     return shorts, jax.random.uniform(window_rng, (count, 2))
 
 
-def scale_crop(image: jax.Array, short: jax.Array, place: jax.Array) -> jax.Array:
+def scale_crop(
+    image: jax.Array, short: jax.Array, place: jax.Array, method: str = "bilinear"
+) -> jax.Array:
     """Resizes one image to a short side and cuts out a window of the original size.
 
     Args:
-      image: floats [height, width, channels].
+      image: [height, width, channels], floats if "bilinear".
       short: pixels of the resized short side, an integer.
       place: [2] in [0, 1): where among its possible places the window lies.
+      method: "bilinear", antialiased where it shrinks, as Pillow's; or "nearest", which
+        makes no values that were not there.
 
     Returns:
-      [height, width, channels]. The resizing is bilinear, and antialiased where it shrinks,
-      as Pillow's.
+      [height, width, channels].
     """
     scale, offset = window(jnp.array(image.shape[:2]), short, place)
+    if method == "nearest":
+        sides = zip(image.shape[:2], scale, offset, strict=True)
+        rows, columns = (
+            jnp.floor((jnp.arange(side) + 0.5 + start) / factor).astype(jnp.int32)
+            for side, factor, start in sides
+        )
+        return image[rows][:, columns]
     return jax.image.scale_and_translate(
         image, image.shape, (0, 1), scale=scale, translation=-offset, method="bilinear"
     )

@@ -52,7 +52,8 @@ class ArraySplit:
     Attributes:
       images: uint8 [n, height, width, channels]; may be a read-only memory map.
       labels: int32 [n], class numbers; or [n, classes] of zeros and ones (multi-label); or
-        float32 [n, max_boxes, 5], see `data.boxes`.
+        float32 [n, max_boxes, 5], see `data.boxes`; or uint8 [n, height, width, 1], see
+        `data.label_maps`.
     """
 
     images: np.ndarray
@@ -134,6 +135,9 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     if labels.ndim == 3:
         _check_boxes(labels, num_classes, where)
         return
+    if labels.ndim == 4:
+        _check_maps(labels, num_classes, where)
+        return
     highest = num_classes - 1 if labels.ndim == 1 else 1
     wrong = (labels < 0) | (labels > highest)
     if labels.ndim > 1:
@@ -163,6 +167,18 @@ def _check_boxes(targets: np.ndarray, num_classes: int, where: str) -> None:
             f"no class of 0 to {num_classes - 1}; the first is {first} "
             f"(x_min, y_min, x_max, y_max, class + 1), of image {image}: mend these boxes, "
             "or leave them out."
+        )
+
+
+def _check_maps(targets: np.ndarray, num_classes: int, where: str) -> None:
+    """Raises UserError for pixels of no class, see `data.label_maps`."""
+    most = targets.max(axis=(1, 2, 3))
+    if most.max() > num_classes:
+        first = int((most > num_classes).argmax())
+        raise UserError(
+            f"{int((most > num_classes).sum())} of {len(targets)} label maps in {where} "
+            f"have classes above {num_classes - 1}; the first is that of image {first}, "
+            f"with {most[first] - 1}: mend these maps, or leave them out."
         )
 
 

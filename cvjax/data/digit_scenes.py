@@ -1,4 +1,4 @@
-"""Scenes of real handwritten digits, with boxes, labels and instance masks.
+"""Scenes of real handwritten digits, with boxes, labels and masks.
 
 Each is a grey 64x64 canvas with one to six of scikit-learn's digits (`data.digits`), at 10
 to 28 pixels a side, brighter than the noisy ground by a contrast that varies, with little
@@ -46,6 +46,12 @@ class Scene:
     def boxes(self) -> np.ndarray:
         """float32 [n, 4], tight around the masks; see `data.boxes`."""
         return np.array([_tight(mask) for mask in self.masks], np.float32)
+
+    @property
+    def label_map(self) -> np.ndarray:
+        """uint8 [64, 64, 1]: 1 for the ground, 2 for a zero, ...; see `data.label_maps`."""
+        numbers = (self.classes + 2)[:, None, None] * self.masks
+        return numbers.max(axis=0).clip(min=1)[..., None].astype(np.uint8)
 
 
 def _tight(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -104,18 +110,27 @@ def _covers(box: np.ndarray, others: list[np.ndarray]) -> bool:
     return False
 
 
-def load_digit_scenes() -> Dataset:
-    """4,000 training, 500 validation and 500 test scenes with boxes, in seconds."""
+def load_digit_scenes(masks: bool = False) -> Dataset:
+    """4,000 training, 500 validation and 500 test scenes, in seconds.
+
+    Args:
+      masks: whether the targets are label maps, with the ground as a class of its own
+        before the digits, or else boxes.
+    """
     splits = {}
-    digest = hashlib.sha256(b"digit_scenes")
+    name = "digit_scenes/masks" if masks else "digit_scenes"
+    digest = hashlib.sha256(name.encode())
     for split, count in COUNTS.items():
         scenes = [create_scene(split, index) for index in range(count)]
         images = np.stack([scene.image for scene in scenes])
-        targets = [pack(scene.boxes, scene.classes, MOST_DIGITS) for scene in scenes]
+        targets = [
+            scene.label_map if masks else pack(scene.boxes, scene.classes, MOST_DIGITS)
+            for scene in scenes
+        ]
         splits[split] = ArraySplit(images, np.stack(targets))
         digest.update(images.tobytes())
         digest.update(splits[split].labels.tobytes())
     names = _digits().class_names
-    return Dataset(
-        name="digit_scenes", **splits, class_names=names, fingerprint=digest.hexdigest()
-    )
+    if masks:
+        names = ("ground", *names)
+    return Dataset(name, **splits, class_names=names, fingerprint=digest.hexdigest())

@@ -85,10 +85,11 @@ def _fewer(dataset: Dataset, count: int) -> Dataset:
 
 def _smaller(dataset: Dataset, factor: int) -> Dataset:
     height, width, _ = dataset.image_shape
-    if dataset.train.labels.ndim == 3:
+    places = {3: "boxes", 4: "label maps"}.get(dataset.train.labels.ndim)
+    if places:
         raise UserError(
-            f"data.shrink is {factor}, but {dataset.name} has boxes, which would not fit "
-            "smaller images; set it to 1."
+            f"data.shrink is {factor}, but {dataset.name} has {places}, which would not "
+            "fit smaller images; set it to 1."
         )
     if factor < 1 or height % factor or width % factor:
         raise UserError(

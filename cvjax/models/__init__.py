@@ -1,4 +1,4 @@
-"""The networks, each `apply(variables, images, train=...) -> logits` (detectors: maps)."""
+"""The networks, each `apply(variables, images, train=...) -> logits`, or maps of them."""
 
 import dataclasses
 import difflib
@@ -11,11 +11,13 @@ from cvjax.errors import UserError
 from cvjax.models.alexnet import AlexNet
 from cvjax.models.centernet import CenterNet
 from cvjax.models.convnet import ConvNet
+from cvjax.models.fcn import FCN
 from cvjax.models.googlenet import GoogLeNet
 from cvjax.models.mlp import MLP
 from cvjax.models.odenet import DiscreteNet, ODENet
 from cvjax.models.resnet import ResNet
 from cvjax.models.resnet_cifar import CifarResNet
+from cvjax.models.unet import UNet
 from cvjax.models.vgg import VGG
 from cvjax.models.yolo import YOLO
 from cvjax.nn import solver
@@ -24,18 +26,22 @@ MODELS = {
     "alexnet": AlexNet,
     "centernet": CenterNet,
     "convnet": ConvNet,
+    "fcn": FCN,
     "googlenet": GoogLeNet,
     "mlp": MLP,
     "odenet": ODENet,
     "odenet_discrete": DiscreteNet,
     "resnet": ResNet,
     "resnet_cifar": CifarResNet,
+    "unet": UNet,
     "vgg": VGG,
     "yolo": YOLO,
 }
 
-# The networks of the task "detection"; see `tasks.detection`.
+# The networks of tasks that need their own, see `cvjax.tasks`; all others name images.
 DETECTORS = ("centernet", "yolo")
+SEGMENTERS = ("fcn", "unet")
+TASK_MODELS = {"detection": DETECTORS, "segmentation": SEGMENTERS}
 
 # Fields that change how a network is computed, and not what (but for rounding).
 SAME_FUNCTION = ("walk", "remat", "gradient")

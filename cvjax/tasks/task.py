@@ -21,7 +21,8 @@ class Task:
     Attributes:
       name: as the config has it.
       ranks: of the targets, the batch axis included, that the task can take: 1 for class
-        numbers, 2 for multi-hot rows, 3 for boxes (see `data.boxes`).
+        numbers, 2 for multi-hot rows, 3 for boxes (see `data.boxes`),
+        4 for label maps (see `data.label_maps`).
       losses: (model, outputs, targets, loss) -> float32 [batch]; `outputs` are what the
         network gives, `loss` is the run's `training.losses.LossConfig`.
       zero_sums: num_classes -> the sums over no example.

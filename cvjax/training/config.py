@@ -20,7 +20,7 @@ from cvjax.data.normalize import NORMALIZATIONS
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 from cvjax.files import user_path
-from cvjax.models import DETECTORS, MODELS, SAME_EQUATION, model_fields
+from cvjax.models import MODELS, SAME_EQUATION, TASK_MODELS, model_fields
 from cvjax.nn.norm import check_group
 from cvjax.tasks import TASKS
 from cvjax.training.losses import LOSSES, LossConfig
@@ -39,11 +39,12 @@ class DataConfig:
 
     Attributes:
       name: "digits" or "digit_scenes" (bundled), "folder" (your own pictures), "npz" (your
-        own arrays), "voc" (your own pictures with boxes), or a TFDS image
-        classification set such as "cifar10".
+        own arrays), "voc" (your own pictures with boxes), "label_folder" (your own pictures
+        with label pictures), or a TFDS image classification set such as "cifar10".
+        "digit_scenes/masks" has label maps in the place of boxes.
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default. The
-        folder of your pictures (with boxes: as `data.voc` says), or the .npz file of your
-        arrays.
+        folder of your pictures (with boxes: as `data.voc` says; with label pictures: as
+        `data.label_folder` says), or the .npz file of your arrays.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
       train_examples: how many of the other training images are used, stratified by class;
@@ -55,7 +56,7 @@ class DataConfig:
         `scale_max` are pixels of the images as they are stored.
       image_size, resize: what pictures of a folder or of a stream become: squares of so
         many pixels a side, by cropping ("crop") or by squashing ("squash"). Of "voc" it is
-        the short side.
+        the short side, of "label_folder" the side of the tiles that pictures are cut into.
       num_workers: of a stream, see `data.streaming.StreamOptions`.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
@@ -188,8 +189,11 @@ def default_config(model: str) -> ml_collections.ConfigDict:
     """
     check_choice("model.name", model, tuple(MODELS))
     fields = {name: field.default for name, field in model_fields(model).items()}
-    task = "detection" if model in DETECTORS else "classification"
-    config = RunConfig(task=task, model={"name": model, **fields})
+    task = _own_task(model)
+    config = RunConfig(task=task or "classification", model={"name": model, **fields})
+    if task == "segmentation":  # of pictures of any size
+        data = dataclasses.replace(config.data, normalization="channel")
+        config = dataclasses.replace(config, data=data)
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
@@ -257,24 +261,50 @@ def parse_config(config: ml_collections.ConfigDict) -> RunConfig:
 
 def _check_task(run: RunConfig) -> None:
     """Raises UserError for a model or a loss that is not for the task."""
-    detects = run.model["name"] in DETECTORS
-    if detects != (run.task == "detection"):
-        fitting = DETECTORS if run.task == "detection" else set(MODELS) - {*DETECTORS}
+    own = _own_task(run.model["name"])
+    if own != (run.task if run.task in TASK_MODELS else None):
+        fitting = [name for name in MODELS if _own_task(name) is None]
+        fitting = sorted(TASK_MODELS.get(run.task, fitting))
         raise UserError(
-            f"task is {run.task!r}, but model.name {run.model['name']!r} is "
-            f"{'a' if detects else 'no'} detector; choose one of "
-            f"{', '.join(sorted(fitting))}, or another task."
+            f"task is {run.task!r}, but model.name {run.model['name']!r} is a network for "
+            f"{own or 'classification and multilabel'}; choose one of "
+            f"{', '.join(fitting)}, or another task."
         )
     if run.task == "multilabel" and run.loss.name != "sigmoid":
         raise UserError(
             f"loss.name is {run.loss.name!r}, but with task 'multilabel' each class has a "
             "yes or a no of its own; set it to 'sigmoid'."
         )
-    if detects and run.loss.label_smoothing:
+    if run.task == "detection" and run.loss.label_smoothing:
         raise UserError(
             f"loss.label_smoothing is {run.loss.label_smoothing:g}, but a detector's loss "
             "is that of its paper; set it to 0."
         )
+    if run.task == "segmentation":
+        _check_segmentation(run)
+    elif run.loss.dice_weight:
+        raise UserError(
+            f"loss.dice_weight is {run.loss.dice_weight:g}, but the task is {run.task!r}, "
+            "and Dice is for segmentation; set it to 0."
+        )
+
+
+def _check_segmentation(run: RunConfig) -> None:
+    if run.loss.name != "softmax":
+        raise UserError(
+            f"loss.name is {run.loss.name!r}, but with task 'segmentation' every pixel has "
+            "one class; set it to 'softmax'."
+        )
+    if run.data.normalization == "pixel_mean":
+        raise UserError(
+            "data.normalization is 'pixel_mean', the mean of each place, but with task "
+            "'segmentation' pictures may have any size; set it to 'channel' or 'none'."
+        )
+
+
+def _own_task(model: str) -> str | None:
+    """The task that a network is for alone; None for those that name images."""
+    return next((task for task, names in TASK_MODELS.items() if model in names), None)
 
 
 def _check_numbers(values: dict[str, Any], prefix: str = "") -> None:
@@ -319,6 +349,7 @@ def _check_ranges(run: RunConfig) -> None:
         "loss.label_smoothing": (run.loss.label_smoothing, 0),
         "loss.auxiliary_weight": (run.loss.auxiliary_weight, 0),
         "loss.kinetic_weight": (run.loss.kinetic_weight, 0),
+        "loss.dice_weight": (run.loss.dice_weight, 0),
     }
     for key, (value, least) in at_least.items():
         if not least <= value < float("inf"):

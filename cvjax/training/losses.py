@@ -21,9 +21,12 @@ class LossConfig:
         time integral of the mean of f**2 (Finlay et al. 2020, arXiv:2002.02798), the
         blocks added up. Slow, straight trajectories take a solver fewer steps. Only in
         training.
+      dice_weight: of one less the Dice coefficient, for the task "segmentation"; see
+        `tasks.segmentation.dice_losses`.
     """
 
     name: str = "softmax"
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.3
     kinetic_weight: float = 0.0
+    dice_weight: float = 0.0

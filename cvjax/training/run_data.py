@@ -17,7 +17,7 @@ from cvjax.training.config import RunConfig, check_data
 from cvjax.training.trained_network import Network
 
 # What the targets of an image are, by the rank of a batch of them.
-TARGETS = {1: "one class", 2: "several classes", 3: "boxes"}
+TARGETS = {1: "one class", 2: "several classes", 3: "boxes", 4: "label maps"}
 # So many training images of a stream are taken for all of them, to normalise.
 SAMPLE = 1_000
 

@@ -1,0 +1,31 @@
+"""The digit of every pixel on 64x64 scenes: segmentation in minutes.
+
+Paper:    Ronneberger et al. 2015 (arXiv:1505.04597), an eighth as wide
+Command:  python train.py --config=configs/digit_scenes_unet.py --workdir=runs/masks
+Cost:     not measured
+Expected: not measured
+"""
+
+from cvjax.training import default_config
+
+
+def get_config():
+    config = default_config("unet")
+    config.total_steps = 1000
+    config.log_every = 50
+    config.eval_every = 500
+    config.checkpoint_every = 500
+    config.train_eval_examples = 500
+
+    config.data.name = "digit_scenes/masks"
+    config.data.batch_size = 16
+    config.data.eval_batch_size = 50
+    config.data.crop_padding = 8
+
+    config.model.width = 16
+
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 3e-3
+    config.optim.schedule = "cosine"
+    config.optim.weight_decay = 1e-3
+    return config

@@ -1,0 +1,63 @@
+"""Label maps: of every pixel what it is, as arrays that move with their images.
+
+The targets of a batch are one uint8 array [batch, height, width, 1]: the class number plus
+one, and 0 where a pixel does not count: nobody knows what it is, or it is not part of the
+picture. So zeros are the right padding.
+
+Instance numbers (0 for the ground, one number per object) become three classes: outside,
+inside, and the border of each object, by which objects that touch can be told apart
+(`evaluation.instances` makes numbers of them again).
+"""
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from cvjax.data import augment
+from cvjax.data.augment import Augmentation
+
+# The classes of objects that are counted, in this order.
+OUTSIDE, INSIDE, BORDER = range(3)
+INSTANCE_CLASSES = ("outside", "inside", "border")
+MOST_CLASSES = 255  # a byte has one value more
+
+
+def unpack(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Targets -> classes int32 and whether they count, bool; [batch, height, width] both.
+
+    The class of a pixel that does not count is 0.
+    """
+    maps = targets[..., 0].astype(jnp.int32)
+    return (maps - 1).clip(min=0), maps > 0
+
+
+def move(
+    rng: jax.Array,
+    targets: jax.Array,
+    image_shape: tuple[int, ...],
+    augmentation: Augmentation,
+) -> jax.Array:
+    """The targets of images that `augment.augment` has changed with the same key.
+
+    Every pixel gets the class of the nearest one, and none where the image is padded.
+    """
+    del image_shape
+    return augment.augment(rng, targets, augmentation, method="nearest")
+
+
+def classes_of_instances(numbers: np.ndarray) -> np.ndarray:
+    """Instance numbers [height, width] -> `OUTSIDE`, `INSIDE` and `BORDER`, uint8.
+
+    A pixel of an object is border if one of its eight neighbours is not of that object. An
+    object that would be all border is all inside.
+    """
+    height, width = numbers.shape
+    padded = np.pad(numbers, 1, mode="edge")
+    differs = np.zeros(numbers.shape, bool)
+    for row in range(3):
+        for column in range(3):
+            differs |= padded[row : row + height, column : column + width] != numbers
+    classes = np.where(numbers > 0, np.where(differs, BORDER, INSIDE), OUTSIDE)
+    thick = np.unique(numbers[classes == INSIDE])
+    classes[(classes == BORDER) & ~np.isin(numbers, thick)] = INSIDE
+    return classes.astype(np.uint8)
