@@ -5,14 +5,17 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from configs import mnist_odenet
+from cvjax.costs.accounting import account
 from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.report.tables import percent
 from experiments.odenet_vs_resnet import __main__ as experiment
-from experiments.odenet_vs_resnet import tables
+from experiments.odenet_vs_resnet import presets, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -38,7 +41,7 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
     solvers = [
         entry["solver"] for entry in results["swap_table"] if entry["row"] == "Dopri5"
     ]
-    assert solvers == list(experiment.SWAPS)
+    assert solvers == list(presets.SWAPS)
     for key in ("versions", "device", "git", "config"):
         assert results["runs"][0][key]
     second = run(tmp_path, *flags)
@@ -48,20 +51,45 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
 
 def test_rows_are_what_their_names_say():
     count = {"stem": "conv", "width": 64}
-    for row, (model, fields, _) in experiment.ROWS.items():
-        config = experiment.create_config(experiment.mnist_odenet.get_config, row)
+    for row, (model, fields, _) in presets.ROWS.items():
+        config = presets.create_config(mnist_odenet.get_config, row)
         assert config.model.name == model
         assert config.model.to_dict().items() >= (fields | count).items()
         create_model(num_classes=10, **config.model)
-    kinetic = experiment.create_config(experiment.quick, "Dopri5, kinetic")
+    kinetic = presets.create_config(presets.quick, "Dopri5, kinetic")
     assert kinetic.loss.kinetic_weight > 0
-    assert experiment.create_config(experiment.quick, "Dopri5").loss.kinetic_weight == 0
-    for fields in experiment.SWAPS.values():
+    assert presets.create_config(presets.quick, "Dopri5").loss.kinetic_weight == 0
+    for fields in presets.SWAPS.values():
         create_model("odenet", 10, **fields)
 
 
+def test_rows_of_a_seed_share_stem_and_head():
+    stems = []
+    for row in ("no block", "1 block", "8 blocks", "tied, 6 steps", "Dopri5"):
+        config = presets.create_config(presets.quick, row)
+        net = create_model(num_classes=10, **config.model)
+        images = np.zeros((1, 8, 8, 1), np.float32)
+        params = net.init(jax.random.key(3), images, train=False)["params"]
+        stems.append({name: params[name] for name in ("stem", "head")})
+    for other in stems[1:]:
+        jax.tree.map(np.testing.assert_array_equal, stems[0], other)
+
+
+def test_equal_compute_and_equal_parameters():
+    def cost(row):
+        config = presets.create_config(presets.mnist, row)
+        counted = account(create_model(num_classes=10, **config.model), 28, 1)
+        return counted.macs, counted.parameters
+
+    for row, blocks in tables.SAME_COMPUTE:
+        # The maps of t are a 65th channel more, made of one image for the whole batch.
+        assert cost(row)[0] == pytest.approx(cost(blocks)[0], rel=0.01), row
+    for row in tables.ONE_F:
+        assert cost(row)[1] == pytest.approx(cost("1 block")[1], rel=0.01), row
+
+
 def test_full_preset_is_the_published_recipe():
-    mnist, cifar = (base() for base in experiment.PRESETS["full"].configs)
+    mnist, cifar = (base() for base in presets.PRESETS["full"].configs)
     assert (mnist.total_steps, mnist.data.batch_size) == (160 * 55_000 // 128 + 50, 128)
     assert mnist.optim.boundaries == (60 / 160, 100 / 160, 140 / 160)
     assert (mnist.optim.learning_rate, mnist.optim.weight_decay) == (0.1, 0.0)
@@ -95,21 +123,26 @@ def test_tables_by_hand():
 
 
 def test_claims_by_hand():
-    def one(row, error, **nfe):
-        return {"row": row, "summary": {"test/error": error, **nfe}}
+    def one(row, seed, error, **nfe):
+        return {"row": row, "seed": seed, "summary": {"test/error": error, **nfe}}
 
     runs = [
-        *(one("1 block", error) for error in (0.1, 0.3)),
-        *(one("Dopri5", error, **{"test/nfe": 20.0}) for error in (0.2, 0.6)),
-        *(one("Dopri5, kinetic", error, **{"test/nfe": 14.0}) for error in (0.2, 0.4)),
+        *(one("1 block", seed, error) for seed, error in enumerate((0.1, 0.3, 0.2))),
+        *(one("Dopri5", s, e, **{"test/nfe": 20.0}) for s, e in ((1, 0.6), (0, 0.2))),
+        *(one("Dopri5, kinetic", s, 0.2, **{"test/nfe": 14.0 + s}) for s in (0, 1)),
     ]
     claims = {
-        (claim["row"], claim["against"], claim["of"]): claim["difference"]
+        (claim["row"], claim["against"], claim["of"]): claim
         for claim in tables.contrasts(runs)
     }
-    assert claims == {
-        ("Dopri5", "1 block", "test/error"): pytest.approx(0.2),
-        ("Dopri5, kinetic", "Dopri5", "test/error"): pytest.approx(-0.1),
-        ("Dopri5, kinetic", "Dopri5", "test/nfe"): pytest.approx(-6),
+    expected = {
+        ("Dopri5", "1 block", "test/error"): 0.2,
+        ("Dopri5, kinetic", "Dopri5", "test/error"): -0.2,
+        ("Dopri5, kinetic", "Dopri5", "test/nfe"): -5.5,
     }
-    assert {row for pair in tables.PAIRS for row in pair} == set(experiment.ROWS)
+    found = {key: claim["difference"] for key, claim in claims.items()}
+    assert found == pytest.approx(expected)
+    # Differences 0.1 and 0.3 of seeds 0 and 1: half a 95 % interval is 12.706 * 0.1.
+    low, high = claims["Dopri5", "1 block", "test/error"]["interval"]
+    assert (high - low) / 2 == pytest.approx(1.2706, abs=1e-4)
+    assert {row for pair in tables.PAIRS for row in pair} == set(presets.ROWS)

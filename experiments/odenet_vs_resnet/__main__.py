@@ -2,105 +2,58 @@
 
     python -m experiments.odenet_vs_resnet --preset=quick --workdir=runs/odenet
 
-Rows: no block at all, one residual block, six of them, one block six times with steps of
-1/6 (which is Euler's method), and the ODE block solved by Euler, Heun, RK4 and Dopri5, the
-last also with the kinetic energy in the loss. The paper reports that an ODE-net does as
-well as the residual net with a third of its parameters. The row without a block says how
-much of that is due to stem and head, which both have.
+Rows: no block at all, one residual block, six and eight of them, one block six times with
+steps of 1/6 (which is Euler's method), and the ODE block solved by Euler, Heun, RK4 and
+Dopri5, the last also with the kinetic energy in the loss. The paper reports that an ODE-net
+does as well as the residual net of six blocks with a third of its parameters. The row
+without a block says how much of that is due to stem and head, which both have.
+
+Equal parameters: one block (its f does not see t, for which an ODE-net has 0.7 % more).
+Equal compute, the same evaluations of f in a forward pass: six blocks and six steps of
+Euler's method; eight blocks, four steps of Heun's method and two of RK4. Runs of one seed
+have the same initial stem and head and the same batches, so differences are paired by seed.
+
+Predicted for preset mnist (all images, three epochs, five seeds) before its runs; the
+earlier preset medium and the timing of some steps are all that was seen:
+- every other net has a lower test error than the one without a block;
+- at equal parameters each ODE-net, and the tied net, has a lower mean than one block, by
+  less than 0.2 points;
+- at equal compute no difference is resolved: its interval includes 0 and ends within
+  0.2 points, for Euler against six blocks and Heun against eight;
+- the solvers do not differ from each other, nor Euler from the tied net, by more than 0.1;
+- Dopri5's NFE grows during training; its step takes more than twice as long as Heun's.
 
 After training, each ODE-net is evaluated with other solvers too: if the error stays, the
 net has learnt an ODE; if it does not, it has learnt the steps that it was trained with.
 
 Memory is what XLA plans for one training step beyond its arguments; time is the median of
 training steps of all rows, interleaved. Presets: quick (digits), medium (MNIST, 300
-steps of 128 images), full (MNIST, 160 epochs, and CIFAR-10 as He et al.; for a GPU).
+steps of 128 images), mnist (three epochs; with --seeds=5 at least 190 minutes on one CPU
+core, estimated: three timed steps of each row make 38 minutes of steps for a seed, 12 of
+them Dopri5's, whose NFE may grow; evaluations come on top), full (MNIST, 160 epochs, and
+CIFAR-10 as He et al.; for a GPU).
 
 Each run has a folder of its own under WORKDIR/runs; the same command goes on where it was
 stopped.
 """
 
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 from absl import flags
 
-from configs import cifar10_odenet, digits_odenet, mnist_odenet
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import first_examples
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
-from cvjax.training import default_config, steps
+from cvjax.training import steps
 from cvjax.training.trained_network import load_network
 from experiments import runner, sharing
 from experiments.odenet_vs_resnet import figure, tables
+from experiments.odenet_vs_resnet.presets import PRESETS, ROWS, SWAPS, create_config
 from experiments.odenet_vs_resnet.step_costs import measure_steps
-
-# label: model, its fields, settings of the loss
-ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "no block": ("odenet_discrete", {"length": 0}, {}),
-    "1 block": ("odenet_discrete", {"length": 1}, {}),
-    "6 blocks": ("odenet_discrete", {"length": 6}, {}),
-    "tied, 6 steps": ("odenet_discrete", {"body": "tied", "length": 6}, {}),
-    "Euler, 6 steps": ("odenet", {"solver": "euler", "steps": 6}, {}),
-    "Heun, 4 steps": ("odenet", {"solver": "heun", "steps": 4}, {}),
-    "RK4, 2 steps": ("odenet", {"solver": "rk4", "steps": 2}, {}),
-    "Dopri5": ("odenet", {"solver": "dopri5", "steps": 0}, {}),
-    "Dopri5, kinetic": (
-        "odenet",
-        {"solver": "dopri5", "steps": 0},
-        {"kinetic_weight": 1.0},
-    ),
-}
-# label: fields of the model at test time
-SWAPS: dict[str, dict[str, Any]] = {
-    **{f"Euler, {n}": {"solver": "euler", "steps": n} for n in (1, 2, 4, 8, 16)},
-    **{f"Heun, {n}": {"solver": "heun", "steps": n} for n in (1, 2, 4, 8)},
-    **{f"RK4, {n}": {"solver": "rk4", "steps": n} for n in (1, 2, 4)},
-    "Dopri5": {"solver": "dopri5", "steps": 0},
-}
-
-
-def quick() -> ml_collections.ConfigDict:
-    """The 1,797 bundled digits, 200 steps."""
-    config = digits_odenet.get_config()
-    config.total_steps = 200
-    config.log_every = 10
-    return config
-
-
-def medium() -> ml_collections.ConfigDict:
-    """MNIST, 300 steps of 128 images: two thirds of an epoch."""
-    config = mnist_odenet.get_config()
-    config.total_steps = 300
-    config.log_every = 10
-    config.eval_every = 150
-    config.checkpoint_every = 50
-    config.train_eval_examples = 0
-    config.data.crop_padding = 0
-    config.data.val_examples = 1_000
-    config.optim.boundaries = (0.5, 0.75)
-    return config
-
-
-class Preset(NamedTuple):
-    """What a preset trains: base configs, rows, and how many test images a swap sees."""
-
-    configs: tuple[Callable[[], ml_collections.ConfigDict], ...]
-    rows: tuple[str, ...]
-    swap_examples: int
-
-
-HEADLINE = ("no block", "1 block", "6 blocks", "tied, 6 steps", "Heun, 4 steps", "Dopri5")
-PRESETS = {
-    "quick": Preset((quick,), tuple(ROWS), 300),
-    "medium": Preset((medium,), HEADLINE, 1_000),
-    "full": Preset(
-        (mnist_odenet.get_config, cifar10_odenet.get_config), tuple(ROWS), 10_000
-    ),
-}
 
 
 def define_flags() -> None:
@@ -191,24 +144,6 @@ def train_all(
         {**found[where], **read_run(where), "swaps": swap(where, swap_examples)}
         for where in runner.train_all(plan, shared=shared)
     ]
-
-
-def create_config(
-    base: Callable[[], ml_collections.ConfigDict], row: str, steps: int | None = None
-) -> ml_collections.ConfigDict:
-    """The config of a row: the base's, with the row's network in the place of its own."""
-    model, fields, loss = ROWS[row]
-    config = base()
-    network = default_config(model).model
-    network.update({key: config.model[key] for key in network if key in SHARED})
-    network.update(fields)
-    config.model = network
-    config.loss.update(loss)
-    config.total_steps = steps or config.total_steps
-    return config
-
-
-SHARED = ("width", "augment", "stem", "stages", "activation", "norm", "zero_init")
 
 
 def run_folder(folder: pathlib.Path, run: dict[str, Any]) -> pathlib.Path:

@@ -6,17 +6,29 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import difference, spread
+from cvjax.report.statistics import paired_difference, spread
 from cvjax.report.tables import percent, percent_interval
 
-# What is claimed: a block helps; one f over depth is better than one block of it, and as
-# good as six; two ways to write one function do the same; what the kinetic energy does.
+# What is claimed: a block helps, and more of them; one f over depth against one block
+# (equal parameters), six and eight of them (equal compute: `SAME_COMPUTE`); two ways to
+# write one function; what adaptive steps and the kinetic energy do.
 ONE_F = ("tied, 6 steps", "Euler, 6 steps", "Heun, 4 steps", "RK4, 2 steps", "Dopri5")
+SAME_COMPUTE = (
+    ("tied, 6 steps", "6 blocks"),
+    ("Euler, 6 steps", "6 blocks"),
+    ("Heun, 4 steps", "8 blocks"),
+    ("RK4, 2 steps", "8 blocks"),
+)
 PAIRS = (
     ("1 block", "no block"),
     ("6 blocks", "1 block"),
-    *((row, blocks) for row in ONE_F for blocks in ("1 block", "6 blocks")),
+    ("8 blocks", "6 blocks"),
+    *((row, "1 block") for row in ONE_F),
+    *SAME_COMPUTE,
+    ("Dopri5", "6 blocks"),
     ("Euler, 6 steps", "tied, 6 steps"),
+    ("Heun, 4 steps", "Euler, 6 steps"),
+    ("Dopri5", "Heun, 4 steps"),
     ("Dopri5, kinetic", "Dopri5"),
 )
 
@@ -71,23 +83,26 @@ def tabulate_swaps(runs) -> list[dict[str, Any]]:
 
 
 def contrasts(runs) -> list[dict[str, Any]]:
-    """The claims: `PAIRS` of rows that were trained, by Welch's test.
+    """The claims: `PAIRS` of rows, by the paired t-test over the seeds that both have.
+
+    Runs of one seed have the same initial stem and head and the same batches.
 
     Returns:
       For each pair and "of" (test error and, if the nets count them, evaluations of f):
-      "row", "against", "of" and `statistics.difference`.
+      "row", "against", "of" and `statistics.paired_difference`.
     """
-    groups = dict(_groups(runs))
+    groups = {
+        row: {run["seed"]: run["summary"] for run in group} for row, group in _groups(runs)
+    }
     found = []
     for row, other in PAIRS:
-        if row not in groups or other not in groups:
-            continue
-        own, others = ([run["summary"] for run in groups[name]] for name in (row, other))
+        after, before = groups.get(row, {}), groups.get(other, {})
+        seeds = sorted(after.keys() & before.keys())
         for key in ("test/error", "test/nfe"):
-            if key in own[0] and key in others[0]:
-                values = ([summary[key] for summary in part] for part in (own, others))
+            if seeds and key in after[seeds[0]] and key in before[seeds[0]]:
+                values = ([one[seed][key] for seed in seeds] for one in (after, before))
                 names = {"row": row, "against": other, "of": key}
-                found.append({**names, **difference(*values)})
+                found.append({**names, **paired_difference(*values)})
     return found
 
 
