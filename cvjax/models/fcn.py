@@ -1,7 +1,7 @@
 """Fully convolutional networks (Long et al. 2014, arXiv:1411.4038) on our ResNets.
 
     layer      output                 features
-    stages     /4, /8, /16, /32       of a ResNet (models/resnet.py), of any depth, any width
+    stages     /4, /8, /16, /32       of a ResNet (models/resnet.py), any depth and width
     score      /32, /16, /8           classes      1x1 from each of the last three stages
     up         /16, /8                classes      4x4 transposed convolution, stride 2,
     stages     /4, /8, /16, /32       of a ResNet (models/resnet.py) of any depth and width
