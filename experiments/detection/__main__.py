@@ -1,6 +1,7 @@
 """A grid whose cells name one object each, or points: what does each detector miss?
 
     python -m experiments.detection --preset=quick --workdir=runs/detection
+    python -m experiments.detection --preset=medium --data_dir=DIR --workdir=runs/blood
 
 YOLO's first version divides the image into cells, and a cell names one object. Whatever
 else has its centre in that cell cannot be found; which objects these are follows from the
@@ -8,6 +9,14 @@ grid and the true boxes alone, without any training. CenterNet asks for centres 
 a finer map. Theory predicts that CenterNet's recall does not depend on whether objects
 share a (YOLO's) cell, and that YOLO's does; that its recall can be at most one less the
 fraction of objects that come second to their cell.
+
+Presets: quick (digit scenes), medium (pictures with boxes in the folders of PASCAL VOC;
+settings for BCCD's 364 photographs of blood cells, github.com/Shenggan/BCCD_Dataset, 240
+pixels high, 3,000 steps of 8 pictures).
+
+Predicted for medium on BCCD, three seeds, after one run of CenterNet of 2,000 steps (AP at
+0.5 of 0.847): CenterNet's AP at 0.5 is between 0.83 and 0.87; its worst kind is platelets
+or red cells, its best white cells; YOLO's AP at 0.5 is lower by more than 0.1.
 
 Detections count from the score on that gives the best F1 on the validation images, and are
 right at an overlap of 0.5. Average precisions are COCO's.
@@ -18,8 +27,9 @@ from typing import Any
 
 from absl import flags
 
-from configs import digit_scenes_centernet, digit_scenes_yolo
+from configs import digit_scenes_centernet, digit_scenes_yolo, voc_centernet, voc_yolo
 from cvjax import cli
+from cvjax.errors import UserError
 from cvjax.report import tables
 from cvjax.report.statistics import paired_difference, spread
 from cvjax.storage import workdir as workdirs
@@ -27,7 +37,10 @@ from experiments import runner, sharing
 from experiments.detection import figure
 from experiments.detection.measure import measure
 
-PRESETS = {"quick": (digit_scenes_centernet, digit_scenes_yolo)}
+PRESETS = {
+    "quick": (digit_scenes_centernet, digit_scenes_yolo),
+    "medium": (voc_centernet, voc_yolo),
+}
 MEASURED = ("ap50", "ap", "recall", "precision", "recall_alone", "recall_sharing")
 HEADINGS = ("AP at 0.5", "AP", "recall", "precision", "alone", "sharing a cell")
 
@@ -35,11 +48,13 @@ HEADINGS = ("AP at 0.5", "AP", "recall", "precision", "alone", "sharing a cell")
 def define_flags() -> None:
     runner.define_flags(PRESETS, "network")
     sharing.define_flags()
+    flags.DEFINE_string("data_dir", "", "Folder of the pictures, with preset medium.")
 
 
-def create_config(module, seed: int, total_steps: int | None):
+def create_config(module, seed: int, total_steps: int | None, data_dir: str):
     config = module.get_config()
     config.seed = seed
+    config.data.data_dir = data_dir
     config.total_steps = total_steps or config.total_steps
     return config
 
@@ -47,11 +62,16 @@ def create_config(module, seed: int, total_steps: int | None):
 def main(arguments):
     cli.refuse_arguments(arguments)
     values, shared = flags.FLAGS, sharing.from_flags()
+    if bool(values.data_dir) != (values.preset == "medium"):
+        raise UserError(
+            "--data_dir names the folder of the pictures with --preset=medium, and goes "
+            "with no other preset."
+        )
     folder = workdirs.check_writable(values.workdir)
     configs = {}
     for seed in range(values.seeds):
         for module in PRESETS[values.preset]:
-            config = create_config(module, seed, values.steps)
+            config = create_config(module, seed, values.steps, values.data_dir)
             configs[folder / "runs" / f"{config.model.name}-seed{seed}"] = config
     runs = []
     stride = PRESETS[values.preset][1].get_config().model.stride
