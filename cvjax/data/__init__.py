@@ -7,7 +7,6 @@ cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 folder                       your own pictures (`data.folder`)
 npz                          your own arrays (`data.arrays`)
 voc                          your own pictures with boxes (`data.voc`)
-label_folder                 your own pictures with label pictures (`data.label_folder`)
 any other TFDS name          if it is prepared already (`data.tfds`)
 
 A set that does not fit in memory, or whose images differ in size, is streamed, with
@@ -33,6 +32,7 @@ from cvjax.data.streaming import StreamOptions, open_stream
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
+BUNDLED = ("digits", "digit_scenes", "digit_scenes/masks")
 VAL_EXAMPLES = {"cifar10": 5_000, "cifar100": 5_000, "mnist": 5_000}
 
 
@@ -52,11 +52,11 @@ def load(
 
     Args:
       name: "digits", "digit_scenes", "digit_scenes/masks", "folder", "npz", "voc",
-        "label_folder", or a TFDS set's NAME[/CONFIG][:VERSION].
+        or a TFDS set's NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
         ~/tensorflow_datasets. For "folder" the folder of pictures, see
         `data.folder_listing`; for "npz" the file, see `data.arrays`; for "voc" see
-        `data.voc`, for "label_folder" `data.label_folder`.
+        `data.voc`.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others. A
@@ -65,7 +65,7 @@ def load(
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
       image_size, resize: of a folder in memory, see `data.folder.load_folder`; of "voc",
-        see `data.voc.load_voc`; of "label_folder" the side of a tile.
+        see `data.voc.load_voc`.
       stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
         images in memory.
 
@@ -98,11 +98,6 @@ def load(
         from cvjax.data.voc import load_voc  # Imports jax.
 
         dataset = load_voc(data_dir, image_size, resize, val_examples)
-        return reduced(dataset, train_examples, shrink)
-    if name == "label_folder":
-        from cvjax.data.label_folder import load_label_folder  # Imports jax.
-
-        dataset = load_label_folder(data_dir, image_size, val_examples)
         return reduced(dataset, train_examples, shrink)
     if resize != "crop":
         raise UserError(
@@ -179,14 +174,13 @@ def load_stream(
       UserError: if there is no such data set, it cannot be prepared, or cannot be streamed
         with these options.
     """
-    if name in ("digits", "digit_scenes", "digit_scenes/masks", "npz"):
+    if name in (*BUNDLED, "npz"):
         raise UserError(
             f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
         )
-    if name in ("voc", "label_folder"):
-        what = {"voc": "boxes", "label_folder": "label pictures"}[name]
+    if name == "voc":
         raise UserError(
-            f"pictures with {what} cannot be streamed; set data.streaming=false and choose "
+            "pictures with boxes cannot be streamed; set data.streaming=false, and choose "
             "a data.image_size at which they fit into memory."
         )
     folder = tfds.resolve_data_dir(data_dir)
@@ -248,9 +242,7 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    own = ("digits", "digit_scenes", "digit_scenes/masks", "folder", "npz", "voc")
-    own += ("label_folder",)
-    names = {*own, *_catalog(), *prepared} - {"downloads"}
+    names = {*BUNDLED, "folder", "npz", "voc", *_catalog(), *prepared} - {"downloads"}
     near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (
         f"did you mean {near[0]}?"

@@ -58,19 +58,9 @@ def load_picture(
       UserError: there is no such file, it is no image or a broken one, or it has more than
         `MAX_PIXELS` pixels.
     """
+    height, width, channels = image_shape
     with quiet():
-        image = read_picture(path, image_shape[-1])
-    return fit_picture(image, image_shape, border, resize)
-
-
-def fit_picture(
-    image: Image.Image,
-    image_shape: tuple[int, int, int],
-    border: float | None = None,
-    resize: str = "crop",
-) -> np.ndarray:
-    """A picture with as many channels as the network takes, in its size: `load_picture`."""
-    height, width, _ = image_shape
+        image = read_picture(path, channels)
     if resize == "squash":
         image = squash(image, height, width)
     elif border is not None:

@@ -5,8 +5,7 @@ one, and 0 where a pixel does not count: nobody knows what it is, or it is not p
 picture. So zeros are the right padding.
 
 Instance numbers (0 for the ground, one number per object) become three classes: outside,
-inside, and the border of each object, by which objects that touch can be told apart
-(`evaluation.instances` makes numbers of them again).
+inside, and the border of each object, which separates objects that touch.
 """
 
 import jax
@@ -16,10 +15,8 @@ from jax import numpy as jnp
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation
 
-# The classes of objects that are counted, in this order.
+# The classes of instances.
 OUTSIDE, INSIDE, BORDER = range(3)
-INSTANCE_CLASSES = ("outside", "inside", "border")
-MOST_CLASSES = 255  # a byte has one value more
 
 
 def unpack(targets: jax.Array) -> tuple[jax.Array, jax.Array]:

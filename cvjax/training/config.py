@@ -39,12 +39,12 @@ class DataConfig:
 
     Attributes:
       name: "digits" or "digit_scenes" (bundled), "folder" (your own pictures), "npz" (your
-        own arrays), "voc" (your own pictures with boxes), "label_folder" (your own pictures
-        with label pictures), or a TFDS image classification set such as "cifar10".
-        "digit_scenes/masks" has label maps in the place of boxes.
+        own arrays), "voc" (your own pictures with boxes), or a TFDS image
+        classification set such as "cifar10". "digit_scenes/masks" has label maps in the
+        place of boxes.
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR or TFDS's default. The
-        folder of your pictures (with boxes: as `data.voc` says; with label pictures: as
-        `data.label_folder` says), or the .npz file of your arrays.
+        folder of your pictures (with boxes: as `data.voc` says), or the .npz file of your
+        arrays.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: split off the training set for validation; -1 for the set's default.
       train_examples: how many of the other training images are used, stratified by class;
@@ -56,7 +56,7 @@ class DataConfig:
         `scale_max` are pixels of the images as they are stored.
       image_size, resize: what pictures of a folder or of a stream become: squares of so
         many pixels a side, by cropping ("crop") or by squashing ("squash"). Of "voc" it is
-        the short side, of "label_folder" the side of the tiles that pictures are cut into.
+        the short side.
       num_workers: of a stream, see `data.streaming.StreamOptions`.
       batch_size: of training.
       eval_batch_size: of evaluation; it changes speed and memory, not results.
