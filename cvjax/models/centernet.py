@@ -29,7 +29,7 @@ from jax import numpy as jnp
 from cvjax.checks import check_positive
 from cvjax.data.boxes import Boxes
 from cvjax.models.norm_layers import batch_norm
-from cvjax.models.resnet import ResNet, resnet_stages
+from cvjax.models.resnet import check_backbone, resnet_stages
 from cvjax.nn.conv import DTYPES, Conv
 
 STRIDE = 4  # pixels of a cell
@@ -70,8 +70,7 @@ class CenterNet(nn.Module):
 
     def __post_init__(self):
         check_positive(features=self.features, max_detections=self.max_detections)
-        names = ("depth", "shortcut", "version", "stem", "width", "walk", "dtype")
-        ResNet(self.num_classes, **{name: getattr(self, name) for name in names})
+        check_backbone(self)
         super().__post_init__()
 
     @nn.compact

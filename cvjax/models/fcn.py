@@ -4,7 +4,7 @@
     stages     /4, /8, /16, /32       of a ResNet (models/resnet.py), any depth and width
     score      /32, /16, /8           classes      1x1 from each of the last three stages
     up         /16, /8                classes      4x4 transposed convolution, stride 2,
-    stages     /4, /8, /16, /32       of a ResNet (models/resnet.py) of any depth and width
+                                                   to it the score of that stage added
     resize     1                      classes      bilinear, fixed
 
 `stride` 32 is the paper's FCN-32s, which takes the last stage alone; 16 is FCN-16s and 8 is
@@ -24,13 +24,10 @@ from jax import lax
 from jax import numpy as jnp
 
 from cvjax.checks import check_positive
-from cvjax.errors import UserError
-from cvjax.models.resnet import ResNet, resnet_stages
+from cvjax.models.resnet import check_backbone, resnet_stages, stage_stride
 from cvjax.models.resnet_layers import head_init
 from cvjax.models.unet import pad_to_multiple
 from cvjax.nn.conv import Conv
-
-LAST_STRIDE = {"imagenet": 32, "small": 8}  # of the backbone's last stage
 
 
 class FCN(nn.Module):
@@ -62,24 +59,18 @@ class FCN(nn.Module):
 
     def __post_init__(self):
         check_positive(num_classes=self.num_classes)
-        names = ("depth", "shortcut", "version", "stem", "width", "walk", "dtype")
-        ResNet(self.num_classes, **{name: getattr(self, name) for name in names})
-        strides = [LAST_STRIDE[self.stem] // divisor for divisor in (1, 2, 4)]
-        if self.stride not in strides:
-            raise UserError(
-                f"stride must be one of {', '.join(map(str, strides))} with the stem "
-                f"{self.stem!r}, got {self.stride}."
-            )
+        check_backbone(self, stages=(4, 3, 2))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] -> float32 [batch, height, width, classes]."""
         height, width = images.shape[1:3]
-        x = pad_to_multiple(images, LAST_STRIDE[self.stem])
+        coarsest = stage_stride(self.stem, 4)
+        x = pad_to_multiple(images, coarsest)
         whole = (len(x), *x.shape[1:3], self.num_classes)
         stages = list(resnet_stages(self, x, train))
-        skips = (LAST_STRIDE[self.stem] // self.stride).bit_length() - 1
+        skips = (coarsest // self.stride).bit_length() - 1
 
         def score(stage, init):
             dense = nn.Dense(self.num_classes, name=f"score{stage}", kernel_init=init)
@@ -106,6 +97,4 @@ def bilinear(rng: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.A
     """The kernel [4, 4, classes, classes] that interpolates each class by itself."""
     del rng
     line = jnp.array([0.25, 0.75, 0.75, 0.25], dtype)
-    return (line[:, None] * line[None])[..., None, None] * jnp.eye(*shape[2:], dtype=dtype)[
-        None, None
-    ]
+    return jnp.einsum("h,w,io->hwio", line, line, jnp.eye(*shape[2:], dtype=dtype))

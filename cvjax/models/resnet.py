@@ -27,7 +27,7 @@ padded by one on each side, as in torchvision. With the stem "small" (3x3, not h
 pooling) the net takes images of 32 pixels to 4x4, as in kuangliu/pytorch-cifar.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -55,6 +55,7 @@ STEMS = ("imagenet", "small")
 EXPANSION = 4  # of a bottleneck
 # The fields that say which layers a net has before its head.
 BACKBONE = ("depth", "shortcut", "version", "stem", "width")
+FIRST_STRIDE = {"imagenet": 4, "small": 1}  # of stage 1, by the stem
 
 
 class Bottleneck(nn.Module):
@@ -134,6 +135,28 @@ class ResNet(nn.Module):
         *_, x = resnet_stages(self, images, train)
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)
+
+
+def stage_stride(stem: str, stage: int) -> int:
+    """Pixels of the image per pixel of the map of a stage, 1 to 4."""
+    return FIRST_STRIDE[stem] * 2 ** (stage - 1)
+
+
+def check_backbone(net: nn.Module, stages: Sequence[int] = ()) -> None:
+    """Raises UserError for fields of a network on `resnet_stages` that make no net.
+
+    Args:
+      net: the network.
+      stages: those whose stride the network's field `stride` may be; () if it has none.
+    """
+    names = (*BACKBONE, "walk", "dtype")
+    ResNet(net.num_classes, **{name: getattr(net, name) for name in names})
+    strides = [stage_stride(net.stem, stage) for stage in stages]
+    if strides and net.stride not in strides:
+        raise UserError(
+            f"stride must be one of {', '.join(map(str, strides))} with the stem "
+            f"{net.stem!r}, got {net.stride}."
+        )
 
 
 def resnet_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:

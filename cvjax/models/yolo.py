@@ -23,15 +23,13 @@ from jax import numpy as jnp
 
 from cvjax.checks import check_positive
 from cvjax.data.boxes import Boxes, overlaps, suppress
-from cvjax.errors import UserError
 from cvjax.models.norm_layers import batch_norm
-from cvjax.models.resnet import ResNet, resnet_stages
+from cvjax.models.resnet import check_backbone, resnet_stages, stage_stride
 from cvjax.nn.conv import DTYPES, Conv
 
 PLACE_WEIGHT, NOTHING_WEIGHT = 5.0, 0.5
 BOX = 5  # numbers of a box: x, y, root of width, root of height, confidence
 SUPPRESSED = 0.5  # overlap with a better detection of its class that removes one
-FIRST_STRIDE = {"imagenet": 4, "small": 1}  # of the backbone's first stage
 
 
 class YOLO(nn.Module):
@@ -71,21 +69,14 @@ class YOLO(nn.Module):
         check_positive(
             boxes=self.boxes, features=self.features, max_detections=self.max_detections
         )
-        names = ("depth", "shortcut", "version", "stem", "width", "walk", "dtype")
-        ResNet(self.num_classes, **{name: getattr(self, name) for name in names})
-        strides = [FIRST_STRIDE[self.stem] * 2**stage for stage in range(4)]
-        if self.stride not in strides:
-            raise UserError(
-                f"stride must be one of {', '.join(map(str, strides))} with the stem "
-                f"{self.stem!r}, got {self.stride}."
-            )
+        check_backbone(self, stages=(1, 2, 3, 4))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] -> float32 [batch, S, S, 5 boxes + classes]."""
         dtype = DTYPES[self.dtype]
-        count = (self.stride // FIRST_STRIDE[self.stem]).bit_length()
+        count = (self.stride // stage_stride(self.stem, 1)).bit_length()
         stages = resnet_stages(self, images, train)
         *_, x = (next(stages) for _ in range(count))
         x = Conv(self.features, 3, padding=1, dtype=dtype, name="head_conv")(x)
