@@ -9,6 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from cvjax.errors import InterruptedRun
+from cvjax.storage import checkpoint
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(
     "jax_compilation_cache_dir",
@@ -24,3 +27,20 @@ def tfds_dir() -> pathlib.Path:
     if not folder or not pathlib.Path(folder).is_dir():
         pytest.skip("needs real data: set TFDS_DATA_DIR to prepared TFDS data sets")
     return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture
+def interrupt_once(monkeypatch):
+    """Call it with a step: a run that saves this step before others is interrupted."""
+    real, saved = checkpoint.save, []
+
+    def interrupt(at: int) -> None:
+        def save(root, step, *others):
+            real(root, step, *others)
+            saved.append(step)
+            if saved == [at]:
+                raise InterruptedRun("here")
+
+        monkeypatch.setattr(checkpoint, "save", save)
+
+    return interrupt

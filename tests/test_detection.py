@@ -9,7 +9,6 @@ from cvjax.data import boxes
 from cvjax.data.boxes import Boxes
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.errors import InterruptedRun, UserError
-from cvjax.storage import checkpoint
 from cvjax.tasks import detection, ranking
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -145,18 +144,9 @@ def test_a_run_and_its_numbers(run):
     assert summary["test/ap50"] == summary["val/ap50"]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, interrupt_once):
     folder, summary = run
-    writes = []
-    saved = checkpoint.save
-
-    def save(root, step, *others):
-        saved(root, step, *others)
-        writes.append(step)
-        if step == 3 and len(writes) == 1:
-            raise InterruptedRun("here")
-
-    monkeypatch.setattr(checkpoint, "save", save)
+    interrupt_once(3)
     with pytest.raises(InterruptedRun):
         train_and_evaluate(create_config(), tmp_path)
     assert train_and_evaluate(create_config(), tmp_path) == summary

@@ -11,7 +11,6 @@ from cvjax.data.augment import Augmentation, augment
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.digit_scenes import create_scene
 from cvjax.errors import InterruptedRun, UserError
-from cvjax.storage import checkpoint
 from cvjax.tasks import segmentation
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
 from cvjax.training.losses import LossConfig
@@ -251,18 +250,9 @@ def test_a_run_and_its_numbers(run):
     assert {"test/dice", "test/pixel_accuracy"} <= summary.keys()
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, interrupt_once):
     folder, summary = run
-    writes = []
-    saved = checkpoint.save
-
-    def save(root, step, *others):
-        saved(root, step, *others)
-        writes.append(step)
-        if step == 3 and len(writes) == 1:
-            raise InterruptedRun("here")
-
-    monkeypatch.setattr(checkpoint, "save", save)
+    interrupt_once(3)
     with pytest.raises(InterruptedRun):
         train_and_evaluate(create_config(), tmp_path)
     assert train_and_evaluate(create_config(), tmp_path) == summary

@@ -25,12 +25,12 @@ def loss_per_example(logits: jax.Array, labels: jax.Array, loss) -> jax.Array:
     """The cross entropy of each example.
 
     Args:
-      logits: [batch, classes].
+      logits: [batch, classes]; with rows as labels there may be axes between the two.
       labels: see `targets`.
       loss: a `training.losses.LossConfig`; its name and label smoothing are used.
 
     Returns:
-      float32 [batch], in nats.
+      float32 [batch, ...], in nats.
     """
     logits = logits.astype(jnp.float32)
     wanted = targets(labels, logits.shape[-1])

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import linen as nn
 from flax import struct
 from jax import numpy as jnp
 
 from cvjax.data import label_maps
+from cvjax.tasks.classification import loss_per_example
 from cvjax.tasks.task import Task
 
 SMOOTH = 1.0  # pixels added above and below Dice's fraction, which may be of nothing
@@ -35,8 +35,7 @@ def loss_per_image(logits: jax.Array, targets: jax.Array, loss) -> jax.Array:
     logits = logits.astype(jnp.float32)
     classes, counted = label_maps.unpack(targets)
     wanted = jax.nn.one_hot(classes, logits.shape[-1])
-    smoothed = optax.smooth_labels(wanted, loss.label_smoothing)
-    entropies = optax.softmax_cross_entropy(logits, smoothed)
+    entropies = loss_per_example(logits, wanted, loss)
     pixels = counted.sum(axis=(1, 2)).clip(min=1)
     losses = jnp.where(counted, entropies, 0).sum(axis=(1, 2)) / pixels
     if loss.dice_weight:
