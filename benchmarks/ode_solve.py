@@ -196,8 +196,8 @@ def main(arguments):
     cells = tabulate(rows)
     tables.show("Forward and gradient; speed: torchdiffeq's is 1", HEADINGS, cells)
     for row in rows:
-        told = ", ".join(f"{name} {value:.1e}" for name, value in row["difference"].items())
-        print(f"{row['shape']}, {row['solver']}: differences {told}")
+        found = ", ".join(f"{key} {value:.1e}" for key, value in row["difference"].items())
+        print(f"{row['shape']}, {row['solver']}: differences {found}")
     if folder:
         results = {
             "benchmark": "ode_solve",

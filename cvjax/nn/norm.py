@@ -63,8 +63,8 @@ def normalize(
 
 
 def _over_neighbours(array, channels):
-    # Sums of what is repeated, and not repeated sums: XLA would make those anew for each
-    # pixel of the loop over the map that uses them.
+    # Sums of what is repeated, and not repeated sums: XLA would compute those again for
+    # each pixel of the loop over the map that uses them.
     groups = array.reshape(*array.shape[:-1], -1, 1, channels)
     repeated = jnp.broadcast_to(groups, (*groups.shape[:-2], channels, channels))
     return repeated.mean(-1).reshape(array.shape)

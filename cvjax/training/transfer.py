@@ -142,7 +142,8 @@ def start_from(
     loaded = traverse_util.flatten_dict(source.variables)
     classes = len(source.class_names)
     heads, differences = [], []
-    if _gives_backbone(source, model):
+    as_backbone = _gives_backbone(source, model)
+    if as_backbone:
         heads = [path for path in wanted if not _in_backbone(path)]
         # A detector may leave out the last stages.
         loaded = {path: loaded[path] for path in wanted if _in_backbone(path)}
@@ -177,7 +178,7 @@ def start_from(
         logging.info(
             "Drawn anew, as %s: %s.",
             "it has no such layers"
-            if _gives_backbone(source, model)
+            if as_backbone
             else f"there are other classes than its {classes}",
             ", ".join(sorted("/".join(path) for path in heads)),
         )
