@@ -84,11 +84,13 @@ def test_commands_parse(line):
 
 
 def program_text(module: str) -> str:
-    """The source of a program, and of the flags that experiments share."""
+    """The source of a program, of the presets that it imports, and of shared flags."""
     path = ROOT / module.replace(".", "/")
     folder = path.is_dir()
     text = "".join(file.read_text() for file in path.glob("*.py")) if folder else ""
     text = text or path.with_suffix(".py").read_text()
+    for package in re.findall(r"^from ([\w.]+)\.presets import", text, re.MULTILINE):
+        text += (ROOT / package.replace(".", "/") / "presets.py").read_text()
     for name in ("runner", "sharing"):
         used = f"{name}.define_flags" in text
         text += (ROOT / f"experiments/{name}.py").read_text() * used
