@@ -1,9 +1,10 @@
 # make demo   trains plain and residual nets on real images and draws the result
 # make test   runs the tests (make test TESTS="-m slow" for the slow ones)
 #
-# Both build .venv from requirements.txt when it is missing or older, and oneDNN's kernels for
-# the CPU where there is a C++ compiler (cvjax/nn/onednn); with it in place neither needs a network. PYTHON=python3.13 builds it with that Python (make clean first,
-# or VENV=.venv313 for one beside it).
+# Both build .venv from requirements.txt when it is missing or older, and oneDNN's kernels
+# for the CPU where there is a C++ compiler (cvjax/nn/onednn); with it in place neither needs
+# a network. PYTHON=python3.13 builds it with that Python (make clean first, or
+# VENV=.venv313 for one beside it).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -12,9 +12,10 @@ import cvjax  # noqa: F401  (Ctrl-C while the rest is imported)
 
 # isort: split
 from absl import flags
-from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+from cvjax import command_line
+
+CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: new, or to be resumed.")
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address",

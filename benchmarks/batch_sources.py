@@ -1,4 +1,4 @@
-"""Batches of training images in several ways, ready to be trained on.
+"""Batches of training images from several sources, ready to be trained on.
 
 See `benchmarks.data`. Each is an endless iterator; without augmentation where its name says
 "host", with it (pad by 4, crop of the original size, flip) otherwise.

@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_integer("depth", [], "6n + 2; may be repeated.", lower_bound=8)
     walks = list(DEPTHS)
     flags.DEFINE_multi_enum("walk", walks, walks, "May be repeated.")
-    flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width.", lower_bound=4)
     flags.DEFINE_integer("rounds", 3, "Compilations of each.", lower_bound=1)
 

@@ -10,7 +10,7 @@ step" is from the start of train.py to the first row of its metrics, imports inc
 blank caches (images, compiled programs) and again with full ones.
 
 Rate: batches of training images, with and without augmentation (pad by 4, crop, flip),
-taken in turns:
+interleaved:
 
     cvjax, host             indices and rows of the memory map: what the host has to do
     cvjax, augmented        and normalisation and augmentation, jitted, where JAX computes
@@ -51,7 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
     flags.DEFINE_string("name", "cifar10", "The data set of the first batch and the rate.")
     flags.DEFINE_string("config", "configs/cifar10_resnet.py", "Of the first step.")
-    flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
     flags.DEFINE_integer("batches", 50, "Of each timing of the rate.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Timings of each.", lower_bound=1)
     flags.DEFINE_integer("starts", 3, "Starts of each kind.", lower_bound=1)
@@ -87,8 +87,8 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for row in rows:
         spread, unit = row["spread"], row["unit"]
         digits = 0 if unit == "images/s" else 2
-        told = timing.format_spread(spread, digits)
-        lines.append((f"{row['part']}: {row['what']}, {unit}", told, str(spread["n"])))
+        text = timing.format_spread(spread, digits)
+        lines.append((f"{row['part']}: {row['what']}, {unit}", text, str(spread["n"])))
     return lines
 
 
@@ -130,7 +130,7 @@ print(time.perf_counter() - start)
 
 def measure_first_batch(values) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Seconds from `data.load` to the first batch, with a blank and with a full cache."""
-    data.load(values.name)  # tells at once if there is no such set
+    data.load(values.name)  # raises at once if there is no such set
     times: dict[str, list[float]] = {"blank cache": [], "full cache": []}
     for number in range(values.starts):
         logging.info("First batch, round %d.", number + 1)
@@ -201,19 +201,19 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def measure_rate(values) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Images a second of each way to make batches."""
+    """Images per second of each way to make batches."""
     split = data.load(values.name).train
     sources, missing = batch_sources.create(split, values.batch_size, values.workers)
-    ways = {}
+    sources = {}
     for side, batches in sources.items():
 
         def take(batches=batches):
             for _ in range(values.batches):
                 next(batches)
 
-        ways[side] = take
+        sources[side] = take
     images = values.batches * values.batch_size
-    times = timing.interleave(ways, values.rounds)
+    times = timing.interleave(sources, values.rounds)
     return [
         {"what": side, "unit": "images/s", "spread": timing.spread(images / own)}
         for side, own in times.items()

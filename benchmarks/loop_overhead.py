@@ -4,30 +4,31 @@
 
 The loop makes batches, sends them, looks for signals and fetches metrics at log points. It
 is timed as runs log it (`time/step_ms`: without compilation, evaluation and checkpoints),
-and in turns with it the same compiled step on one batch that lies on the device, over and
-over. Printed are medians over the rounds, their quartiles, and the ratio of the medians.
+and interleaved with it the same compiled step on one batch that lies on the device, over
+and over. Printed are medians and quartiles over the rounds, of the times and of their
+ratio.
 """
 
 import dataclasses
 import pathlib
 import tempfile
-import time
 
 import jax
 import numpy as np
 from absl import flags, logging
 
-from cvjax import cli, data
+from cvjax import cli, data, timing
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
+from cvjax.storage import metrics_log
 from cvjax.training import default_config, devices, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.recipe import create_recipe
-from cvjax.training.state import Record, create_train_state
+from cvjax.training.restore import initial_or_restored
 
 STEPS = flags.DEFINE_integer("steps", 40, "Updates in a timing.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timings of each.", lower_bound=1)
 
 NETS = {
     "mlp": {"name": "mlp"},
@@ -36,11 +37,14 @@ NETS = {
 }
 
 
-def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[float]]:
-    """Milliseconds a step of the loop, and of the bare step, once a round."""
+def time_both(
+    fields: dict, dataset: data.Dataset, folder: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds per step of the loop, and of the bare step, once per round."""
     config = default_config(fields["name"])
     config.model.update(fields)
     config.log_every = STEPS.value
+    config.train_eval_examples = 0
     config.data.update({"crop_padding": 1, "flip": True})
     run = parse_config(config)
     recipe = create_recipe(run, dataset.num_classes)
@@ -48,44 +52,46 @@ def time_both(fields: dict, dataset: data.Dataset) -> tuple[list[float], list[fl
     statistics = compute_statistics(dataset.train.images, run.data.normalization)
     constants = steps.Constants(jax.random.key(0), statistics)
     constants = devices.replicate(constants, mesh)
-    state = create_train_state(
-        jax.random.key(1), recipe=recipe, image_shape=dataset.image_shape
-    )
+    state, record, _ = initial_or_restored(run, recipe, dataset, folder)
     state = devices.replicate(state, mesh)
 
-    one = dataclasses.replace(run, steps_per_dispatch=1)
-    with open_dispatch(dataset.train, one, constants, mesh, start=0) as dispatch:
+    single = dataclasses.replace(run, steps_per_dispatch=1)
+    with open_dispatch(dataset.train, single, constants, mesh, start=0) as dispatch:
         batch, _ = dispatch.feed(0, 1)
     compiled = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
-    in_loop, bare, rows = [], [], []
-    record = Record(data_fingerprint="", model={})
-    with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "metrics.jsonl").touch()
-        for round in range(1, ROUNDS.value + 1):
-            length = {"total_steps": round * 2 * STEPS.value - STEPS.value}
-            start = int(state.step)
-            with open_dispatch(dataset.train, run, constants, mesh, start) as dispatch:
-                state, record = loop.train(
-                    state,
-                    record,
-                    run=dataclasses.replace(run, **length, train_eval_examples=0),
-                    recipe=recipe,
-                    dispatch=dispatch,
-                    statistics=constants.statistics,
-                    dataset=dataset,
-                    mesh=mesh,
-                    folder=pathlib.Path(folder),
-                    outputs=loop.Outputs(write=lambda _, row: rows.append(row)),
-                )
-            in_loop += [row["time/step_ms"] for row in rows if "time/step_ms" in row]
-            rows.clear()
-            jax.block_until_ready(state.step)
-            start = time.perf_counter()
-            for _ in range(STEPS.value):
-                state = compiled(state, batch, constants)
-            jax.block_until_ready(state.step)
-            bare.append(1000 * (time.perf_counter() - start) / STEPS.value)
-    return in_loop, bare
+
+    def in_loop() -> None:
+        nonlocal state, record
+        start = int(state.step)
+        longer = dataclasses.replace(run, total_steps=start + STEPS.value)
+        with (
+            metrics_log.open_writer(folder, start) as write,
+            open_dispatch(dataset.train, longer, constants, mesh, start) as dispatch,
+        ):
+            state, record = loop.train(
+                state,
+                record,
+                run=longer,
+                recipe=recipe,
+                dispatch=dispatch,
+                statistics=constants.statistics,
+                dataset=dataset,
+                mesh=mesh,
+                folder=folder,
+                outputs=loop.Outputs(write=write),
+            )
+
+    def bare() -> jax.Array:
+        nonlocal state
+        for _ in range(STEPS.value):
+            state = compiled(state, batch, constants)
+        return state.step
+
+    functions = {"loop": in_loop, "bare": bare}
+    seconds = timing.interleave(functions, ROUNDS.value, warm_up=0)["bare"]
+    rows = metrics_log.read_metrics(folder / "metrics.jsonl")
+    logged = [row["time/step_ms"] for row in rows if "time/step_ms" in row]
+    return np.array(logged), 1000 * seconds / STEPS.value
 
 
 def main(arguments):
@@ -94,13 +100,15 @@ def main(arguments):
     dataset = data.load("digits")
     rows = []
     for name, fields in NETS.items():
-        cells = []
-        for times in (timed := time_both(fields, dataset)):
-            low, median, high = np.percentile(times, (25, 50, 75))
-            cells += [f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
-        ratio = np.median(timed[0]) / np.median(timed[1])
-        rows.append([name, *cells, f"{ratio:.3f}"])
-    headings = ("net", "loop", "quartiles", "bare step", "quartiles", "ratio")
+        with tempfile.TemporaryDirectory() as folder:
+            looped, bare = time_both(fields, dataset, pathlib.Path(folder))
+        spreads = (timing.spread(times) for times in (looped, bare, looped / bare))
+        cells = (
+            timing.format_spread(spread, digits)
+            for spread, digits in zip(spreads, (2, 2, 3), strict=True)
+        )
+        rows.append([name, *cells])
+    headings = ("net", "loop", "bare step", "ratio")
     tables.show("A training step on 8x8 digits, batch 128, ms", headings, rows)
 
 

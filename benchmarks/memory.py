@@ -42,11 +42,11 @@ def define_flags() -> None:
         "depth", list(DEPTHS), "6n + 2 layers; may be repeated.", lower_bound=8
     )
     flags.DEFINE_multi_integer(
-        "batch_size", list(BATCH_SIZES), "Images a batch; may be repeated.", lower_bound=1
+        "batch_size", list(BATCH_SIZES), "Images per batch; may be repeated.", lower_bound=1
     )
     flags.DEFINE_integer("image_size", 32, "Height and width.", lower_bound=4)
     walks = ["auto", "rolled", "unrolled"]
-    flags.DEFINE_enum("walk", "auto", walks, "How cvjax walks stages.")
+    flags.DEFINE_enum("walk", "auto", walks, "How cvjax compiles stages.")
     flags.DEFINE_bool("torch", True, "Whether PyTorch runs its steps, too.")
 
 
@@ -80,7 +80,7 @@ def measure_ours(model, batch) -> dict[str, int | None]:
 
     Returns:
       "state" (the step's arguments), "beyond" (temporaries) and "device_peak" (of the
-      process so far, all included; None where the device does not tell).
+      process so far, all included; None where the device does not report it).
     """
     lowered, create = nets.lower_step(model, batch)
     options = COMPILER_OPTIONS.get(jax.default_backend(), {})

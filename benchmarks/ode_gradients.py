@@ -3,9 +3,10 @@
     python -m benchmarks.ode_gradients --workdir=results/ode_gradients
 
 Forward and gradient of one ODE block, of the paper's size for MNIST by default (64 features
-on 6x6, GroupNorm, ReLU), with equal steps of Heun's method and with Dopri5's adaptive ones.
-Memory is XLA's plan for temporaries, time the median of runs taken in turns; compilation
-stands apart. The block is walked as it is by default on this platform, and also as a loop.
+on 6x6, GroupNorm, ReLU), with fixed steps of Heun's method and with Dopri5's adaptive ones.
+Memory is XLA's plan for temporaries, time the median of interleaved runs; compilation
+stands apart. The block is compiled as it is by default on this platform, and also as a
+loop.
 
 For adaptive steps their number is what the tolerance asks for.
 """
@@ -28,7 +29,7 @@ from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images a batch.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images per batch.", lower_bound=1)
 SIDE = flags.DEFINE_integer("side", 6, "Height and width.", lower_bound=1)
 FEATURES = flags.DEFINE_integer("features", 64, "Channels.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each way.", lower_bound=1)
@@ -127,8 +128,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     solver = row["solver"] + (f", rtol {row['rtol']:g}" if row["rtol"] else "")
     numbers = (f"{row['memory_mb']:.1f}", f"{row['ms']:.0f}", f"{row['ms_per_nfe']:.2f}")
-    ways = (str(row["steps"]), row["walk"], row["gradient"], str(row["nfe"]))
-    return (solver, *ways, *numbers, f"{row['compile_seconds']:.1f}")
+    settings = (str(row["steps"]), row["walk"], row["gradient"], str(row["nfe"]))
+    return (solver, *settings, *numbers, f"{row['compile_seconds']:.1f}")
 
 
 def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
@@ -144,7 +145,7 @@ def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
     head = (
         f"Forward and gradient of one ODE block, {shape} float32, on "
         f"{provenance['device']['kind']}, JAX {provenance['versions']['jax']}, commit "
-        f"{commit}; median of {ROUNDS.value} runs taken in turns. Memory: XLA's plan for "
+        f"{commit}; median of {ROUNDS.value} interleaved runs. Memory: XLA's plan for "
         "temporaries."
     )
     return f"{head}\n\n{tables.markdown(HEADINGS, [cells(row) for row in rows])}"

@@ -1,4 +1,4 @@
-"""An ODE block beside torchdiffeq's, and beside diffrax's own loop over equal steps.
+"""An ODE block beside torchdiffeq's, and beside diffrax's own loop over fixed steps.
 
     pip install torch torchdiffeq
     python -m benchmarks.ode_solve --workdir=results/benchmarks/ode_solve
@@ -6,7 +6,7 @@
 
 The same f (the paper's: GroupNorm, ReLU, two 3x3 convolutions that see t), the same weights
 and images, the same solver and tolerance. First outputs and gradients are compared, then
-forward and gradient are timed in turns: medians, and the median of the ratios round by
+forward and gradient are interleaved: medians, and the median of the ratios round by
 round. Compilation stands apart.
 
 Where ReLU bends, the smallest difference of x changes a gradient, and torchdiffeq's Dopri5
@@ -14,7 +14,7 @@ steps past t = 1 and interpolates; `--activation=softplus` avoids the first.
 
 "cvjax, direct" keeps all that the solver computed for the gradient, as torchdiffeq does;
 "cvjax, checkpoint" computes most of it again; "cvjax" is the default, one of the two.
-Diffrax's loop over equal steps shows what nn/runge_kutta.py is for.
+Diffrax's loop over fixed steps shows what nn/runge_kutta.py is for.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ def create_jax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray)
 
 
 def create_diffrax_side(field: Callable, solver: Solver, params: Any, x: np.ndarray):
-    """As `create_jax_side`, with diffrax's loop over equal steps."""
+    """As `create_jax_side`, with diffrax's loop over fixed steps."""
     from cvjax.nn import diffrax_solve
 
     f = field()

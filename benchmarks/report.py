@@ -42,13 +42,13 @@ def describe(measured_by: dict[str, Any]) -> str:
     if device["platform"] == "cpu":
         where = f"{measured_by['cores']} core(s) of {processor()}"
     names = ("jax", "torch")
-    told = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
+    known = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
     commit = (measured_by["git"] or {}).get("commit", "unknown")[:8]
-    return f"Measured on {where}, {told}, commit {commit}."
+    return f"Measured on {where}, {known}, commit {commit}."
 
 
 def processor() -> str:
-    """The name of the CPU, as far as Linux tells."""
+    """The name of the CPU, as far as Linux reports it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -3,9 +3,10 @@
     python -m benchmarks.scaling --workdir=results/benchmarks/scaling
 
 Without accelerators the devices are forced ones, which share the cores of one processor:
-then this shows correctness and overhead, and no speed. The net's training step takes turns
-over the numbers of devices. Beside its rate stands by how much parameters differ, after
-some steps from the same start, from those of one device: only the order of sums differs.
+then this shows correctness and overhead, and no speed. The net's training steps are
+interleaved over the numbers of devices. Beside its rate stands by how much parameters
+differ, after some steps from the same start, from those of one device: only the order of
+sums differs.
 """
 
 import functools
@@ -30,7 +31,7 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
     flags.DEFINE_enum("net", "ResNet-14, 8 px", list(nets.NETS), "What to train.")
-    flags.DEFINE_integer("batch_size", 128, "Images a batch, for all devices.", 8)
+    flags.DEFINE_integer("batch_size", 128, "Images per batch, for all devices.", 8)
     flags.DEFINE_integer("rounds", 7, "Timings of each number.", lower_bound=1)
 
 
@@ -43,13 +44,13 @@ def main(arguments):
     counts = [count for count in counts if values.batch_size % count == 0]
     net = nets.NETS[values.net]
     batch = nets.random_batch(net, values.batch_size)
-    ways, params = {}, {}
+    functions, params = {}, {}
     for count in counts:
         mesh = Mesh(np.array(jax.devices()[:count]), (devices.BATCH_AXIS,))
         params[count] = train(net, batch, mesh)
         step, _ = nets.create_step(net.create(), batch, mesh)
-        ways[count] = functools.partial(step, batch)
-    times = timing.interleave(ways, values.rounds)
+        functions[count] = functools.partial(step, batch)
+    times = timing.interleave(functions, values.rounds)
     rows = [
         {
             "devices": count,

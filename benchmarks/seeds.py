@@ -3,9 +3,9 @@
     python -m benchmarks.seeds --workdir=results/benchmarks/seeds
     python -m benchmarks.seeds --net=ResNet-56 --seeds=4
 
-Three ways to make a training step of each seed, in turns: one seed after the other in one
-process; all in one program, by `vmap` over the step of `cvjax.training.steps`; and each in
-a process of its own, on CPU with its share of the cores, as
+Three ways to make a training step of each seed, interleaved: one seed after the other in
+one process; all in one program, by `vmap` over the step of `cvjax.training.steps`; and each
+in a process of its own, on CPU with its share of the cores, as
 `experiments.depth_degradation --processes` does it. The rate is of all seeds together.
 Those in processes are single runs, with the same numbers; `vmap` adds up in another order.
 """
@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
     flags.DEFINE_enum("net", "ResNet-20", list(nets.NETS), "What to train.")
     flags.DEFINE_integer("seeds", 2, "How many at once.", lower_bound=2)
-    flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
     flags.DEFINE_integer("rounds", 7, "Timings of each way.", lower_bound=1)
     flags.DEFINE_integer("steps", 2, "Steps in each timing.", lower_bound=1)
     flags.DEFINE_bool("worker", False, "Whether this is one of the processes.")

@@ -4,10 +4,10 @@
 
 By default of a set that is written first: crops of the two photographs that come with
 scikit-learn, 500x375 and 375x500, some 100 kB each, about as ImageNet's; `--name` takes
-another one that is prepared. Parts: milliseconds of processor time for an image. Pipeline:
-images through grain with 0, 1, 2 ... workers, a second (of the clock: other programs on the
-machine count) and a core-second (of the processor time of all these processes). Medians
-with quartiles. Memory: with full buffers, after the first batch and after an epoch.
+another one that is prepared. Parts: milliseconds of processor time per image. Pipeline:
+images through grain with 0, 1, 2 ... workers, per second (of the clock: other programs on
+the machine count) and per core-second (of the processor time of all these processes).
+Medians with quartiles. Memory: with full buffers, after the first batch and after an epoch.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "", "Where prepared sets are.")
     flags.DEFINE_integer("images", 4_000, "Of the set that is written.", lower_bound=100)
     flags.DEFINE_integer("image_size", 224, "Side of the crops.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 64, "Images a batch.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1)
     flags.DEFINE_integer("rounds", 10, "Timings of each part.", lower_bound=1)
     flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
 
@@ -91,7 +91,7 @@ def main(arguments):
 
 def describe(name: str, dataset: Dataset) -> dict[str, Any]:
     """Numbers and mean sizes of the training images."""
-    encoded = dataset.train.records.probe()
+    encoded = dataset.train.examples.records.probe()
     sizes = [Image.open(io.BytesIO(image)).size for image, _ in encoded]
     decoded = len(dataset.train) * int(np.prod(dataset.image_shape))
     return {
@@ -106,8 +106,8 @@ def describe(name: str, dataset: Dataset) -> dict[str, Any]:
 def measure_parts(
     dataset: Dataset, rounds: int, batch_size: int, short: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of processor time for an image: median and quartiles of each part."""
-    records, size = dataset.train.records, dataset.image_shape[0]
+    """Milliseconds of processor time per image: median and quartiles of each part."""
+    records, size = dataset.train.examples.records, dataset.image_shape[0]
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {
         part: [] for part in ("read", "decode", "scale crop", "centre crop")
@@ -133,7 +133,7 @@ def measure_parts(
 
 def measure_pipeline(dataset: Dataset, batch_size: int) -> dict[str, Any]:
     """One epoch through grain: rates over laps of it, and memory early and late."""
-    num_workers = dataset.train.options.num_workers
+    num_workers = dataset.train.num_workers
     steps = len(dataset.train) // batch_size
     lap = max(1, steps // 8)
     free = shutil.disk_usage("/dev/shm").free
@@ -146,7 +146,7 @@ def measure_pipeline(dataset: Dataset, batch_size: int) -> dict[str, Any]:
         pids = [os.getpid(), *(each.pid for each in multiprocessing.active_children())]
         time.sleep(SETTLE_SECONDS)
         memory["early"] = _memory(pids, free)
-        # What was ready does not tell the speed.
+        # What was ready beforehand says nothing of the speed.
         taken = 1 + sum(1 for _ in itertools.islice(batches, 5 * num_workers + 1))
         while taken + lap <= steps:
             wall, core = time.perf_counter(), _core_seconds(pids)
@@ -200,13 +200,13 @@ HEADINGS = ("what", "median", "quartiles", "n", "memory")
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table's cells."""
     parts = results["parts"]
-    told = []
+    cells = []
     for part, each in parts.items():
         spread = f"{each['low']:.2f} to {each['high']:.2f}"
-        told.append((f"{part}, ms", f"{each['median']:.2f}", spread, str(each["n"]), ""))
+        cells.append((f"{part}, ms", f"{each['median']:.2f}", spread, str(each["n"]), ""))
     total = sum(parts[part]["median"] for part in ("read", "decode", "scale crop"))
-    told.append(
-        ("images a core-second, the parts of training", f"{1e3 / total:.0f}", "", "", "")
+    cells.append(
+        ("images per core-second, the parts of training", f"{1e3 / total:.0f}", "", "", "")
     )
     for each in results["pipeline"]:
         late = each["memory_mb"]["late"]
@@ -218,9 +218,9 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"({shared:.0f} batches)"
             )
         for unit, rate in each["images_per"].items():
-            told.append(
+            cells.append(
                 (
-                    f"{each['workers']} workers, images a {unit.replace('_', '-')}",
+                    f"{each['workers']} workers, images per {unit.replace('_', '-')}",
                     f"{rate['median']:.0f}",
                     f"{rate['low']:.0f} to {rate['high']:.0f}",
                     str(rate["n"]),
@@ -228,7 +228,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 )
             )
             memory = ""
-    return told
+    return cells
 
 
 def caption(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Training steps beside PyTorch's: images a second, and the share of the hardware's peak.
+"""Training steps beside PyTorch's: images per second, and the share of the hardware's peak.
 
     pip install torch
     python -m benchmarks.train_step --workdir=results/benchmarks/train_step
@@ -8,14 +8,14 @@ A step is augmentation (pad by 4, crop, flip), forward and backward pass and SGD
 momentum 0.9 and weight decay 1e-4, from a batch of uint8 on the host to updated parameters
 on the device: `cvjax.training.steps.train_step` itself, which also keeps the sums that
 training logs. PyTorch does the same eagerly and through `torch.compile`, channels last. All
-take turns; compilation stands apart. On CPU two sides more show what it owes to what: one
-whose stages of blocks are loops, and one with XLA's own convolutions instead of oneDNN's.
-All sides profit from a heap that keeps what is freed (cvjax/memory.py), PyTorch's too. On a
-GPU products of float32 are TF32 on both sides; set XLA_PYTHON_CLIENT_PREALLOCATE=false
-there, so that JAX leaves memory to PyTorch.
+are interleaved; compilation stands apart. On CPU two sides more show what it owes to what:
+one whose stages of blocks are loops, and one with XLA's own convolutions instead of
+oneDNN's. All sides profit from a heap that keeps what is freed (cvjax/memory.py), PyTorch's
+too. On a GPU products of float32 are TF32 on both sides; set
+XLA_PYTHON_CLIENT_PREALLOCATE=false there, so that JAX leaves memory to PyTorch.
 
 The peak is what the better of the two libraries reaches in a large product of square
-matrices of the same type, in the same turns. The operations of a step are 2 for each
+matrices of the same type, interleaved with them. The operations of a step are 2 for each
 multiply-accumulate of the convolutions and dense layers, forward and backward
 (`cvjax.costs.accounting`).
 
@@ -57,7 +57,7 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
     flags.DEFINE_multi_string("net", [], f"One of {', '.join(nets.NETS)}; may be repeated.")
-    flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
     types = ["float32", "bfloat16"]
     flags.DEFINE_multi_enum("dtype", ["float32"], types, "May be repeated.")
     flags.DEFINE_integer("rounds", 7, "Timings of each side.", lower_bound=1)
@@ -141,9 +141,9 @@ def measure(
         for _ in range(steps):
             step(batch)
 
-    ways = {side: lambda step=step: repeat(step) for side, step in sides.items()}
-    ways |= create_matmuls(matrix, dtype, device)
-    times = timing.interleave(ways, rounds)
+    functions = {side: lambda step=step: repeat(step) for side, step in sides.items()}
+    functions |= create_matmuls(matrix, dtype, device)
+    times = timing.interleave(functions, rounds)
     macs = account(model, net.image_size).macs_with_gradients * batch_size
     return {
         "dtype": dtype,
@@ -183,7 +183,7 @@ def summarize(
 
     Args:
       times: of `sides` and of both products.
-      sides: what to tell of.
+      sides: the ones to report.
       images, macs: in one timing.
       matrix: side of the matrices.
 

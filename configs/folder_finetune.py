@@ -21,8 +21,8 @@ Command:  python train.py --config=configs/folder_finetune.py --workdir=runs/own
           the new layer alone: --config.optim.freeze="^(?!head)"
           small pictures: --config.data.image_size=64
           more than fit in memory: --config.data.streaming=true --config.data.num_workers=8
-Cost:     1,000 steps of 32 images of 224 pixels, 1.81 GMAC an image (forward): minutes on a
-          GPU, hours on two CPU cores (with image_size=64 a tenth)
+Cost:     1,000 steps of 32 images of 224 pixels, 1.81 GMAC per image (forward): minutes on
+          a GPU, hours on two CPU cores (with image_size=64 a tenth)
 Expected: nothing in general; it depends on the pictures
 """
 

@@ -10,7 +10,7 @@ Paper:    He et al. 2015 (arXiv:1512.03385), section 3.4, Tables 1 and 3. Length
 Command:  python train.py --config=configs/imagenet_resnet.py --workdir=runs/resnet50
           the plain net: --config.model.depth=34 --config.model.shortcut=none; the paper's
           strides: --config.model.version=1; faster: --config.model.dtype=bfloat16
-Cost:     450,450 steps of 256 images, 4.09 GMAC an image (forward): days on one GPU
+Cost:     450,450 steps of 256 images, 4.09 GMAC per image (forward): days on one GPU
 Expected: validation error of one centre crop, top-1 / top-5: 23.9 / 7.1 % (torchvision's
           weights, version 1.5), 24.7 / 7.8 % (the authors' README, version 1); not run here
 """
@@ -32,8 +32,8 @@ def get_config():
     config.data.batch_size = 256
     config.data.normalization = "channel"
     config.data.flip = True
-    config.data.scale_min = 256
-    config.data.scale_max = 480
+    config.data.short_side_min = 256
+    config.data.short_side_max = 480
     config.data.lighting = 0.1
 
     config.model.depth = 50

@@ -10,7 +10,7 @@ Paper:    Simonyan and Zisserman 2014 (arXiv:1409.1556), section 3.1. The paper 
           a start from the trained VGG-11
 Command:  python train.py --config=configs/imagenet_vgg.py --workdir=runs/imagenet_vgg16
           with BatchNorm: --config.model.batch_norm=True
-Cost:     370,000 steps of 256 images, 15.5 GMAC an image (forward): a week or so on one GPU
+Cost:     370,000 steps of 256 images, 15.5 GMAC per image (forward): a week on one GPU
 Expected: validation error of one centre crop, top-1 / top-5: 28.4 / 9.6 % (torchvision's
           weights), 28.5 / 9.9 % (KaimingHe/deep-residual-networks' README); not run here
 """
@@ -32,8 +32,8 @@ def get_config():
     config.data.batch_size = 256
     config.data.normalization = "channel"
     config.data.flip = True
-    config.data.scale_min = 256
-    config.data.scale_max = 512
+    config.data.short_side_min = 256
+    config.data.short_side_max = 512
     config.data.lighting = 0.1
 
     config.model.depth = 16

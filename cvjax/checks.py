@@ -42,6 +42,6 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises UserError for a value that is not among the choices, naming the nearest."""
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    closest = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {closest[0]!r}?" if closest else "."
     raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

@@ -8,6 +8,7 @@ again to go on; 130 stopped by Ctrl-C where there was nothing to save, or by a s
 import ast
 import glob
 import logging as python_logging
+import os
 import pathlib
 import re
 import signal
@@ -25,6 +26,13 @@ from cvjax import command_line, memory
 from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
 from cvjax.files import user_cache
 
+# Set in the environment of a process that is tried again without the compilation cache.
+_AGAIN = "CVJAX_WITHOUT_CACHE"
+_SIGNAL_AGAIN = 0.05  # seconds until a signal that met a callback comes again
+_cache_hits: list[str] = []
+# Where JAX loads and runs compiled programs.
+_PROGRAMS = ("jax", "_src", "interpreters", "pxla.py")
+
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM while nothing is trained; no `except Exception` on its way catches it."""
@@ -34,11 +42,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags, calls `main` with the other arguments, and exits."""
 
     def guarded(arguments: Sequence[str]) -> int:
+        sys.unraisablehook = _report_unraisable
         signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as behind `nohup`
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             code = _call(main, arguments[1:])
+        except Exception as error:
+            if not _cache_hits or jax.distributed.is_initialized() or not _of_jax(error):
+                raise
+            _start_again(error)
         finally:
             # What is finished is not stopped any more, while Python takes itself down.
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -52,23 +65,65 @@ def _call(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> in
     """Calls `main`, and makes an exit code of what it raises."""
     try:
         prepare()
+        jax.monitoring.register_event_listener(_count_hits)
         main(arguments)
+        if _AGAIN in os.environ:
+            _clear_cache()
     except tuple(EXIT_CODES) as error:
         kinds = (kind for kind in EXIT_CODES if isinstance(error, kind))
-        return _tell(str(error), EXIT_CODES[next(kinds)])
+        return _report(str(error), EXIT_CODES[next(kinds)])
     except _Terminated:
-        return _tell(
+        return _report(
             "stopped by SIGTERM; the same command goes on from what is saved.",
             EXIT_CODES[InterruptedRun],
         )
     except KeyboardInterrupt:
-        return _tell("stopped by Ctrl-C.", 130)
+        return _report("stopped by Ctrl-C.", 130)
     except (OSError, MemoryError, AssertionError, RuntimeError) as error:
         message = _environment_message(error)
         if message is None:
             raise
-        return _tell(message, EXIT_CODES[UserError])
+        return _report(message, EXIT_CODES[UserError])
     return 0
+
+
+def _of_jax(error: Exception) -> bool:
+    """Whether JAX met it when it loaded or ran a compiled program."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    in_program = pathlib.Path(last.filename).parts[-4:] == _PROGRAMS
+    return in_program or isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def _start_again(error: Exception) -> NoReturn:
+    """The same command in place of this process, once, without the compilation cache.
+
+    JAX checks that entries can be read, but not that they are of the program that is asked
+    for. If that was it, the entries go when the second try is through.
+    """
+    logging.warning(
+        "%s with programs of the compilation cache %s (%s); once more without it.",
+        *(type(error).__name__, jax.config.jax_compilation_cache_dir),
+        str(error).partition("\n")[0][:200],
+    )
+    sys.stdout.flush()
+    environment = {"JAX_ENABLE_COMPILATION_CACHE": "false", _AGAIN: "1"}
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment})
+
+
+def _clear_cache() -> None:
+    """Removes the programs of the user's own cache; one that he has named is his."""
+    cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    if cache != user_cache("xla"):
+        logging.warning("Something in the compilation cache %s is wrong; empty it.", cache)
+        return
+    for entry in cache.glob("jit_*"):
+        entry.unlink(missing_ok=True)
+    logging.warning("The programs in the compilation cache %s were removed.", cache)
+
+
+def _count_hits(event: str, **_) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _cache_hits.append(event)
 
 
 def _terminate(number: int, frame) -> NoReturn:
@@ -88,8 +143,8 @@ def _environment_message(error: Exception) -> str | None:
             f"there is too little memory ({str(error).partition(chr(10))[0][:200]}); use "
             "smaller batches, images or networks."
         )
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    if pathlib.Path(last.filename).name == "xla_bridge.py":
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(pathlib.Path(frame.filename).name == "xla_bridge.py" for frame in frames):
         asked = jax.config.jax_platforms
         return (
             f"JAX can use no device of JAX_PLATFORMS={asked}; unset it, or install the jax "
@@ -145,12 +200,15 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     try:
         return command_line.parse(arguments)
     except (flags.Error, UserError) as error:
-        sys.exit(_tell(str(error), EXIT_CODES[UserError]))
+        missing = re.fullmatch(r"flag --(\S+)=None: Flag --\1 must have .*", str(error))
+        name = missing and missing[1]
+        text = f"--{name} is missing; give --{name}=VALUE." if missing else str(error)
+        sys.exit(_report(text, EXIT_CODES[UserError]))
     except KeyboardInterrupt:
-        sys.exit(_tell("stopped by Ctrl-C.", 130))
+        sys.exit(_report("stopped by Ctrl-C.", 130))
 
 
-def _tell(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
     """Prints one line with the program's name, like any Unix tool."""
     print(f"{command_name()}: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -174,16 +232,33 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
     )
 
 
-def _tell_of_thread(arguments) -> None:
+def _report_thread(arguments) -> None:
     """An error in a thread beside the program, such as TensorBoard's on a full disk."""
     logging.warning("%s: %s", arguments.exc_type.__name__, arguments.exc_value)
+
+
+def _report_unraisable(unraisable) -> None:
+    """A signal that arrived within a callback, such as JAX's at a collection, comes again.
+
+    What its handler raised ended there, where Python can only report it.
+    """
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    ended = issubclass(unraisable.exc_type, _Terminated)
+    number = signal.SIGTERM if ended else signal.SIGINT
+    # Later, and outside of this function, whose errors end in the same place.
+    again = threading.Timer(_SIGNAL_AGAIN, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def prepare() -> None:
     """Sets up log, warnings, memory and the compilation cache of this process."""
     memory.keep_freed()
     warnings.showwarning = _show_warning
-    threading.excepthook = _tell_of_thread
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; another one may not be there
+    threading.excepthook = _report_thread
     # A name outside of the terminal's letters is shown as well as these can.
     if hasattr(sys.stdout, "reconfigure"):  # None if it is closed
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -195,5 +270,7 @@ def prepare() -> None:
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)
     for notice in command_line.repeated(sys.argv):
         logging.warning("%s", notice)
+    if jax.config.jax_traceback_filtering == "auto":
+        jax.config.update("jax_traceback_filtering", "off")  # `_of_jax` looks at the end
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))

@@ -4,14 +4,16 @@ import math
 import os
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
 import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
-from cvjax.errors import UserError
-from cvjax.files import user_path
+from cvjax.errors import EXIT_CODES, UserError
+from cvjax.files import is_pretrained, user_path
 
 # Flags of any program that are a path of this machine.
 PATHS = (
@@ -39,14 +41,27 @@ def parse(arguments: Sequence[str]) -> list[str]:
         re.sub("^--?config=~", lambda _: "--config=" + os.path.expanduser("~"), text)
         for text in arguments
     ]
-    for name, text in _given(arguments):
+    given = list(_given(arguments))
+    for name, text in given:
         _check_text(name, text)
         if name == "config":
-            check_config_file(text)
+            config = check_config_file(text)
+            _check_empty([name for name, text in given if not text], config)
     try:
         rest = flags.FLAGS(list(arguments))
+    except IndexError as error:  # of config.model.widths[9]
+        raise UserError(
+            f"the config has no setting of that number ({error}); give the whole value, "
+            "such as --config.model.widths='(64, 128)'."
+        ) from error
     # ml_collections says by these two that an override names no key of the config.
     except (AttributeError, KeyError) as error:
+        inner = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'", str(error))
+        if inner:  # of config.seed.x
+            raise UserError(
+                f"the config has no setting that ends in .{inner[2]}: what stands before "
+                f"it is a value ({inner[1]}), no group of settings."
+            ) from error
         names = re.findall(r"\w+(?=\\?['\"])", str(error)) or [str(error)]
         hint = f"; did you mean {names[1]}?" if len(names) > 1 else "."
         raise UserError(f"the config has no setting {names[0]}{hint}") from error
@@ -55,6 +70,16 @@ def parse(arguments: Sequence[str]) -> list[str]:
     for name in flags.FLAGS:
         _check_value(name)
     return rest
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines --config. It reads the files of --flagfile already: their errors end here."""
+    try:
+        return config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+    except (flags.Error, UnicodeDecodeError) as error:
+        reason = re.sub(r"^ERROR:: ", "", str(error))
+        print(f"--flagfile cannot be read: {reason}", file=sys.stderr)
+        sys.exit(EXIT_CODES[UserError])
 
 
 def repeated(arguments: Sequence[str]) -> list[str]:
@@ -108,8 +133,19 @@ def _check_text(name: str, text: str) -> None:
         raise UserError(f"--{name} takes digits 0 to 9, got {text!r}.")
     if text.strip() or name.startswith("config."):
         return
-    if flags.FLAGS[name].default != "":
+    # A path too, "" though its default is: that comes of a variable which is not set.
+    if flags.FLAGS[name].default != "" or name in PATHS:
         raise UserError(f"--{name} is empty; give it a value, or leave it out.")
+
+
+def _check_empty(names: Sequence[str], config: ml_collections.ConfigDict) -> None:
+    """Refuses --config.KEY= where nothing stands anyway: of a variable which is not set."""
+    for name in names:
+        value = config.to_dict() if name.startswith("config.") else None
+        for key in name.split(".")[1:]:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value == "":
+            raise UserError(f"--{name} is empty; give it a value, or leave it out.")
 
 
 def _is_number(text: str) -> bool:
@@ -132,15 +168,19 @@ def _check_value(name: str) -> None:
             raise UserError(f"--{name} takes numbers up to {LARGEST:,}, got {value}.")
         if value == "" and flag.default != "":
             raise UserError(f"--{name} has an empty part: {','.join(values)!r}.")
-    if name in PATHS and flag.value:
+    is_ours = name == "run" and is_pretrained(flag.value or "")
+    if name in PATHS and flag.value and not is_ours:
         flag.value = str(user_path(flag.value, f"--{name}"))
 
 
-def check_config_file(text: str) -> None:
+def check_config_file(text: str) -> ml_collections.ConfigDict:
     """Loads a config file; its errors are reported as the user's own: file, line, error.
 
     Args:
       text: PATH or PATH:ARGUMENT, as --config takes it.
+
+    Returns:
+      What it makes, locked.
 
     Raises:
       UserError: there is no such file, or it makes no config.
@@ -159,6 +199,14 @@ def check_config_file(text: str) -> None:
         if not callable(get_config):
             raise AttributeError("there is no function get_config()")
         config = get_config(*([argument] if colon else []))
+        if isinstance(config, ml_collections.FrozenConfigDict):
+            raise UserError(
+                "get_config() returns a FrozenConfigDict, in which --config.KEY could set "
+                "nothing; return an ml_collections.ConfigDict."
+            )
+        if isinstance(config, ml_collections.ConfigDict):
+            config.to_dict()  # refuses keys that are no names,
+            config.lock()  # and this a required value that is left open
     # Whatever the user's file raises is his, SystemExit too.
     except (Exception, SystemExit) as error:
         if isinstance(error, SyntaxError) and error.filename == path:
@@ -175,3 +223,4 @@ def check_config_file(text: str) -> None:
             f"get_config() of {path} returns {type(config).__name__}; it takes an "
             "ml_collections.ConfigDict, such as cvjax.training.config.default_config makes."
         )
+    return config

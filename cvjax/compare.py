@@ -9,13 +9,15 @@ that differ in their seed alone (or in what changes no result) are one row; its 
 distinguishes its config from the others', or with --by=KEY,... these keys alone. Of each
 measured number stand the mean over the runs and their standard deviation; of --metric also
 the difference to the first row or the --baseline, with its 95 % interval and p: paired by
-seed where both rows have the same seeds (so the same batches), else by Welch's t-test.
+seed over the seeds that both rows have (the same seed means the same batches) if these are
+two or more, else by Welch's t-test. n counts the runs in the mean of --metric: the finished
+ones, or while there is none those that were evaluated at a common step.
 
 MACs are multiply-adds of a forward pass; those of an ODE-net with adaptive steps are with
 the evaluations (NFE) that it took. Times depend on the machine and on what else ran there.
 The calibration error is there once `python -m cvjax.evaluate` has been run. --output=DIR
 gets compare.md, compare.json and compare.png; --html=FILE one page with all of it. --watch
-draws the table again as runs go on, until all are finished.
+draws the table again as runs go on, until all are finished or have diverged.
 """
 
 import pathlib
@@ -34,7 +36,7 @@ from cvjax.comparison.page import make_page
 from cvjax.comparison.rows import MEASURED, METRICS, Row, compare, make_rows, state_of
 from cvjax.comparison.runs import find_runs, read_run
 from cvjax.errors import UserError
-from cvjax.files import user_path, write_bytes, write_json
+from cvjax.files import write_bytes, write_json
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
@@ -49,14 +51,15 @@ def compare_runs(
     Raises:
       UserError: if there is no run that can be read, or no such baseline or key.
     """
-    runs, notes = [], []
-    for folder in find_runs(places):
+    runs = []
+    folders, notes = find_runs(places)
+    for folder in folders:
         try:
             runs.append(read_run(folder))
         except UserError as error:
             notes.append(f"{folder} is left out: {error}")
     if not runs:
-        raise UserError(f"none of the runs can be read; {notes[0]}")
+        raise UserError(f"none of the runs can be read; {notes[-1]}")
     rows, left_out = make_rows(runs, by)
     notes += left_out
     devices = sorted({run.device for run in runs})
@@ -73,7 +76,8 @@ def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[tuple]
     headings += [f"difference of {heading}", "95 % interval", "p"]
     lines = []
     for row in rows:
-        line = [(row.name, row.name), (str(len(row.runs)), len(row.runs))]
+        n = row.values[metric]["n"] if metric in row.values else 0
+        line = [(row.name, row.name), (str(n), n)]
         line.append((state_of(row), state_of(row)))
         for key, _, scale, places in known:
             value = row.values.get(key)
@@ -83,11 +87,11 @@ def table(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[tuple]
         if test is None:
             line += [(row.note or "-", None), ("-", None), ("-", None)]
         else:
-            p = test["p"]
+            p, kind = test["p"], f"{test['n'][0]} pairs" if test["paired"] else "Welch"
             line += [
                 (f"{factor * test['difference']:+.{digits}f}", test["difference"]),
                 (tables.interval(test, digits, factor), test["difference"]),
-                ("-" if p is None else f"{p:.2g}{'' if test['paired'] else ' (Welch)'}", p),
+                ("-" if p is None else f"{p:.2g} ({kind})", p),
             ]
         lines.append(line)
     return headings, lines
@@ -107,6 +111,7 @@ def to_json(rows: Sequence[Row], notes: Sequence[str], metric: str) -> dict[str,
             {
                 "name": row.name,
                 "state": state_of(row),
+                "step": row.step,
                 "values": row.values,
                 "difference": row.test,
                 "note": row.note,
@@ -141,7 +146,7 @@ def define_flags() -> None:
     flags.DEFINE_list("by", [], "Keys, such as model.depth, whose values alone make rows.")
     flags.DEFINE_string("output", "", "A folder for the table, all numbers and the figure.")
     flags.DEFINE_string("html", "", "A file for all of it as one page.")
-    flags.DEFINE_boolean("watch", False, "Draw the table again until all are finished.")
+    flags.DEFINE_boolean("watch", False, "Draw the table again until all have ended.")
 
 
 def main(arguments):
@@ -153,7 +158,8 @@ def main(arguments):
         if values.watch:
             rich.console.Console().clear()
         rows = report(arguments, *settings, output=values.output, html=values.html)
-        if not values.watch or all(state_of(row) == "finished" for row in rows):
+        ended = all(run.state != "unfinished" for row in rows for run in row.runs)
+        if ended or not values.watch:
             return
         sys.stdout.flush()
         time.sleep(SECONDS_BETWEEN)
@@ -179,6 +185,7 @@ def report(
       UserError: as `compare_runs`, and for what cannot be written.
     """
     rows, notes = compare_runs(places, metric, baseline, by)
+    written, page_file = _check_outputs(output, html)
     headings, cells = table(rows, metric)
     texts = [[text for text, _ in line] for line in cells]
     title = f"{len(rows)} rows of {sum(len(row.runs) for row in rows)} runs"
@@ -192,19 +199,32 @@ def report(
         draw_comparison(rows, metric, figure)
         png = figure.read_bytes()
     if output:
-        folder = workdirs.check_writable(output, "--output")
         lines = tables.markdown(headings, texts) + "".join(f"\n{note}\n" for note in notes)
-        write_bytes(folder / "compare.md", lines.encode())
-        write_json(folder / "compare.json", to_json(rows, notes, metric))
-        write_bytes(folder / "compare.png", png)
-        print(folder)
+        write_bytes(written[0], lines.encode())
+        write_json(written[1], to_json(rows, notes, metric))
+        write_bytes(written[2], png)
+        print(written[0].parent)
     if html:
         page = make_page("Comparison of runs", headings, cells, rows, notes, png)
-        path = user_path(html, "--html")
-        workdirs.check_writable(path.parent, "--html")
-        write_bytes(path, page.encode("utf-8", "replace"))
-        print(path)
+        write_bytes(page_file, page.encode("utf-8", "replace"))
+        print(page_file)
     return rows
+
+
+def _check_outputs(
+    output: str, html: str
+) -> tuple[list[pathlib.Path], pathlib.Path | None]:
+    """The files for the folder `output`, and that for `html`; all before one is written."""
+    folder = workdirs.check_writable(output, "--output") if output else None
+    written = [
+        workdirs.check_output(folder / f"compare{ending}", "--output", (ending,))
+        for ending in (".md", ".json", ".png")
+        if folder
+    ]
+    page_file = workdirs.check_output(html, "--html", (".html", ".htm")) if html else None
+    if page_file in written:
+        raise UserError(f"--html={html} is a file that --output writes; name another one.")
+    return written, page_file
 
 
 if __name__ == "__main__":

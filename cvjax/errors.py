@@ -14,7 +14,15 @@ class WorkdirInUse(UserError):
 
 
 class DivergedError(Exception):
-    """Training met a non-finite loss or gradient. Programs exit with code 3."""
+    """Training met a non-finite loss or gradient. Programs exit with code 3.
+
+    Attributes:
+      step: the last one at which all was finite, None if that is not known here.
+    """
+
+    def __init__(self, message: str, step: int | None = None):
+        super().__init__(message)
+        self.step = step
 
 
 class InterruptedRun(Exception):

@@ -17,7 +17,7 @@ of equal width, and averages over the examples how far their bin's accuracy is f
 confidence (Guo et al. 2017).
 
 Of other tasks than classification there is one view; what is measured is said in
-cvjax/evaluation/detection.py and multilabel.py.
+cvjax/evaluation/detection.py, multilabel.py and segmentation.py.
 """
 
 import json
@@ -27,34 +27,25 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from absl import flags, logging
 
 from cvjax import cli
-from cvjax.data.dataset import ArraySplit
 from cvjax.errors import UserError
-from cvjax.evaluation import classification, detection, multilabel
+from cvjax.evaluation import class_report, detection, multilabel, segmentation
 from cvjax.evaluation.multicrop import CROPS, Views
 from cvjax.evaluation.predictions import (
     choose_views,
     load_data,
-    measure,
-    predict_as_in_training,
-    predict_split,
 )
 from cvjax.files import Path, write_json
 from cvjax.models import SAME_FUNCTION
-from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import load_network
 
 SPLITS = ("test", "val", "train")
 
 # What reports on tasks other than classification, and shows it.
-REPORTS = {"detection": detection, "multilabel": multilabel}
-
-_ONE_VIEW = Views()
-_SHOWN_CLASSES = 20
+REPORTS = {"detection": detection, "multilabel": multilabel, "segmentation": segmentation}
 
 
 def evaluate(
@@ -102,6 +93,10 @@ def evaluate(
     views = choose_views(network, crops, scales, batch_size)
     folder = pathlib.Path(output or pathlib.Path(workdir) / "evaluation")
     folder = workdirs.check_writable(folder, "--output")
+    name = _name(split, network.step, views)
+    for field, value in (fields or {}).items():
+        name += f"_{field}-{value}"
+    workdirs.check_output(folder / f"{name}.json", "--output", (".json",))
     dataset = load_data(network, data_dir, cache_dir)
     examples = getattr(dataset, split)
     source = {
@@ -117,9 +112,6 @@ def evaluate(
         "evaluated_by": workdirs.provenance(),
         "trained_by": {key: manifest[key] for key in manifest if key != "config"},
     }
-    name = _name(split, network.step, views)
-    for field, value in (fields or {}).items():
-        name += f"_{field}-{value}"
     title = f"{network.run.model['name']} on {dataset.name}, {split}"
     files = {"results": folder / f"{name}.json"}
     if task in REPORTS:
@@ -131,46 +123,11 @@ def evaluate(
         results = {**source, "task": task, **measured, "files": written, **provenance}
         write_json(files["results"], results)
         return results
-    if isinstance(examples, ArraySplit) and examples.labels.ndim > 1:
-        raise UserError(
-            f"{dataset.name} has several classes per image; only sets with one can be "
-            "evaluated here."
-        )
-    if views == _ONE_VIEW:
-        scores, labels, errors = predict_as_in_training(network, examples, batch_size)
-    else:
-        scores, labels = predict_split(network, examples, views, batch_size)
-        errors = measure(scores, labels, network.run.loss.name)
-    predicted = scores.argmax(axis=-1)
-    matrix = classification.confusion_matrix(labels, predicted, len(dataset.class_names))
-    calibration = classification.calibrate(scores.max(axis=-1), predicted == labels)
-
-    files |= {
-        "confusion_matrix": folder / f"{name}_confusion.png",
-        "reliability": folder / f"{name}_reliability.png",
-    }
-    if views.count > 1:
-        title += f", {views.count} views"
-    classification.draw_confusion_matrix(
-        matrix, dataset.class_names, files["confusion_matrix"], title
-    )
-    classification.draw_reliability(calibration, files["reliability"], title)
-    results = {
-        **source,
-        "views": {
-            "count": views.count,
-            "crops": views.crops,
-            "scales": list(views.scales),
-            "padding": views.padding,
-        },
-        **errors,
-        "expected_calibration_error": calibration.expected_error,
-        "classes": _class_rows(matrix, dataset.class_names),
-        "confusion_matrix": matrix.tolist(),
-        "calibration": _calibration_rows(calibration),
-        "files": {key: str(path) for key, path in files.items()},
-        **provenance,
-    }
+    about = (network, examples, views, batch_size, folder / name, title)
+    measured, figures = class_report.report(*about)
+    files |= figures
+    written = {key: str(path) for key, path in files.items()}
+    results = {**source, **measured, "files": written, **provenance}
     write_json(files["results"], results)
     return results
 
@@ -195,67 +152,6 @@ def _name(split: str, step: int, views: Views) -> str:
     if views.scales:
         parts.append(f"scales{'-'.join(map(str, views.scales))}")
     return "_".join(parts)
-
-
-def _class_rows(matrix: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
-    errors = classification.class_errors(matrix)
-    return [
-        {
-            "class": name,
-            "examples": int(count),
-            "error": float(error) if count else None,
-        }
-        for name, count, error in zip(class_names, matrix.sum(axis=1), errors, strict=True)
-    ]
-
-
-def _calibration_rows(calibration: classification.Calibration) -> list[dict[str, Any]]:
-    num_bins = len(calibration.count)
-    return [
-        {
-            "above": k / num_bins,
-            "up_to": (k + 1) / num_bins,
-            "examples": int(count),
-            "confidence": float(calibration.confidence[k]) if count else None,
-            "accuracy": float(calibration.accuracy[k]) if count else None,
-        }
-        for k, count in enumerate(calibration.count)
-    ]
-
-
-def show(results: dict[str, Any]) -> None:
-    """The results on the terminal, errors in per cent."""
-    views = results["views"]
-    source = (
-        f"{results['data']} {results['split']}, {results['examples']:,} examples, step "
-        f"{results['step']:,}"
-    )
-    if views["count"] > 1:
-        source += f", mean of {views['count']} views"
-    rows = [["top-1 error", _percent(results["error"])]]
-    if "top5_error" in results:
-        rows.append(["top-5 error", _percent(results["top5_error"])])
-    rows.append(["loss", f"{results['loss']:.4f}"])
-    if "nfe" in results:
-        rows.append(["evaluations of f an image (NFE)", f"{results['nfe']:.1f}"])
-    ece = results["expected_calibration_error"]
-    rows.append(["expected calibration error, 15 bins", _percent(ece)])
-    tables.show(source, ("", ""), rows)
-
-    rows = [row for row in results["classes"] if row["examples"]]
-    title = "Error by class"
-    if len(rows) > _SHOWN_CLASSES:
-        rows = sorted(rows, key=lambda row: -row["error"])[:_SHOWN_CLASSES]
-        title = f"The {_SHOWN_CLASSES} classes with the most errors"
-    tables.show(
-        title,
-        ("class", "examples", "error"),
-        [[row["class"], f"{row['examples']:,}", _percent(row["error"])] for row in rows],
-    )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def define_flags() -> None:
@@ -321,7 +217,7 @@ def main(arguments):
     if values.json:
         print(json.dumps(results, indent=2))
         return
-    (REPORTS[results["task"]].show if "task" in results else show)(results)
+    (REPORTS[results["task"]] if "task" in results else class_report).show(results)
     for path in results["files"].values():
         print(path)
 

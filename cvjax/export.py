@@ -1,13 +1,17 @@
 """A trained network as one file that runs without cvjax.
 
     python -m cvjax.export --workdir=runs/cifar10_resnet --output=resnet.jaxexport
+    python -m cvjax.export --pretrained=cifar10_resnet20 --output=resnet.jaxexport
 
 By jax.export: a program in StableHLO with the weights and the normalisation inside, from
-images uint8 [batch, height, width, channels] to class probabilities float32 [batch,
-classes], for CPU, CUDA and TPU, and for any batch size (of ODE-nets for the one that
---batch_size says). It needs JAX alone, of this version or up to half a year later
-(jax.export's promise), and flatbuffers, which JAX does not install by itself (`pip install
-flatbuffers`; so does writing it):
+images uint8 [batch, height, width, channels] to class probabilities float32 [batch, ...,
+classes]; of a detector to a dict of "boxes" float32 [batch, n, 4] (left, top, right, bottom
+in pixels), "classes" int32 [batch, n] and "scores" float32 [batch, n], 0 where there is no
+detection. It is for CPU, CUDA and TPU, and for any batch size; of ODE-nets whose images
+share their adaptive steps (per_sample "never") for the one that --batch_size says. It needs
+JAX alone, of this version or up to half a year later (jax.export's promise), and
+flatbuffers, which JAX does not install by itself (`pip install flatbuffers`; so does
+writing it):
 
     import jax, json, numpy
     from jax import export
@@ -19,9 +23,13 @@ flatbuffers`; so does writing it):
 OUTPUT.json beside it has the class names, the images' shape and where the network comes
 from. Convolutions are XLA's own, not oneDNN's, which are a foreign call of this process: on
 a CPU the file may be slower than the run was.
+
+With --output=FILE.safetensors the weights alone are written, with all that
+`cvjax.storage.pretrained` needs to use them: in the folder cvjax/pretrained they are one
+more network for `cvjax.predict --pretrained`.
 """
 
-import os
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -32,9 +40,18 @@ from jax import numpy as jnp
 from cvjax import cli
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
-from cvjax.files import Path, user_path, write_bytes, write_json
+from cvjax.files import (
+    Path,
+    is_pretrained,
+    read_json,
+    user_path,
+    write_bytes,
+    write_json,
+)
 from cvjax.nn import onednn
+from cvjax.storage import pretrained
 from cvjax.storage import workdir as workdirs
+from cvjax.training import network_flags
 from cvjax.training.trained_network import Network, apply_model, load_network
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -43,7 +60,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_network(
     network: Network, batch_size: int = 0, platforms: Sequence[str] = PLATFORMS
 ) -> export.Exported:
-    """The evaluation function of a network, from uint8 images to probabilities.
+    """The evaluation function of a network, from uint8 images to what the top says.
 
     Args:
       network: see `load_network`.
@@ -53,18 +70,17 @@ def export_network(
     Raises:
       UserError: the network cannot be exported for any batch size.
     """
-    if network.recipe.task.name == "detection":
-        raise UserError(
-            "a detector cannot be exported: the file gives probabilities of classes; "
-            "use cvjax.predict."
-        )
-    sigmoid = network.run.loss.name == "sigmoid"
+    model, sigmoid = network.recipe.model, network.run.loss.name == "sigmoid"
+    detects = network.recipe.task.name == "detection"
 
     @jax.jit
     def evaluate(images):
         images = normalize(images, network.statistics)
-        logits = apply_model(network.variables, images, model=network.recipe.model)
-        logits = logits.astype(jnp.float32)
+        logits = apply_model(network.variables, images, model=model).astype(jnp.float32)
+        if detects:
+            found, scores = model.decode(logits)
+            scores = jnp.where(found.mask, scores, 0)
+            return {"boxes": found.corners, "classes": found.classes, "scores": scores}
         return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
 
     (size,) = (batch_size,) if batch_size else export.symbolic_shape("batch")
@@ -89,6 +105,7 @@ def write_export(
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
     """Writes `export_network` to a file, and what it is to `path`.json."""
+    path, description = check_program(path)
     exported = export_network(network, batch_size, platforms)
     try:
         content = exported.serialize()
@@ -96,13 +113,11 @@ def write_export(
         raise UserError(
             "jax.export needs the package flatbuffers: `pip install flatbuffers`."
         ) from error
-    except NotImplementedError as error:  # equinox tells of errors by host callbacks
+    except NotImplementedError as error:  # equinox reports errors by host callbacks
         raise UserError(
-            "a network with adaptive steps is exported with EQX_ON_ERROR=nan, set before "
-            "this process solves its first ODE."
+            "a network with adaptive steps is exported with EQX_ON_ERROR=nan, which this "
+            "process has set otherwise, or imported equinox before cvjax."
         ) from error
-    path = user_path(path, "--output")
-    workdirs.check_writable(path.parent, "--output")
     write_bytes(path, bytes(content))
     about = {
         "image_shape": network.image_shape,
@@ -113,34 +128,80 @@ def write_export(
         "model": network.run.model,
         "exported_by": workdirs.provenance(),
     }
-    write_json(path.with_name(f"{path.name}.json"), about)
+    write_json(description, about)
     logging.info("Wrote %s, %.1f MB, and %s.json.", path, len(content) / 1e6, path.name)
+
+
+def check_program(path: Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The two files that `write_export` writes.
+
+    Raises:
+      UserError: one of them cannot be written, or would replace what this has not written.
+    """
+    path = user_path(path, "--output")
+    description = path.with_name(f"{path.name}.json")
+    user_path(description, "--output")
+    written = False
+    if description.is_file():
+        try:
+            read_json(description, {"exported_by": dict}, "")
+            written = True
+        except UserError:
+            raise UserError(
+                f"--output={path} would write {description.name} too, and there is such a "
+                "file that is not of an export; give another name."
+            ) from None
+    for file in (path, description):
+        workdirs.check_output(file, "--output", ("",) if written else ())
+    return path, description
+
+
+def write_weights(workdir: Path, checkpoint: str, path: Path) -> None:
+    """Writes a network that comes with cvjax, see `storage.pretrained`."""
+    if is_pretrained(workdir):
+        raise UserError(
+            f"{workdir} is such a file already; give --output another ending, or see "
+            "cvjax.interop.torch --export for PyTorch's."
+        )
+    network, manifest = load_network(workdir, checkpoint), workdirs.read_manifest(workdir)
+    path = workdirs.check_output(path, "--output", (".safetensors",))
+    kept = ("variables", "statistics", "class_names", "step", "data_fingerprint")
+    found = pretrained.Pretrained(
+        config=manifest["config"],
+        measured=workdirs.read_summary(workdir),
+        made_by={key: manifest.get(key) for key in (*workdirs.provenance(), "imported")},
+        **{name: getattr(network, name) for name in kept},
+    )
+    pretrained.write(found, path)
+    logging.info("Wrote %s, %.1f MB.", path, path.stat().st_size / 1e6)
 
 
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
-    flags.DEFINE_string("workdir", None, "The folder of a run of train.py.")
+    network_flags.define_flags()
     flags.DEFINE_string("output", None, "The file to write.")
-    flags.DEFINE_string(
-        "checkpoint", "last", "last, best (on validation) or the number of a step."
-    )
     flags.DEFINE_integer("batch_size", 0, "Of its images; 0 for any.", lower_bound=0)
     flags.DEFINE_list("platforms", list(PLATFORMS), "On which it can run.")
-    flags.mark_flags_as_required(["workdir", "output"])
+    flags.mark_flag_as_required("output")
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, source = flags.FLAGS, network_flags.source()
     wrong = set(values.platforms) - {*PLATFORMS, "rocm"}
     if wrong or not values.platforms:
         raise UserError(
             f"--platforms takes {', '.join(PLATFORMS)} or rocm, got {values.platforms}."
         )
-    # A file cannot call back into this process: a solve that fails gives NaN instead.
-    os.environ["EQX_ON_ERROR"] = "nan"
-    network = load_network(values.workdir, values.checkpoint)
-    write_export(network, values.output, values.batch_size, values.platforms)
+    if values.output.endswith(".safetensors"):
+        if values.batch_size or values.platforms != list(PLATFORMS):
+            raise UserError(
+                "--batch_size and --platforms are of a program, and .safetensors has "
+                "weights alone; leave them out, or give --output another ending."
+            )
+        return write_weights(source, values.checkpoint, values.output)
+    network = load_network(source, values.checkpoint)
+    return write_export(network, values.output, values.batch_size, values.platforms)
 
 
 if __name__ == "__main__":

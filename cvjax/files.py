@@ -1,6 +1,8 @@
 """Paths that users give, the user's cache, files written whole and read with checks."""
 
+import codecs
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -12,12 +14,20 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+import filelock
+from absl import logging
+
 from cvjax.errors import UserError
 
 Path = str | os.PathLike[str]
 
+# Begins what may stand for the folder of a trained network: one that comes with cvjax, see
+# `storage.pretrained`.
+PRETRAINED = "pretrained:"
 TEMPORARY = ".tmp"  # ends the names of files that are not complete
 _LONGEST_NAME = 255  # bytes, of nearly all file systems
+# What flock(2) says on NFS, FUSE and other file systems that do without.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def user_path(given: Path, name: str) -> pathlib.Path:
@@ -38,6 +48,12 @@ def user_path(given: Path, name: str) -> pathlib.Path:
         raise UserError(
             f"{name} takes a path of this machine's file systems, got {text!r}; mount it, "
             "or copy it there."
+        )
+    if is_pretrained(text):
+        raise UserError(
+            f"{name} takes a path, got {text!r}, which means a trained network of cvjax: "
+            "for config.init_from; or, without its pretrained:, for --pretrained of "
+            "cvjax.predict, cvjax.export and cvjax.interop.torch."
         )
     if text.startswith("-"):
         raise UserError(
@@ -61,10 +77,70 @@ def user_path(given: Path, name: str) -> pathlib.Path:
     return path
 
 
+def is_pretrained(source: Path) -> bool:
+    """Whether this names a network that comes with cvjax, and not a run's folder."""
+    return str(source).startswith(PRETRAINED)
+
+
 def user_cache(name: str) -> pathlib.Path:
-    """The folder of that name in cvjax's own part of the user's cache; not created here."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return cache.expanduser().absolute() / "cvjax" / name
+    """The folder of that name in cvjax's own part of the user's cache; not created here.
+
+    Raises:
+      UserError: $XDG_CACHE_HOME means no path.
+    """
+    cache = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    return cache / "cvjax" / name
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Keeps other processes out that lock the same path.
+
+    The operating system lets go of the lock when this process ends, however it ends. On a
+    file system without locks the file of `soft_lock` stands for it, which a killed process
+    leaves behind: a later one on the same machine takes it over, on another one it has to
+    be deleted.
+
+    Args:
+      path: of the lock's own file.
+      timeout: how many seconds to wait for another process, -1 for as long as it takes.
+
+    Raises:
+      filelock.Timeout: another process holds it.
+      OSError: the lock's file cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_acquire(path, 0 if timeout < 0 else timeout))
+        except filelock.Timeout:
+            if timeout >= 0:
+                raise
+            logging.info("Another process holds %s; waiting for it.%s", path, advice(path))
+            stack.enter_context(_acquire(path, timeout))
+        yield
+
+
+def advice(path: Path) -> str:
+    """What to do about a lock's holder that may be gone; empty where it cannot be."""
+    soft = _soft(path)
+    return f" If that process is gone, delete {soft}." if soft.exists() else ""
+
+
+def _soft(path: Path) -> pathlib.Path:
+    return pathlib.Path(f"{path}.soft")
+
+
+def _acquire(path: Path, timeout: float) -> contextlib.AbstractContextManager:
+    try:
+        return filelock.FileLock(path, fallback_to_soft=False).acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.warning(
+            "The file system of %s has no locks (%s); the file %s keeps others out.",
+            *(pathlib.Path(path).parent, error.strerror, _soft(path)),
+        )
+        return filelock.SoftFileLock(_soft(path)).acquire(timeout=timeout)
 
 
 def file_digest(path: Path) -> str:
@@ -87,12 +163,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[pathlib.Path]:
     """Gives a temporary name in the same folder; what is written there becomes `path`.
 
-    After an error within, and after a kill, `path` is as it was.
+    After an error within, and after a kill, `path` is as it was. A link stays one: what it
+    leads to is written.
 
     Raises:
-      UserError: for an OSError within, naming `path`.
+      UserError: for an OSError within, naming `path`, and if that is no file.
     """
-    path = pathlib.Path(path)
+    refuse_special(path)
+    path = pathlib.Path(os.path.realpath(path))
     temporary = None
     try:
         handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name[:50]}.", path.parent)
@@ -111,6 +189,15 @@ def replacing(path: Path) -> Iterator[pathlib.Path]:
             temporary.unlink(missing_ok=True)
 
 
+def refuse_special(path: Path) -> None:
+    """Raises UserError if there is a folder, device, pipe or circle of links."""
+    path = pathlib.Path(path)
+    if not os.path.lexists(os.path.realpath(path)) or path.is_file():
+        return
+    kind = "a folder" if path.is_dir() else "a device, a pipe or a link to itself"
+    raise UserError(f"{path} is no file but {kind}; name another file to write.")
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -118,7 +205,7 @@ def _umask() -> int:
 
 
 def unwritable(path: Path, error: Exception) -> UserError:
-    """What to tell of a write that failed."""
+    """The error to raise for a write that failed."""
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:200]
     return UserError(
         f"{path} cannot be written ({reason}); what was saved before is as it was: make "
@@ -147,6 +234,19 @@ def _finite(content: Any) -> Any:
     return content
 
 
+def read_text(path: Path) -> str:
+    """A text in UTF-8, or UTF-16 with its mark, of any editor; lines end in "\\n".
+
+    Raises:
+      OSError, UnicodeDecodeError: it cannot be read, or is no such text.
+    """
+    content = pathlib.Path(path).read_bytes()
+    # Editors of Windows mark UTF-8 and UTF-16 by their first bytes.
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if marked else "utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path: Path, keys: dict[str, type], hint: str, kind: type = dict) -> Any:
     """A JSON object that has these keys with values of these types, or a list.
 
@@ -157,7 +257,8 @@ def read_json(path: Path, keys: dict[str, type], hint: str, kind: type = dict) -
       kind: of what the file holds; object for anything.
 
     Raises:
-      UserError: the file cannot be read, or is none such; names file and flaw.
+      UserError: the file cannot be read, or is none such; names the file and what is wrong
+      with it.
     """
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -165,15 +266,15 @@ def read_json(path: Path, keys: dict[str, type], hint: str, kind: type = dict) -
         raise UserError(f"{path} cannot be read ({error.strerror}); {hint}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: no JSON ({error}); {hint}") from error
-    flaw = None
+    problem = None
     if not isinstance(content, kind):
-        flaw = f"it holds {type(content).__name__}, no {kind.__name__}"
+        problem = f"it holds {type(content).__name__}, no {kind.__name__}"
     else:
         for key, kinds in keys.items():
             if key not in content:
-                flaw = f"it has no {key!r}"
+                problem = f"it has no {key!r}"
             elif not isinstance(content[key], kinds) or isinstance(content[key], bool):
-                flaw = f"its {key!r} is {str(content[key])[:40]!r}"
-    if flaw:
-        raise UserError(f"{path} is damaged: {flaw}; {hint}")
+                problem = f"its {key!r} is {str(content[key])[:40]!r}"
+    if problem:
+        raise UserError(f"{path} is damaged: {problem}; {hint}")
     return content

@@ -13,23 +13,23 @@ import numpy as np
 
 
 def interleave(
-    ways: Mapping[Hashable, Callable[[], Any]], rounds: int, *, warm_up: int = 1
+    functions: Mapping[Hashable, Callable[[], Any]], rounds: int, *, warm_up: int = 1
 ) -> dict[Hashable, np.ndarray]:
     """Seconds of each call, float64 [rounds], interleaved.
 
     Args:
-      ways: what to time; JAX's arrays that a call returns are waited for.
+      functions: what to time, by name; JAX's arrays that a call returns are waited for.
       rounds: timings of each.
       warm_up: calls of each before them, which do not count.
     """
-    seconds: dict[Hashable, list[float]] = {name: [] for name in ways}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in functions}
     for number in range(warm_up + rounds):
-        for name, run in ways.items():
+        for name, run in functions.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(own) for name, own in seconds.items()}
+    return {name: np.array(times) for name, times in seconds.items()}
 
 
 def spread(values: np.ndarray) -> dict[str, float | int]:

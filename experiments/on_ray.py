@@ -27,6 +27,7 @@ import cvjax
 from cvjax import cli
 from cvjax.errors import DivergedError, InterruptedRun, UserError, WorkdirInUse
 from cvjax.files import write_bytes
+from cvjax.storage import divergence
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt, resume
 from cvjax.training.config import parse_config
@@ -35,7 +36,7 @@ from experiments import runs_table
 
 RETRIES = 20  # of a run whose node or process has died
 SECONDS_TO_DIE = 60  # in which a process whose node has died lets go of its run
-# What tells JAX and us where data are and how to compute, on the nodes as here.
+# Variables that say where data are and how to compute, on the nodes as here.
 ENVIRONMENT = ("JAX_", "XLA_", "TFDS_", "CVJAX_", "XDG_CACHE_HOME")
 
 
@@ -165,14 +166,14 @@ def train(config: dict[str, Any], folder: str, mark: str, command: list[str]) ->
     sys.argv = command  # what config.json says of the run's origin
     cli.prepare()
     shared = Path(mark).exists()
-    own = Path(folder)
+    run_dir = Path(folder)
     if not shared:
-        place = f"{tempfile.gettempdir()}/{Path(mark).name.strip('.')}"
-        own = Path(place) / own.name
+        scratch = f"{tempfile.gettempdir()}/{Path(mark).name.strip('.')}"
+        run_dir = Path(scratch) / run_dir.name
     until = time.monotonic() + SECONDS_TO_DIE
     while True:
         try:
-            train_and_evaluate(ml_collections.ConfigDict(config), own)
+            train_and_evaluate(ml_collections.ConfigDict(config), run_dir)
             outcome = Outcome("finished")
         except WorkdirInUse as error:
             if time.monotonic() < until:
@@ -185,7 +186,7 @@ def train(config: dict[str, Any], folder: str, mark: str, command: list[str]) ->
             outcome = Outcome("refused", str(error))
         except InterruptedRun as error:
             outcome = Outcome("stopped", str(error))
-        return outcome if shared else outcome._replace(files=_read(own))
+        return outcome if shared else outcome._replace(files=_read(run_dir))
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -201,6 +202,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     if not files:
         return
     with workdirs.lock(folder):
+        divergence.forget(folder)  # of an earlier try
         # Last what says that the run is there, and that it is finished.
         for name in sorted(files, key=("config.json", "summary.json").count):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +227,9 @@ def _connect(address: str, cpus: int) -> Iterator[Any]:
     }
     # NPROC is the number of XLA's threads on CPU, OMP_NUM_THREADS that of oneDNN's.
     settings |= {"NPROC": str(cpus), "OMP_NUM_THREADS": str(cpus)}
-    settings["PYTHONPATH"] = str(Path(cvjax.__file__).parents[1])
+    # Tasks find this cvjax, and what else this process finds.
+    paths = [str(Path(cvjax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     new = {"num_cpus": _cores(), "include_dashboard": False} if address == "local" else {}
     try:
         if address != "local":

@@ -13,7 +13,7 @@ results.json of an experiment is an object with
     table        rows, with a "part" where there are several tables; a mean over seeds is
                  {"mean", "std", "interval"}
     claims       rows: what the table shows, each a difference with its interval and p
-    runs         one object per run: "seed" and what else tells it from the others, then
+    runs         one object per run: "seed" and what else distinguishes it, then
                  what `read_run` gives ("summary", "config", "versions", "device", "git",
                  "command", "seconds"), or parts that have these
     provenance   versions, device, commit, date and command of the program that wrote it
@@ -22,8 +22,10 @@ and what the experiment alone has, under names of its own. What was not kept whe
 made is null.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Container, Iterable, Mapping
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,9 @@ from cvjax.files import read_json, write_json
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
+from cvjax.training.config import parse_config
 from cvjax.training.trainer import train_and_evaluate
-from experiments import on_ray
+from experiments import diverged_runs, on_ray
 from experiments.processes import run_in_processes
 from experiments.sharing import ALONE, Sharing
 
@@ -80,53 +83,93 @@ def define_flags(
     flags.mark_flag_as_required("workdir")
 
 
-def train_all(
+@contextlib.contextmanager
+def trained(
     runs: Mapping[Path, ml_collections.ConfigDict],
     after_each: Callable[[], None] = lambda: None,
     shared: Sharing = ALONE,
-) -> list[Path]:
-    """Trains the runs that no other process trains, in order.
+    *,
+    may_diverge: bool = False,
+) -> Iterator[list[Path]]:
+    """Trains the runs that no other process trains, in order, and gives the finished ones.
+
+    That others have diverged is raised at the end of the block, which has the results of
+    those that have not.
 
     Args:
       runs: workdirs and their configs.
       after_each: called after each run that is finished.
       shared: who trains them; see `sharing`.
+      may_diverge: whether a run that diverges is a result, kept in its diverged.json.
 
-    Returns:
-      The runs that are finished. Others are still held by other processes.
+    Yields:
+      The runs that are finished, at least one. Others are still held by other processes.
 
     Raises:
-      DivergedError: at the end, if runs have diverged; the others are trained.
+      SystemExit: all runs are held by other processes.
+      DivergedError: runs have diverged; at once if all have.
       InterruptedRun: after SIGTERM or Ctrl-C.
       UserError: as `train_and_evaluate`.
     """
+    for folder, config in runs.items():  # not at the last of many runs
+        try:
+            parse_config(config)
+        except UserError as error:
+            raise UserError(f"{folder.name}: {error}") from error
     if shared.processes > 1:
         run_in_processes(shared.processes, "--processes=1")
     if shared.ray:
         settings = shared.ray, shared.ray_cpus, shared.ray_gpus
-        diverged = on_ray.train_all(runs, after_each, *settings)
+        new = runs
+        if may_diverge:
+            known = diverged_runs.is_known
+            new = {path: own for path, own in runs.items() if not known(own, path)}
+        diverged = on_ray.train_all(new, after_each, *settings)
     else:
-        diverged = _train_here(runs, after_each)
-    if diverged:
-        names = ", ".join(folder.name for folder in diverged)
-        raise DivergedError(
-            f"{len(diverged)} of {len(runs)} runs diverged ({names}); the table is of the "
-            "others."
-        )
-    finished = [folder for folder in runs if is_finished(folder)]
+        diverged = _train_here(runs, after_each, may_diverge)
+    finished = [
+        folder
+        for folder, config in runs.items()
+        if is_finished(folder) or (may_diverge and diverged_runs.is_known(config, folder))
+    ]
+    failed = [] if may_diverge else [folder.name for folder in diverged]
     held = [folder.name for folder in runs if folder not in finished]
+    held = [name for name in held if name not in failed]
     if held:
         logging.info(
             "%d of %d runs are still held by other processes: %s.",
             *(len(held), len(runs), ", ".join(held)),
         )
-    return finished
+    if not finished and not failed:
+        sys.exit(0)  # who finishes the others has the results
+    if finished:
+        yield finished
+    if failed:
+        others = "; the results are of the others." if finished else "."
+        raise DivergedError(
+            f"{len(failed)} of {len(runs)} runs diverged ({', '.join(failed)}){others}"
+        )
+
+
+def train_all(
+    runs: Mapping[Path, ml_collections.ConfigDict],
+    after_each: Callable[[], None] = lambda: None,
+    shared: Sharing = ALONE,
+    *,
+    may_diverge: bool = False,
+) -> list[Path]:
+    """As `trained`, where `after_each` writes the results, or diverging is one."""
+    with trained(runs, after_each, shared, may_diverge=may_diverge) as finished:
+        return finished
 
 
 def _train_here(
-    runs: Mapping[Path, ml_collections.ConfigDict], after_each: Callable[[], None]
+    runs: Mapping[Path, ml_collections.ConfigDict],
+    after_each: Callable[[], None],
+    may_diverge: bool,
 ) -> dict[Path, DivergedError]:
     """Trains runs in this process; returns those that have diverged."""
+    train = diverged_runs.train if may_diverge else train_and_evaluate
     waiting, diverged = dict(runs), {}
     with interrupt.watch() as stop:
         while True:
@@ -136,7 +179,7 @@ def _train_here(
                 logging.info("Run %d of %d: %s.", number, len(runs), folder.name)
                 finished = is_finished(folder)
                 try:
-                    train_and_evaluate(config, folder)
+                    train(config, folder)
                 except WorkdirInUse:
                     logging.info("%s is held by another process.", folder.name)
                     elsewhere[folder] = config
@@ -161,34 +204,6 @@ def _train_here(
 def is_finished(folder: Path) -> bool:
     """Whether a workdir has its final numbers."""
     return (folder / "summary.json").exists()
-
-
-def train_or_diverge(
-    config: ml_collections.ConfigDict, folder: Path
-) -> dict[str, Any] | None:
-    """Trains a run that may diverge, or finds it trained.
-
-    That it diverged is kept in FOLDER/diverged.json, and it is not trained again.
-
-    Returns:
-      "step" and "message" if it diverged, else None.
-    """
-    path = folder / "diverged.json"
-    known = path.exists() and not workdirs.config_differences(
-        workdirs.read_manifest(folder)["config"], config.to_dict()
-    )
-    if not known:
-        path.unlink(missing_ok=True)
-        try:
-            train_and_evaluate(config, folder)
-        except DivergedError as error:
-            logging.info("%s diverged: %s", folder.name, error)
-            rows = metrics_log.read_metrics(folder / "metrics.jsonl")
-            step = max((row["step"] for row in rows), default=0)
-            write_json(path, {"step": step, "message": str(error)})
-    if not path.exists():
-        return None
-    return read_json(path, {"step": int, "message": str}, "delete it; the run goes on.")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

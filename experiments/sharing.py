@@ -61,6 +61,7 @@ def from_flags() -> Sharing:
         )
     if given.ray_gpus and given.ray_gpus > 1 and given.ray_gpus % 1:
         raise UserError(
-            f"--ray_gpus takes a part of a GPU or a whole number, got {given.ray_gpus:g}."
+            "--ray_gpus takes a fraction of a GPU or a whole number, got "
+            f"{given.ray_gpus:g}."
         )
     return given

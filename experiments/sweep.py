@@ -29,9 +29,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from cvjax import cli, compare
+from cvjax import cli, command_line, compare, data
 from cvjax.comparison.rows import MEASURED
 from cvjax.errors import DivergedError, UserError
 from cvjax.files import user_path
@@ -46,7 +45,7 @@ DIGITS = 4  # of what is drawn from a range
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
-    config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+    command_line.define_config()
     flags.DEFINE_multi_string("set", [], "KEY=A,B,... or, with --random, KEY=LOW:HIGH.")
     flags.DEFINE_integer("random", 0, "How often to draw from the ranges.", 0, MOST_RUNS)
     flags.DEFINE_string("workdir", None, "Folder of all runs and the comparison.")
@@ -64,6 +63,10 @@ def main(arguments):
         key = min(twice)
         raise UserError(f"{key} is given by --set and by --config.{key}; leave one out.")
     runs = plan(values.config, settings, values.random)
+    if "data.name" in settings:  # before the others are trained
+        for run in runs.values():
+            source = run.data
+            data.check_name(source.name, source.data_dir, source.cache_dir)
     folder = user_path(values.workdir, "--workdir")
     configs = {user_path(folder / "runs" / name, "--set"): runs[name] for name in runs}
     failure = None
@@ -102,8 +105,12 @@ def parse_settings(
         if key not in flat:
             names = {known.rpartition(".")[2]: known for known in flat}
             names |= {known: known for known in flat}
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {names[near[0]]}?" if near else "give one such as seed."
+            closest = difflib.get_close_matches(key, names, n=1)
+            hint = (
+                f"did you mean {names[closest[0]]}?"
+                if closest
+                else "give one such as seed."
+            )
             raise UserError(f"--set {key}: the config has no such setting; {hint}")
         if key in settings:
             raise UserError(f"--set {key} is given twice; give all its values in one list.")
@@ -133,18 +140,31 @@ def _parse_value(key: str, text: str, current: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = {"true": True, "false": False}.get(text, text)
+    _refuse_large(key, text, value)
     if isinstance(current, str):
         return value if isinstance(value, str) else text
     return float(value) if isinstance(current, float) and type(value) is int else value
+
+
+def _refuse_large(key: str, text: str, *values: Any) -> None:
+    for value in values:
+        if type(value) is int and abs(value) > command_line.LARGEST:
+            raise UserError(
+                f"--set {key} takes numbers up to {command_line.LARGEST:,}, got "
+                f"{text[:40]}."
+            )
 
 
 def _parse_range(key: str, text: str, kind: type) -> tuple[str, float, float]:
     scale, colon, ends = text.rpartition("log:")
     try:
         low, high = map(kind, ends.split(":"))
-        possible = not scale and low < high and math.isfinite(low) and math.isfinite(high)
+        # Unlike isfinite, comparing takes whole numbers of any length.
+        possible = not scale and -math.inf < low < high < math.inf
     except ValueError:
         possible = False
+    if possible:
+        _refuse_large(key, text, low, high)
     if not possible or (colon and low <= 0):
         what = "whole numbers" if kind is int else "numbers"
         raise UserError(
@@ -170,8 +190,10 @@ def plan(
       UserError: for a config that cannot be trained, too many runs, ranges without `draws`,
         or draws without ranges.
     """
-    ranges = {key: one for key, one in settings.items() if isinstance(one, tuple)}
-    lists = {key: one for key, one in settings.items() if key not in ranges}
+    ranges = {
+        key: choices for key, choices in settings.items() if isinstance(choices, tuple)
+    }
+    lists = {key: choices for key, choices in settings.items() if key not in ranges}
     if ranges and not draws:
         raise UserError(
             f"--set {min(ranges)} is a range; give --random=N too, to draw from it N times."
@@ -186,7 +208,7 @@ def plan(
         raise UserError(f"these are {count:,} runs, more than {MOST_RUNS:,}; vary less.")
     runs, chosen_by = {}, {}
     for index in range(max(1, draws)):
-        drawn = {key: draw(key, index, *one) for key, one in ranges.items()}
+        drawn = {key: draw(key, index, *choices) for key, choices in ranges.items()}
         for combination in itertools.product(*lists.values()):
             varied = {**drawn, **dict(zip(lists, combination, strict=True))}
             varied = {key: varied[key] for key in settings}

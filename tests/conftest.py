@@ -5,6 +5,14 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# All compiled programs are kept, however small: most of the time went to compiling
+# thousands of them again. The processes that tests start keep theirs there too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "CVJAX_TEST_CACHE", f"{tempfile.gettempdir()}/cvjax-test-xla"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# As cvjax sets it; but a test may import diffrax first.
+os.environ.setdefault("EQX_ON_ERROR", "nan")
 
 import jax
 import pytest
@@ -13,11 +21,6 @@ from cvjax.errors import InterruptedRun
 from cvjax.storage import checkpoint
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("CVJAX_TEST_CACHE", f"{tempfile.gettempdir()}/cvjax-test-xla"),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")

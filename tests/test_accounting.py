@@ -420,8 +420,8 @@ for line in sys.argv[1:]:
 def test_mistakes_are_told_in_a_sentence():
     command = [sys.executable, "-c", TELL, *MISTAKES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    told = done.stdout.splitlines()
-    for sentence, expected in zip(told, MISTAKES.values(), strict=True):
+    lines = done.stdout.splitlines()
+    for sentence, expected in zip(lines, MISTAKES.values(), strict=True):
         assert expected in sentence
 
 

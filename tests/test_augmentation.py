@@ -48,6 +48,7 @@ def test_each_augmentation_is_alone():
         "none": set(),
         "crop": {"crop_padding"},
         "flip": {"flip"},
+        "vertical flip": {"vertical_flip"},
         "scale": scale,
         **{name: {name} for name in ("brightness", "contrast", "lighting")},
         "crop and flip": {"crop_padding", "flip"},
@@ -159,10 +160,10 @@ def test_table_by_hand():
 
 def test_names_tell_the_size():
     choices = experiment.augmentations(32)
-    told = [experiment.describe(name, choices[name]) for name in choices]
-    assert told == [
-        *("none", "crop, padded by 4", "flip", "scale, to 32-40 px", "brightness, ±40%"),
-        *("contrast, ±40%", "lighting, 0.1", "crop and flip"),
+    texts = [experiment.describe(name, choices[name]) for name in choices]
+    assert texts == [
+        *("none", "crop, padded by 4", "flip", "vertical flip", "scale, to 32-40 px"),
+        *("brightness, ±40%", "contrast, ±40%", "lighting, 0.1", "crop and flip"),
     ]
 
 

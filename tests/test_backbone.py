@@ -16,7 +16,7 @@ from cvjax.storage.inputs import write_inputs
 from cvjax.training import default_config, transfer
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
-from cvjax.training.state import Record, create_train_state, initial_rng
+from cvjax.training.state import Record, create_train_state, create_variables, initial_rng
 
 BACKBONE = {"depth": 18, "width": 2, "stem": "small"}
 CLASSES = ("ant", "cat")
@@ -29,10 +29,10 @@ def classifier(tmp_path_factory):
     config = default_config("resnet")
     config.model.update(BACKBONE)
     recipe = create_recipe(parse_config(config), 10)
-    state = create_train_state(initial_rng(3), recipe=recipe, image_shape=(8, 8, 1))
+    variables = create_variables(initial_rng(3), model=recipe.model, image_shape=(8, 8, 1))
     model = {key: config.model[key] for key in config.model if key not in SAME_EQUATION}
     record = Record(data_fingerprint="none", model=model)
-    checkpoint.save(folder, 0, state, dataclasses.asdict(record))
+    checkpoint.save(folder, 0, variables, dataclasses.asdict(record))
     statistics = Statistics(np.full((8, 8, 1), 0.25, "f4"), np.full((8, 8, 1), 0.5, "f4"))
     write_inputs(folder, statistics, tuple("0123456789"))
     write_json(folder / "config.json", {"config": config.to_dict()})

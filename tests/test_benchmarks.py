@@ -37,10 +37,10 @@ def run(name, *flags):
 # Times
 
 
-def test_ways_take_turns_and_warm_up_does_not_count():
+def test_functions_are_interleaved_and_warm_up_does_not_count():
     called = []
-    ways = {name: lambda name=name: called.append(name) for name in "ab"}
-    seconds = timing.interleave(ways, 3, warm_up=2)
+    functions = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = timing.interleave(functions, 3, warm_up=2)
     assert called == ["a", "b"] * 5
     assert {name: own.shape for name, own in seconds.items()} == {"a": (3,), "b": (3,)}
 
@@ -56,10 +56,10 @@ def test_shares_of_the_peak_by_hand():
     slow = np.array([1.0, 2.0])
     times = {"cvjax": slow, "PyTorch": 0.5 * slow}
     times |= {"product, JAX": 0.1 * slow, "product, PyTorch": 0.2 * slow}
-    told = train_step.summarize(times, ["cvjax", "PyTorch"], 8, 500, matrix=10)
-    assert told["peak_by"] == "product, JAX"
-    assert told["peak_flops"]["quartile_3"] == pytest.approx(2000 / 0.1 * 0.875)
-    ours, theirs = told["sides"]["cvjax"], told["sides"]["PyTorch"]
+    summary = train_step.summarize(times, ["cvjax", "PyTorch"], 8, 500, matrix=10)
+    assert summary["peak_by"] == "product, JAX"
+    assert summary["peak_flops"]["quartile_3"] == pytest.approx(2000 / 0.1 * 0.875)
+    ours, theirs = summary["sides"]["cvjax"], summary["sides"]["PyTorch"]
     assert ours["speed"]["median"] == ours["speed"]["quartile_1"] == 0.5
     assert ours["images_per_second"]["median"] == 6.0
     assert ours["of_peak"]["median"] == pytest.approx(1000 / 20_000)
@@ -320,8 +320,8 @@ def test_compile(tmp_path):
 
 def test_compile_table():
     run_of = {"trace": 1.0, "compile": 2.0}
-    told = compile_benchmark.summarize([{"cold": run_of, "cached": run_of}] * 3)
-    (line,) = compile_benchmark.tabulate([{"depth": 20, "walk": "rolled", **told}])
+    summary = compile_benchmark.summarize([{"cold": run_of, "cached": run_of}] * 3)
+    (line,) = compile_benchmark.tabulate([{"depth": 20, "walk": "rolled", **summary}])
     assert line[:4] == ("20", "rolled", "1.0 (1.0 to 1.0)", "2.0 (2.0 to 2.0)")
 
 

@@ -12,8 +12,8 @@ from cvjax.errors import UserError
 from cvjax.training import default_config, train_and_evaluate
 from experiments.cascade import __main__ as experiment
 from experiments.cascade import early_exit
-from experiments.cascade import measure as committee_report
-from experiments.cascade import members as committee
+from experiments.cascade import measure as measuring
+from experiments.cascade import members as cascade_members
 from experiments.cascade.early_exit import NEVER, Plan
 from experiments.cascade.figure import pareto_front, tabulate
 
@@ -255,22 +255,22 @@ def clock(monkeypatch):
     def median_seconds(functions):
         return [1.0, *[ratio["plan"]] * (len(functions) - 1)]
 
-    monkeypatch.setattr(committee_report, "median_seconds", median_seconds)
+    monkeypatch.setattr(measuring, "median_seconds", median_seconds)
     return ratio
 
 
 def test_members_are_ordered_by_what_they_cost(places):
-    members = committee.load_members([*places, ("resized", places[2][1], 4)])
+    members = cascade_members.load_members([*places, ("resized", places[2][1], 4)])
     macs = {member.name: member.macs for member in members}
     assert list(macs) == ["small", "resized", "large", "resnet"]
     assert list(macs.values()) == sorted(macs.values())
     assert (macs["small"], macs["large"]) == (64 * 4 + 4 * 10, 64 * 64 + 64 * 10)
     images = np.zeros((3, 8, 8, 1), np.uint8)
-    assert committee.compute_logits(members[1], images).shape == (3, 10)
+    assert cascade_members.compute_logits(members[1], images).shape == (3, 10)
 
 
-def test_committee_is_measured(places, clock):
-    measured = committee_report.measure(places[:2], **SETTINGS)
+def test_members_are_measured(places, clock):
+    measured = measuring.measure(places[:2], **SETTINGS)
     small, large, both, *_, chosen = measured["points"]
     assert (small["name"], large["name"]) == ("small", "large")
     assert both["macs"] == small["macs"] + large["macs"]
@@ -292,12 +292,12 @@ def test_committee_is_measured(places, clock):
 
 def test_a_cascade_that_is_slower_is_not_taken(places, clock):
     settings = {**SETTINGS, "target_cost": 0.9}
-    own = committee_report.measure(places[:2], **settings)["chosen"]
+    own = measuring.measure(places[:2], **settings)["chosen"]
     assert own["members"] == ["small", "large"]
     assert own["agreement"] == 1 and 0 < own["reached"][1] < 1
     assert own["validation_time_ratio"] == 0.5
     clock["plan"] = 1.1
-    measured = committee_report.measure(places[:2], **settings)
+    measured = measuring.measure(places[:2], **settings)
     assert measured["chosen"]["members"] == ["large"]
     assert measured["note"] == (
         "The cascade (small, large) takes 1.10 of the largest net's time on this machine, "
@@ -308,28 +308,26 @@ def test_a_cascade_that_is_slower_is_not_taken(places, clock):
 
 def test_tolerance_in_standard_errors(places, clock):
     """What is given away on validation: nothing, or enough for the small net alone."""
-    members = committee.load_members(places[:2])
+    members = cascade_members.load_members(places[:2])
     val = data.load("digits").val
     right = [
-        committee.compute_logits(member, val.images).argmax(axis=-1) == val.labels
+        cascade_members.compute_logits(member, val.images).argmax(axis=-1) == val.labels
         for member in members
     ]
     gap = right[1].mean() - right[0].mean()
     # Of yes and no: the root of p (1 - p) / (n - 1).
     unit = (right[1].mean() * (1 - right[1].mean()) / 299) ** 0.5
     for tolerance, alone in ((gap / unit + 0.01, True), (gap / unit - 0.01, False)):
-        measured = committee_report.measure(
-            places[:2], **{**SETTINGS, "tolerance": tolerance}
-        )
+        measured = measuring.measure(places[:2], **{**SETTINGS, "tolerance": tolerance})
         assert (measured["chosen"]["members"] == ["small"]) is alone
-        told = measured["note"] == "One net, small, reaches the target for the least."
-        assert told is alone
+        noted = measured["note"] == "One net, small, reaches the target for the least."
+        assert noted is alone
 
 
 def test_members_that_do_not_fit(places, tmp_path, monkeypatch):
     def refusal(places, **settings):
         with pytest.raises(UserError) as caught:
-            committee_report.measure(places, **{**SETTINGS, **settings})
+            measuring.measure(places, **{**SETTINGS, **settings})
         return str(caught.value)
 
     assert refusal(places[:1]) == "a cascade takes two networks or more, got 1."
@@ -345,14 +343,14 @@ def test_members_that_do_not_fit(places, tmp_path, monkeypatch):
         "--target_cost 0.01 is less than the cheapest network takes, which is 0.062 of the "
         "largest one; give more."
     )
-    load_network = committee.load_network
+    load_network = cascade_members.load_network
 
     def patched(place, **changes):
         network = load_network(place)
         return dataclasses.replace(network, **changes) if "small" in str(place) else network
 
     monkeypatch.setattr(
-        committee, "load_network", lambda place: patched(place, data_fingerprint="x")
+        cascade_members, "load_network", lambda place: patched(place, data_fingerprint="x")
     )
     assert refusal(places[:2]) == (
         "small was trained on other data or splits than large; a cascade takes networks of "
@@ -360,7 +358,9 @@ def test_members_that_do_not_fit(places, tmp_path, monkeypatch):
     )
     run = load_network(places[1][1]).run
     run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, name="sigmoid"))
-    monkeypatch.setattr(committee, "load_network", lambda place: patched(place, run=run))
+    monkeypatch.setattr(
+        cascade_members, "load_network", lambda place: patched(place, run=run)
+    )
     assert refusal(places[:2]) == (
         "small was trained with loss 'sigmoid'; a cascade takes networks that choose one "
         "class ('softmax')."
@@ -370,13 +370,11 @@ def test_members_that_do_not_fit(places, tmp_path, monkeypatch):
 # The experiment
 
 
-def test_nets_of_a_preset(tmp_path, monkeypatch):
-    trained = []
-    monkeypatch.setattr(experiment, "train_and_evaluate", lambda *run: trained.append(run))
-    members = experiment.train_members("medium", 7, 2, tmp_path)
-    assert [name for name, _, _ in members] == ["8x8", "20x8", "20x16"]
-    assert [folder for _, folder, _ in members] == [folder for _, folder in trained]
-    for (config, _), net in zip(trained, ((8, 8), (20, 8), (20, 16)), strict=True):
+def test_nets_of_a_preset(tmp_path):
+    plan = experiment.plan_members("medium", 7, 2, tmp_path)
+    assert [name for (name, _, _), _ in plan] == ["8x8", "20x8", "20x16"]
+    assert len({place for (_, place, _), _ in plan}) == 3
+    for (_, config), net in zip(plan, ((8, 8), (20, 8), (20, 16)), strict=True):
         assert (config.model.depth, config.model.width) == net
         assert (config.seed, config.total_steps, config.data.name) == (2, 7, "mnist")
         assert not config.data.flip and not config.data.crop_padding
@@ -390,6 +388,13 @@ def test_claim_by_hand():
     assert claim["seed"] == 3
     assert claim["interval"] == pytest.approx([0, 0.00392], abs=1e-6)
     assert claim["p"] == pytest.approx(0.05, abs=1e-4)
+
+
+def test_what_is_printed_of_a_seed_has_the_interval():
+    chosen = {"members": ["a"], "difference": -0.001, "difference_standard_error": 0.001}
+    chosen |= {"macs_ratio": 0.29, "time_ratio": 0.5}
+    run = {"seed": 3, "chosen": chosen, "examples": 10**6, "note": ""}
+    assert "-0.10 (95 % interval -0.30 to 0.10, p = 0.32)" in experiment.describe(run)
 
 
 def test_experiment_measures_draws_and_does_nothing_twice(
@@ -412,7 +417,7 @@ def test_experiment_measures_draws_and_does_nothing_twice(
     assert claim["members"] == measured["members"]
     assert f"{measured['macs_ratio']:.2f} of its multiply-adds" in first
     with monkeypatch.context() as patch:
-        patch.setattr(committee_report, "measure", None)  # would be called, and fail
+        patch.setattr(measuring, "measure", None)  # would be called, and fail
         assert run() == first
         # Other settings, or nets that were trained on, are measured.
         with pytest.raises(TypeError):

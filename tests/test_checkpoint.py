@@ -18,7 +18,8 @@ from flax import struct
 from jax import numpy as jnp
 
 from cvjax import errors
-from cvjax.storage import checkpoint
+from cvjax.storage import array_files, checkpoint
+from cvjax.storage.array_files import digest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -52,6 +53,15 @@ def create_state(step=0, width=4):
 
 def abstract(state):
     return jax.eval_shape(lambda: state)
+
+
+def parts(state):
+    """What a network predicts with."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def abstract_parts(state):
+    return abstract(parts(state))
 
 
 def assert_same(state, expected):
@@ -106,8 +116,8 @@ def test_digest_sees_names_dtypes_shapes_and_bits():
         {"a": -x},
         {"a": x, "b": x},
     ]
-    assert len({checkpoint.digest(tree) for tree in trees}) == len(trees)
-    assert checkpoint.digest({"a": jnp.zeros(4)}) == checkpoint.digest({"a": x})
+    assert len({digest(tree) for tree in trees}) == len(trees)
+    assert digest({"a": jnp.zeros(4)}) == digest({"a": x})
 
 
 # Damage
@@ -189,16 +199,73 @@ def test_the_newest_info_is_read_without_its_arrays(tmp_path):
     assert (info["step"], info["best"]) == (1, {"step": 1})
 
 
-def test_numbers_that_orbax_restores_wrongly_are_seen(tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", [abstract, abstract_parts])
+def test_numbers_that_orbax_restores_wrongly_are_seen(tmp_path, monkeypatch, target):
     save_steps(tmp_path, [1])
-    restore = checkpoint.ocp.Checkpointer.restore
+    restore = array_files.ocp.Checkpointer.restore
 
     def restore_wrongly(*args, **kwargs):
         return jax.tree.map(np.zeros_like, restore(*args, **kwargs))
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", restore_wrongly)
+    monkeypatch.setattr(array_files.ocp.Checkpointer, "restore", restore_wrongly)
     with pytest.raises(errors.UserError, match="arrays differ from those that were"):
-        checkpoint.restore_step(tmp_path, 1, abstract(create_state()))
+        checkpoint.restore_step(tmp_path, 1, target(create_state()))
+
+
+def test_checkpoints_with_one_digest_can_be_read(tmp_path, monkeypatch):
+    """As they were written before each part had its own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "digest_parts", digest)
+        save_steps(tmp_path, [1])
+    state = create_state(1)
+    restored, info = checkpoint.restore_step(tmp_path, 1, abstract(state))
+    assert info["digest"] == digest(state)
+    assert_same(restored, state)
+    restored, _ = checkpoint.restore_step(tmp_path, 1, abstract_parts(state))
+    assert_same(restored, parts(state))
+    monkeypatch.setattr(checkpoint, "digest", lambda tree: "another")
+    with pytest.raises(errors.UserError, match="arrays differ from those that were"):
+        checkpoint.restore_step(tmp_path, 1, abstract(state))
+
+
+# Parts of a state
+
+
+def test_parts_are_read_without_the_others(tmp_path):
+    save_steps(tmp_path, [1])
+    state = create_state(1)
+    restored, info = checkpoint.restore_latest(tmp_path, abstract_parts(state))
+    assert_same(restored, parts(state))
+    assert info["structure"]["step"] == "int32[]"
+    with pytest.raises(errors.UserError) as caught:
+        checkpoint.restore_latest(
+            tmp_path, abstract({"params": state.params["stem"], "batch_stats": {}})
+        )
+    message = str(caught.value)
+    assert "params/kernel is missing" in message
+    assert "batch_stats/bn/mean is unexpected" in message
+    assert "opt_state" not in message and "step is" not in message
+    # A whole state is not made of parts.
+    checkpoint.save(tmp_path, 2, parts(state), {})
+    with pytest.raises(errors.UserError, match=r"opt_state/.* is missing"):
+        checkpoint.restore_latest(tmp_path, abstract(state))
+
+
+@pytest.mark.parametrize("damage", [flip, os.remove])
+def test_damage_to_any_file_is_seen_by_who_reads_parts(tmp_path, damage):
+    save_steps(tmp_path, [1, 2])
+    target = abstract_parts(create_state())
+    folder, good = tmp_path / "checkpoints" / "2", tmp_path / "good"
+    shutil.copytree(folder, good)
+    for file in [p.relative_to(good) for p in good.rglob("*") if p.is_file()]:
+        damage(folder / file)
+        state, info = checkpoint.restore_latest(tmp_path, target, set_aside=False)
+        assert (file, info["step"]) == (file, 1)
+        assert_same(state, parts(create_state(1)))
+        with pytest.raises(errors.UserError, match="cannot be read"):
+            checkpoint.restore_step(tmp_path, 2, target)
+        shutil.copy(good / file, folder / file)
+    assert checkpoint.restore_latest(tmp_path, target)[1]["step"] == 2
 
 
 # Interruption
@@ -211,7 +278,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_info", full)
+        patch.setattr(checkpoint, "write_info", full)
         with pytest.raises(errors.UserError, match="No space"):
             save_steps(tmp_path, [2])
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
@@ -221,7 +288,7 @@ def test_a_failed_save_leaves_the_one_before(tmp_path, monkeypatch):
 
 def test_what_does_not_read_back_is_not_saved(tmp_path, monkeypatch):
     save_steps(tmp_path, [1])
-    monkeypatch.setattr(checkpoint, "_read_arrays", lambda *_: create_state(3))
+    monkeypatch.setattr(checkpoint, "read_arrays", lambda *_: create_state(3))
     with pytest.raises(errors.UserError, match="does not read back"):
         save_steps(tmp_path, [2])
     assert checkpoint.list_steps(tmp_path) == [1]
@@ -328,7 +395,7 @@ def test_without_a_best_the_newest_are_kept(tmp_path):
 
 def test_a_step_is_saved_once(tmp_path):
     save_steps(tmp_path, [1])
-    with pytest.raises(ValueError, match="step 1 has been saved already"):
+    with pytest.raises(errors.WorkdirInUse, match="saved by another process"):
         save_steps(tmp_path, [1])
     with pytest.raises(ValueError, match="keep is 0"):
         checkpoint.save(tmp_path, 2, create_state(2), {}, keep=0)
@@ -366,10 +433,10 @@ def test_another_width_alone_is_refused(tmp_path):
 
 
 def test_long_lists_of_differences_are_cut(tmp_path):
-    tree = {f"layer{i}": jnp.zeros(1) for i in range(9)}
-    checkpoint.save(tmp_path, 1, tree, {})
+    layers = {f"layer{i}": jnp.zeros(1) for i in range(9)}
+    checkpoint.save(tmp_path, 1, {"params": layers}, {})
     with pytest.raises(errors.UserError, match="layer3 is unexpected and 5 more"):
-        checkpoint.restore_latest(tmp_path, {})
+        checkpoint.restore_latest(tmp_path, {"params": {}})
 
 
 def test_another_optimizer_is_refused(tmp_path):

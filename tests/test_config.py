@@ -7,16 +7,11 @@ import pytest
 
 from cvjax.errors import UserError
 from cvjax.models import DETECTORS, MODELS, SEGMENTERS, create_model, model_fields
-from cvjax.training.config import (
-    RESUMABLE_KEYS,
-    DataConfig,
-    RunConfig,
-    check_data,
-    default_config,
-    parse_config,
-)
+from cvjax.training.config import RESUMABLE_KEYS, default_config, parse_config
+from cvjax.training.config_checks import check_data
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
+from cvjax.training.settings import DataConfig, RunConfig
 
 
 def leaves(values, prefix=""):
@@ -120,6 +115,13 @@ NEEDED = {
     "task": {"loss.name": "sigmoid"},
     "init_refine": {"init_from": "runs/coarse"},
     "model.pieces": {"model.theta": "piecewise_constant"},
+    **{
+        f"data.short_side_{end}": {
+            **{"data.streaming": True, "data.image_size": 1},
+            f"data.short_side_{other}": 1,
+        }
+        for end, other in (("min", "max"), ("max", "min"))
+    },
 }
 OTHER_ACTIVATIONS = {"resnet_cifar": "sigmoid"}
 OTHER_DEPTHS = {
@@ -402,7 +404,7 @@ def test_too_little(key):
         (
             {"optim.boundaries": (0.5, 1000)},
             "optim.boundaries (0.5, 1000) must lie between 0 and total_steps (1000); give "
-            "steps, or parts of the run such as (0.5, 0.75).",
+            "steps, or fractions of the run such as (0.5, 0.75).",
         ),
         (
             {"data.normalization": "mean"},
@@ -474,10 +476,10 @@ def test_the_number_of_classes_is_the_data_sets():
 
 def test_groups_of_batch_norm_must_divide_the_batch():
     config = config_with({"model.norm_group": 64, "data.batch_size": 100}, "resnet_cifar")
-    told = (
+    message = (
         "model.norm_group is 64, which does not divide the batch of 100; choose a divisor"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_data(parse_config(config), 1000, (8, 8, 1))
     config.data.batch_size = 128
     check_data(parse_config(config), 1000, (8, 8, 1))

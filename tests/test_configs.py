@@ -23,13 +23,16 @@ SHAPES = {
     "digit_scenes": (32, 32, 1),
     "voc": (32, 48, 3),
     "digit_scenes/masks": (32, 32, 1),
+    "mask_folder/instances": (32, 32, 3),
 }
 BOXES = ("digit_scenes", "voc")
-MAPS = ("digit_scenes/masks",)
+MAPS = ("digit_scenes/masks", "mask_folder/instances")
 LARGE = (
     "digit_scenes_centernet",
     "digit_scenes_unet",
     "digit_scenes_yolo",
+    "nuclei_fcn",
+    "nuclei_unet",
     "voc_centernet",
     "folder_finetune",
     "imagenet_resnet",

@@ -15,7 +15,7 @@ from cvjax.errors import UserError
 
 
 def create_split(size):
-    """Each image and label tells its own number."""
+    """Each image and label shows its own number."""
     numbers = np.arange(size, dtype=np.uint8)
     return ArraySplit(
         np.broadcast_to(numbers[:, None, None, None], (size, 2, 3, 1)),

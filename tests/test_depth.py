@@ -1,4 +1,4 @@
-"""The depth axis: a stage is its blocks one after another, however it is walked."""
+"""The depth axis: a stage is its blocks one after another, however it is compiled."""
 
 from functools import partial
 
@@ -60,7 +60,7 @@ def output_statistics_and_gradients(walk, variables, x):
     return *aux, gradients
 
 
-# Walks
+# Rolled and unrolled
 
 
 @pytest.mark.parametrize("walk", ["rolled", "unrolled"])
@@ -127,7 +127,7 @@ def test_recomputing_in_evaluation_leaves_the_averages_alone():
 
 
 @pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_recomputing_keeps_one_state_a_block(walk):
+def test_recomputing_keeps_one_state_per_block(walk):
     """Temporaries grow by what goes into a block, not by the many arrays within it."""
     x = jnp.zeros((1000, 4))
     compile_options = {"xla_backend_optimization_level": 0}

@@ -1,5 +1,6 @@
 """How nets scale with depth: blocks whose sums are known, exact powers, and one run."""
 
+import json
 import math
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.nn import along_depth, depth
+from cvjax.storage import divergence
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
 from cvjax.training.state import create_train_state, initial_rng
@@ -223,8 +225,10 @@ def test_all_of_it(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "a.png").stat().st_size > 10_000
     again, _ = experiment.measure(*arguments)
     assert again == parts
-    failed = {"step": 1, "message": "the loss is not finite"}
-    monkeypatch.setattr(experiment.runner, "train_or_diverge", lambda *_: failed)
-    searched = list(experiment.search_rates(*arguments))
+    plan = experiment.plan_rates(*arguments)
+    for place, _, _ in plan:
+        failed = {"step": 1, "message": "the loss is not finite"}
+        (place / divergence.NAME).write_text(json.dumps(failed))
+    searched = [experiment.read_rate(place) for place, _, _ in plan]
     assert {(run["loss"], run["summary"]) for run in searched} == {(None, None)}
     assert searched[0]["config"]["optim"]["name"] == "sgd"

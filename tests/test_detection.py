@@ -1,5 +1,8 @@
 """Detection as a task: average precision by hand and by COCO's code, and whole runs."""
 
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -9,6 +12,7 @@ from cvjax.data import boxes
 from cvjax.data.boxes import Boxes
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.errors import InterruptedRun, UserError
+from cvjax.evaluation.detection import detect_split
 from cvjax.tasks import detection, ranking
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -28,13 +32,13 @@ class Told:
         return found, outputs[..., 5]
 
 
+sum_batch = jax.jit(partial(metrics.sum_batch, task=detection.TASK, model=Told()))
+
+
 def values_of(outputs, targets, mask=None):
-    outputs, targets = jnp.asarray(outputs, jnp.float32), jnp.asarray(targets)
-    mask = jnp.ones(len(outputs), bool) if mask is None else jnp.asarray(mask)
-    losses = jnp.zeros(len(outputs))
-    sums = metrics.sum_batch(
-        losses, outputs, targets, mask, task=detection.TASK, model=Told()
-    )
+    mask = np.ones(len(outputs), bool) if mask is None else np.array(mask)
+    losses = np.zeros(len(outputs), np.float32)
+    sums = sum_batch(losses, np.float32(outputs), targets, mask)
     count = int(mask.sum())
     return metrics.means([sums], CLASSES, "x", count, detection.TASK)
 
@@ -77,10 +81,11 @@ def test_masked_images_do_not_count():
 
 
 def test_bins_of_scores():
-    scores = jnp.array([0.0, 0.0005, 0.5, 0.9995, 1.0, 0.3])
-    kinds = jnp.array([0, 0, 1, 1, 1, 0])
-    counted = jnp.array([True, True, True, True, True, False])
-    counts = np.asarray(ranking.count_scores(scores, kinds, counted, 2))
+    scores = np.float32([0.0, 0.0005, 0.5, 0.9995, 1.0, 0.3])
+    kinds = np.array([0, 0, 1, 1, 1, 0])
+    counted = np.array([True, True, True, True, True, False])
+    count_scores = jax.jit(ranking.count_scores, static_argnums=3)
+    counts = np.asarray(count_scores(scores, kinds, counted, 2))
     assert (counts[0, 0], counts[1, 500], counts[1, 999], counts.sum()) == (2, 1, 2, 5)
 
 
@@ -153,6 +158,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, interrupt_once):
     ours, theirs = (load_network(path).variables["params"] for path in (folder, tmp_path))
     for name in ("heat", "size"):
         np.testing.assert_array_equal(ours[name]["kernel"], theirs[name]["kernel"])
+
+
+def test_images_with_other_numbers_of_boxes_are_not_compiled_again(run):
+    network, split = load_network(run[0]), few_scenes().test
+    compiled = []
+
+    def count(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    detect_split(network, split, 8)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for boxes_there in (0, 1, 3):
+        labels = np.zeros_like(split.labels)
+        labels[:, :boxes_there] = split.labels[:, :1]
+        detect_split(network, ArraySplit(split.images, labels), 8)
+        assert not compiled
 
 
 def test_the_batch_size_of_an_evaluation_does_not_matter(run):

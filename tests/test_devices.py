@@ -157,10 +157,10 @@ def start_processes(folder, *settings, count=2):
 
 def end_of(processes):
     """Exit code and last line of each ("" of one that was killed)."""
-    told = [process.communicate(timeout=300)[1] for process in processes]
+    log = [process.communicate(timeout=300)[1] for process in processes]
     return [
         (process.returncode, (text.strip().splitlines() or [""])[-1])
-        for process, text in zip(processes, told, strict=True)
+        for process, text in zip(processes, log, strict=True)
     ]
 
 
@@ -180,7 +180,7 @@ def as_settings(config, file):
         for key, value in values.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
-            elif prefix + key != "model.name":
+            elif prefix + key != "model.name" and value != "":  # "" is what stands anyway
                 flat[f"{prefix}{key}"] = value
 
     walk(config.to_dict(), "")
@@ -200,10 +200,10 @@ def test_two_processes_stop_together_and_one_goes_on(model, file, at_once, tmp_p
     processes = start_processes(two, *as_settings(config, file))
     wait_for_checkpoint(two, processes)
     processes[1].send_signal(signal.SIGTERM)
-    (first, told), (second, own) = end_of(processes)
-    assert (first, second) == (75, 75), (told, own)
+    (first, log), (second, own) = end_of(processes)
+    assert (first, second) == (75, 75), (log, own)
     step = checkpoint.latest_step(two)
-    assert f"Stopped by a signal to another process and saved at step {step} of" in told
+    assert f"Stopped by a signal to another process and saved at step {step} of" in log
     assert f"Stopped by SIGTERM and saved at step {step} of" in own
     config.total_steps = step
     train_and_evaluate(config, one)
@@ -222,11 +222,11 @@ def test_two_processes_with_workers_share_a_stream(tmp_path):
     write_set(tmp_path / "data", {"train": examples[:80], "test": examples[80:]})
     config = create_config()
     config.data.update(name="photographs", data_dir=str(tmp_path / "data"), streaming=True)
-    config.data.update(image_size=16, scale_min=18, scale_max=28, crop_padding=0)
-    config.data.update(batch_size=8, num_workers=1)
+    config.data.update(image_size=16, crop_padding=0, short_side_min=18)
+    config.data.update(batch_size=8, num_workers=1, short_side_max=28)
     settings = as_settings(config, "configs/digits_mlp.py")
-    for code, told in end_of(start_processes(two, *settings)):
-        assert code == 0, told
+    for code, log in end_of(start_processes(two, *settings)):
+        assert code == 0, log
     config.data.num_workers = 0
     train_and_evaluate(config, one)
     check_same_run(two, one, 20)
@@ -246,9 +246,9 @@ def test_a_process_that_is_killed_takes_the_others_with_it(tmp_path):
 def test_a_mistake_is_told_by_all_processes(tmp_path):
     (tmp_path / "summary.json").write_text('{"step": 21}')
     settings = as_settings(create_config(), "configs/digits_mlp.py")
-    for code, told in end_of(start_processes(tmp_path, *settings)):
+    for code, log in end_of(start_processes(tmp_path, *settings)):
         assert code == 2
-        assert "holds a finished run of 21 steps, more than total_steps 20" in told
+        assert "holds a finished run of 21 steps, more than total_steps 20" in log
 
 
 @pytest.mark.parametrize(

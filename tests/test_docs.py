@@ -83,6 +83,10 @@ def test_commands_parse(line):
             assert f'"{value}"' in source, word
 
 
+SHARED_FLAGS = [ROOT / f"experiments/{name}.py" for name in ("runner", "sharing")]
+SHARED_FLAGS += [ROOT / "cvjax/training/network_flags.py", ROOT / "cvjax/command_line.py"]
+
+
 def program_text(module: str) -> str:
     """The source of a program, of the presets that it imports, and of shared flags."""
     path = ROOT / module.replace(".", "/")
@@ -91,9 +95,9 @@ def program_text(module: str) -> str:
     text = text or path.with_suffix(".py").read_text()
     for package in re.findall(r"^from ([\w.]+)\.presets import", text, re.MULTILINE):
         text += (ROOT / package.replace(".", "/") / "presets.py").read_text()
-    for name in ("runner", "sharing"):
-        used = f"{name}.define_flags" in text
-        text += (ROOT / f"experiments/{name}.py").read_text() * used
+    for path in SHARED_FLAGS:
+        used = re.search(rf"\b{path.stem}\.define_(flags|config)\b", text)
+        text += path.read_text() * bool(used)
     return text
 
 

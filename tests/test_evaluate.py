@@ -1,15 +1,19 @@
 """Evaluation: by-hand matrices, bins and crops; whole runs against their summaries."""
 
+import contextlib
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from matplotlib import figure as figures
+from matplotlib import font_manager
 
 from cvjax import data, evaluate
 from cvjax.errors import DivergedError, UserError
@@ -19,6 +23,7 @@ from cvjax.evaluation.predictions import choose_views
 from cvjax.models import create_model
 from cvjax.storage import checkpoint
 from cvjax.training import default_config, train_and_evaluate, trained_network
+from cvjax.training.state import create_train_state, initial_rng
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS = {
@@ -324,6 +329,25 @@ def test_figure_of_many_classes(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, monkeypatch):
+    matrix = np.eye(3, dtype=np.int64)
+    # No font that comes with matplotlib has the first; the usual one has not the second.
+    names = ["猫", "\u2315", "ship"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classification.draw_confusion_matrix(matrix, names, tmp_path / "a.png", "猫")
+    shown = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda own, *_, **__: shown.append(own))
+    with contextlib.suppress(FileNotFoundError):  # as nothing was written
+        classification.draw_confusion_matrix(matrix, names, tmp_path / "b.png")
+    labels = shown[0].axes[0].get_xticklabels()
+    usual, chosen, *_ = labels[1].get_fontfamily()
+    font = font_manager.get_font(font_manager.findfont(chosen))
+    assert usual == "sans-serif" and 0x2315 in font.get_charmap()
+    assert "Last Resort High-Efficiency" not in labels[0].get_fontfamily()
+    assert labels[2].get_fontfamily() == ["sans-serif"]
+
+
 # Reading a run
 
 
@@ -395,6 +419,28 @@ def test_run_from_before_a_setting_existed_can_be_read(runs, tmp_path):
         trained_network.load_network(workdir).run
         == trained_network.load_network(runs("mlp")).run
     )
+
+
+def test_a_network_is_read_whatever_the_optimizer(runs, tmp_path):
+    workdir = shutil.copytree(runs("resnet_cifar"), tmp_path / "run")
+    network = trained_network.load_network(workdir)
+    recipe, shape = network.recipe, network.image_shape
+    drawn = create_train_state(
+        initial_rng(network.run.seed), recipe=recipe, image_shape=shape
+    )
+    state, _ = checkpoint.restore_latest(workdir, jax.eval_shape(lambda: drawn))
+    manifest = json.loads((workdir / "config.json").read_text())
+    assert manifest["config"]["optim"]["name"] == "sgd"
+    manifest["config"]["optim"]["name"] = "adam"
+    (workdir / "config.json").write_text(json.dumps(manifest))
+    again = trained_network.load_network(workdir)
+    for variables, expected in (
+        (network.variables, state),
+        (again.variables, state),
+        (trained_network.draw_variables(network), drawn),
+    ):
+        expected = {"params": expected.params, "batch_stats": expected.batch_stats}
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
 def test_other_data_than_in_training_is_refused(runs, monkeypatch):

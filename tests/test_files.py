@@ -78,3 +78,24 @@ def test_mode_of_files(tmp_path):
     files.write_bytes(tmp_path / "x", b"")
     (tmp_path / "y").write_bytes(b"")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "far").mkdir()
+    link, target = tmp_path / "link", tmp_path / "far" / "x"
+    link.symlink_to(target)
+    for content in (b"new", b"again"):
+        files.write_bytes(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
+    assert os.listdir(tmp_path / "far") == ["x"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "folder").mkdir()
+    for name in sorted(os.listdir(tmp_path)):
+        with pytest.raises(UserError, match=f"{name} is no file but"):
+            files.write_bytes(tmp_path / name, b"")
+    assert (tmp_path / "pipe").is_fifo()

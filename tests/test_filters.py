@@ -55,7 +55,7 @@ def test_top_patch_is_the_pattern_at_its_place():
     np.testing.assert_array_equal(top.images[0], [2, 1])
     np.testing.assert_allclose(top.values[0], [5, 2.5])
     np.testing.assert_array_equal(top.places[0], [[3, 5], [4, 1]])  # of the centre
-    assert top.silent.tolist() == [False, True]
+    assert top.dead.tolist() == [False, True]
     spans = top_patches.receptive_spans(detector_map, (6, 7, 1))
     patch = top_patches.cut_out(images[2], spans, top.places[0, 0], np.nan)
     np.testing.assert_array_equal(patch[..., 0], PATTERN)
@@ -288,8 +288,8 @@ def test_experiment_on_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
     trainer.train_and_evaluate(config, tmp_path / "run")
     experiment.examine(tmp_path / "run", tmp_path, channels=2, images=40)
-    told = capsys.readouterr().out
-    assert f"Figure:  {tmp_path / 'filters.png'}" in told
+    printed = capsys.readouterr().out
+    assert f"Figure:  {tmp_path / 'filters.png'}" in printed
     assert (tmp_path / "filters.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["layer"] for row in results["table"]] == ["conv1", "conv2"]

@@ -1,5 +1,7 @@
-"""Folders of pictures: what is read, how it is split, and what bad ones are told."""
+"""Folders of pictures: what is read, how it is split, and what is said of bad ones."""
 
+import json
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +15,7 @@ from cvjax.data.folder_listing import list_folder
 from cvjax.data.image_files import BORDER, load_picture
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
+from cvjax.training import default_config, train_and_evaluate
 
 SIZE = 8
 
@@ -83,7 +86,9 @@ def test_a_stream_has_the_same_pictures_and_splits(load, tmp_path):
         ours, theirs = getattr(memory, split), getattr(stream, split)
         (batch,) = theirs.eval_batches(len(theirs))
         np.testing.assert_array_equal(batch["label"], ours.labels)
-        paths = [theirs.records.root / path for path in theirs.records.paths]
+        paths = [
+            theirs.examples.records.root / path for path in theirs.examples.records.paths
+        ]
         expected = [load_picture(path, (SIZE, SIZE, 3)) for path in paths]
         np.testing.assert_array_equal(ours.images, expected)
         expected = [load_picture(path, (SIZE, SIZE, 3), BORDER) for path in paths]
@@ -126,9 +131,50 @@ def test_odd_names_links_and_folders_below_a_class(load, tmp_path):
     (root / "train/кошка/circle").symlink_to(root / "train")
     dataset = load(root)
     assert dataset.class_names == (composed, "кошка", "犬 dog")
-    # The circle ends where it comes back: one picture of café, three of each other class.
-    assert np.bincount(dataset.train.labels).tolist()[0] == 1
+    # The circle is left out; the picture elsewhere is read under both its names.
+    assert np.bincount(dataset.train.labels).tolist() == [1, 5, 3]
     assert dataset.val.labels.tolist() == [0, 1, 1, 1, 2, 2, 2]
+
+
+LINKS = {
+    "to the data": ("train/cat/link", "."),
+    "to the split": ("train/cat/link", "train"),
+    "above the data": ("train/cat/link", ".."),
+    "to another class": ("train/cat/link", "train/dog"),
+    "into another class": ("train/cat/link", "train/dog/deep"),
+    "to a picture of another class": ("train/cat/link.png", "train/dog/1.png"),
+    "to another class of another split": ("train/cat/link", "test/dog"),
+    "behind another link": ("elsewhere/link", "train/dog"),
+    "in place of a class": ("train/emu", ".."),
+    "in place of a class, to another": ("train/emu", "train/dog"),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_to_other_classes_are_left_out(kind, load, tmp_path, caplog):
+    root = fill(tmp_path / "own")
+    save(root / "train/dog/deep/a.png", 70)
+    save(root / "elsewhere/a.png", 71)
+    (root / "elsewhere").rename(tmp_path / "elsewhere")
+    (root / "train/cat/others").symlink_to(tmp_path / "elsewhere")
+    (root / "train/cat/same").symlink_to(root / "test/cat")
+    link, target = LINKS[kind]
+    base = tmp_path if link.startswith("elsewhere") else root
+    (base / link).symlink_to(root / target)
+    dataset = load(root)
+    assert dataset.class_names == ("cat", "dog")
+    assert np.bincount(dataset.train.labels).tolist() == [3 + 1 + 3, 4]
+    assert "left out: 1 link to another class or above its own." in caplog.text
+    assert "3 of the 6 pictures in test are in training too" in caplog.text
+
+
+def test_classes_that_are_links(load, tmp_path):
+    root = fill(tmp_path / "own")
+    (root / "train/dog").rename(tmp_path / "dogs")
+    (root / "train/dog").symlink_to(tmp_path / "dogs")
+    (root / "train/cat/dogs").symlink_to(tmp_path / "dogs")
+    (tmp_path / "dogs/circle").symlink_to(tmp_path / "dogs")
+    assert np.bincount(load(root).train.labels).tolist() == [3, 3]
 
 
 def test_what_is_no_picture_is_left_out(load, tmp_path, caplog):
@@ -175,6 +221,14 @@ def test_copies_across_splits_are_counted(load, tmp_path, caplog):
     assert "train/cat/1.png as test/cat/copy.png" in caplog.text
 
 
+def test_copies_in_another_format_are_counted(load, tmp_path, caplog):
+    root = fill(tmp_path / "own")
+    Image.open(root / "train/cat/1.png").save(root / "val/cat/copy.bmp")
+    load(root)
+    assert "1 of the 7 pictures in val are in training too" in caplog.text
+    assert "train/cat/1.png as val/cat/copy.bmp" in caplog.text
+
+
 def test_the_second_start_opens_nothing(load, tmp_path, monkeypatch):
     root = fill(tmp_path / "own")
     first = load(root)
@@ -197,6 +251,23 @@ def test_the_second_start_opens_nothing(load, tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         again.val.images[0], load_picture(changed, (SIZE, SIZE, 3))
     )
+
+
+@pytest.mark.parametrize("pictures", [[1], None, 3, "short", "typed"])
+def test_a_damaged_list_of_checked_pictures(pictures, load, tmp_path):
+    """It counts as absent."""
+    fill(tmp_path / "pictures")
+    before = load(tmp_path / "pictures")
+    (file,) = tmp_path.rglob("folders/*.json")
+    content = json.loads(file.read_text())
+    if pictures == "short":
+        pictures = {path: entry[:1] for path, entry in content["pictures"].items()}
+    elif pictures == "typed":
+        pictures = {
+            path: [entry[0], *"ab", 1, 2, 3] for path, entry in content["pictures"].items()
+        }
+    file.write_text(json.dumps(content | {"pictures": pictures}))
+    assert load(tmp_path / "pictures").fingerprint == before.fingerprint
 
 
 def test_more_than_fit_in_memory(load, tmp_path, monkeypatch):
@@ -239,6 +310,12 @@ BAD = {
     ),
     "no train": (lambda root: shutil.rmtree(root / "train"), "no train"),
     "Train": (lambda root: (root / "train").rename(root / "Train"), "small letters"),
+    "a name in no code": (
+        lambda root: (root / "train/cat").rename(
+            os.fsdecode(os.fsencode(root / "train") + b"/caf\xe9")
+        ),
+        "not in UTF-8",
+    ),
     "an empty val": (
         lambda root: [shutil.rmtree(root / f"val/{name}") for name in ("cat", "dog")],
         "no picture .* is in val",
@@ -274,5 +351,28 @@ def test_settings_of_folders_are_refused_elsewhere():
         data.load("digits", resize="squash")
     with pytest.raises(UserError, match="data_dir"):
         data.load("folder")
-    with pytest.raises(UserError, match="scale_max"):
+    with pytest.raises(UserError, match="short_side_max"):
         StreamOptions(SIZE, SIZE, SIZE, resize="squash")
+
+
+@pytest.mark.parametrize("name", ["folder", "coco", "mask_folder"])
+@pytest.mark.parametrize("inside", ["", "runs/a"])
+def test_a_run_does_not_write_among_its_pictures(name, inside, tmp_path):
+    root = fill(tmp_path / "own")
+    before = sorted(root.rglob("*"))
+    config = default_config("unet" if name == "mask_folder" else "mlp")
+    config.data.name, config.data.data_dir = name, str(root)
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    with pytest.raises(UserError, match=r"lies in data\.data_dir .* outside of it"):
+        train_and_evaluate(config, link / inside)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_pipes_and_devices_are_left_out(load, tmp_path, caplog):
+    root = fill(tmp_path / "own", count=8)
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    (root / "train" / "dog" / "device.jpg").symlink_to("/dev/zero")
+    assert len(load(root).train) == 16
+    for name in ("pipe.png", "device.jpg"):
+        assert f"{name} is not a regular file" in caplog.text

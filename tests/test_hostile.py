@@ -107,11 +107,11 @@ TABLE = {
         "config.keep_checkpoints": COUNT,
         "config.steps_per_dispatch": INDEX[:-1],
         "config.train_eval_examples": ("-2", "nan", "99999999999", "３"),
-        "config.init_from": PATH[1:],
+        "config.init_from": PATH,
         "config.init_refine": COUNT,
         "config.data.name": ("", "nope", "../x", "digits:1", "a\udcff"),
-        "config.data.data_dir": PATH[1:],
-        "config.data.cache_dir": PATH[1:],
+        "config.data.data_dir": PATH,
+        "config.data.cache_dir": PATH,
         "config.data.val_examples": ("0", "-2", "nan", "99999999999", "1797"),
         "config.data.train_examples": ("0", "-2", "nan", "99999999999"),
         "config.data.shrink": COUNT,
@@ -134,6 +134,7 @@ TABLE = {
         "config.optim.freeze": ("(", "[", "nowhere"),
         "config.loss.label_smoothing": (*RATE, "1"),
         "config.nope": ("1",),
+        "config.seed.x": ("1",),
         "config.optim.learning_rat": ("1",),
         "nope": ("1",),
     },
@@ -169,7 +170,7 @@ TABLE = {
         "batch_size": INDEX,
         "platforms": ("", ",", "abacus"),
     },
-    "cvjax.compare": {"metric": CHOICE, "output": PATH[1:], "html": PATH[1:]},
+    "cvjax.compare": {"metric": CHOICE, "output": PATH, "html": PATH},
     "experiments.depth_degradation.__main__": {
         **EXPERIMENT,
         "depths": (*LIST, "9", "1000000"),
@@ -277,3 +278,39 @@ def test_all_hostile_values(tmp_path):
 )
 def test_a_flag_without_its_value(program, flag, tmp_path):
     check([(program, flag)], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "arguments"),
+    [
+        ("XDG_CACHE_HOME", "~nobody-at-all/x", PROGRAMS["train"]),
+        (
+            *("TFDS_DATA_DIR", "~nobody-at-all/x"),
+            [*PROGRAMS["train"], "--config.data.name=cifar10"],
+        ),
+        ("JAX_PLATFORMS", "foo", PROGRAMS["train"]),
+    ],
+)
+def test_variables_that_mean_nothing(name, value, arguments, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments],
+        cwd=tmp_path,
+        env={"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": str(ROOT), name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert name in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_figures_need_no_backend_of_the_user(tmp_path):
+    code = "from cvjax import cli; cli.prepare(); import matplotlib.figure"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "foo"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -232,11 +232,20 @@ def test_garbled_file_is_a_picture_or_a_user_error(ending, tmp_path):
             assert str(path) in str(error)
 
 
+def test_floats_are_read_from_0_to_1(tmp_path):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "float.tiff")
+    expected = np.round(255 * values).astype(np.uint8)
+    actual = load_picture(tmp_path / "float.tiff", GREY)
+    np.testing.assert_array_equal(actual[..., 0], expected)
+
+
 def test_what_is_no_image_file_is_refused_with_a_sentence(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0")
     os.mkfifo(tmp_path / "pipe")
-    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
+    Image.new("F", (8, 8), 1.5).save(tmp_path / "float.tiff")
+    Image.new("F", (8, 8), float("nan")).save(tmp_path / "nan.tiff")
     Image.new("I", (8, 8), 70_000).save(tmp_path / "deep.tiff")
     for name, sentence in {
         "missing.png": "missing.png does not exist.",
@@ -244,7 +253,8 @@ def test_what_is_no_image_file_is_refused_with_a_sentence(tmp_path):
         "empty.png": "empty.png is not an image in one of the formats JPEG",
         "text.jpg": "text.jpg is not an image in one of the formats JPEG",
         "pipe": "pipe is not a regular file",
-        "float.tiff": "float.tiff has floating-point pixels",
+        "float.tiff": "float.tiff has floating-point pixels from 1.5 to 1.5; save it with",
+        "nan.tiff": "nan.tiff has floating-point pixels from nan to nan",
         "deep.tiff": "deep.tiff has pixels of more than 16 bits",
     }.items():
         with pytest.raises(UserError, match=sentence):

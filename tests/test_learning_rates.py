@@ -13,6 +13,7 @@ from configs import digits_mlp
 from cvjax.errors import UserError
 from cvjax.training.config import parse_config
 from cvjax.training.optim import create_schedule
+from experiments import runner
 from experiments.learning_rates import __main__ as experiment
 from experiments.learning_rates import figure, range_test, tables
 
@@ -172,9 +173,14 @@ def tiny_config():
     return config
 
 
+def train(config, folder):
+    assert runner.train_all({folder: config}, may_diverge=True) == [folder]
+    return experiment.read(folder)
+
+
 def test_a_diverging_run_is_a_result(tmp_path):
     config = experiment.changed(tiny_config(), {"optim.learning_rate": 1e38}, seed=0)
-    run = experiment.train(config, tmp_path)
+    run = train(config, tmp_path)
     assert run["summary"] is None
     assert 1 <= run["diverged"]["step"] < 8
     assert "was not finite at step" in run["diverged"]["message"]
@@ -182,10 +188,10 @@ def test_a_diverging_run_is_a_result(tmp_path):
     assert len(run["curve"]) == run["diverged"]["step"]
     # It is not tried again, but another one cannot take its place.
     before = (tmp_path / "diverged.json").stat().st_mtime_ns
-    assert experiment.train(config, tmp_path) == run
+    assert train(config, tmp_path) == run
     assert (tmp_path / "diverged.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds a run with other settings"):
-        experiment.train(experiment.changed(config, {}, seed=1), tmp_path)
+        train(experiment.changed(config, {}, seed=1), tmp_path)
 
 
 def test_presets_are_valid():

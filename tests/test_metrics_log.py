@@ -200,7 +200,7 @@ def clock(monkeypatch):
 
 
 def test_remaining_time_counts_the_steps_of_this_process(clock):
-    """Resumed at 900 of 1000, 20 s to compile, then 2 s a step."""
+    """Resumed at 900 of 1000, 20 s to compile, then 2 s per step."""
     eta = progress.remaining_time(1000)
     clock.now += 20
     assert eta(901) == "-:--"

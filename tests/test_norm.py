@@ -199,6 +199,6 @@ def test_statistics_of_bfloat16_are_float32():
 @pytest.mark.parametrize("group", [5, -4, 24])
 def test_a_group_that_does_not_divide_the_batch_is_refused(group):
     module = OURS(use_running_average=False, group=group)
-    told = f"is {group}, which does not divide the batch of 12; choose a divisor"
-    with pytest.raises(UserError, match=told):
+    message = f"is {group}, which does not divide the batch of 12; choose a divisor"
+    with pytest.raises(UserError, match=message):
         module.init(jax.random.key(0), create_images())

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from cvjax.nn import onednn
+from cvjax.nn.onednn import library
 
 ROOT = pathlib.Path(__file__).parents[1]
 HERE = onednn.kernels()
@@ -29,9 +30,9 @@ def compiler(tmp_path):
     """Makes a stand-in for the compiler, which does `before` first."""
 
     def make(before=""):
-        library = onednn.build(onednn.find())
+        built = library.build(library.find())
         path = tmp_path / "compiler"
-        path.write_text(COMPILER.format(folder=tmp_path, library=library, before=before))
+        path.write_text(COMPILER.format(folder=tmp_path, library=built, before=before))
         path.chmod(0o755)
         return {"CXX": str(path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
@@ -49,38 +50,38 @@ def start(variables, *command):
 
 def run(variables, *command):
     process = start(variables, *command)
-    out, told = process.communicate(timeout=200)
-    return process.returncode, out, told
+    out, log = process.communicate(timeout=200)
+    return process.returncode, out, log
 
 
 def test_a_machine_without_onednn_says_so_once_and_goes_on(tmp_path):
-    code, out, told = run({"DNNLROOT": str(tmp_path)})
+    code, out, log = run({"DNNLROOT": str(tmp_path)})
     assert (code, out) == (0, "Convolutions on this CPU: XLA.\n")
-    assert len(told.splitlines()) == 1
-    assert "oneDNN" in told and "pip install" in told and "half as fast" in told
+    assert len(log.splitlines()) == 1
+    assert "oneDNN" in log and "pip install" in log and "half as fast" in log
 
 
 @needs_onednn
 def test_a_machine_without_a_compiler_says_so_once_and_goes_on(tmp_path):
     variables = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
-    code, out, told = run(variables)
+    code, out, log = run(variables)
     assert (code, out) == (0, "Convolutions on this CPU: XLA.\n")
-    assert len(told.splitlines()) == 1 and "install g++" in told
+    assert len(log.splitlines()) == 1 and "install g++" in log
 
 
 @needs_onednn
 def test_a_compiler_that_fails(compiler):
-    code, out, told = run(compiler("echo no such header >&2; exit 1"))
+    code, out, log = run(compiler("echo no such header >&2; exit 1"))
     assert (code, out) == (0, "Convolutions on this CPU: XLA.\n")
-    assert "no such header" in told and not compiler.libraries()
+    assert "no such header" in log and not compiler.libraries()
 
 
-@pytest.mark.parametrize(("choice", "told"), [("onednn", "pip install"), ("mkl", "auto, ")])
-def test_what_is_asked_for_and_impossible_is_refused(choice, told, tmp_path):
+@pytest.mark.parametrize(("choice", "log"), [("onednn", "pip install"), ("mkl", "auto, ")])
+def test_what_is_asked_for_and_impossible_is_refused(choice, log, tmp_path):
     variables = {"CVJAX_CONV": choice, "DNNLROOT": str(tmp_path)}
     code, out, sentence = run(variables)
     assert (code, out) == (2, "")
-    assert len(sentence.splitlines()) == 1 and told in sentence and choice in sentence
+    assert len(sentence.splitlines()) == 1 and log in sentence and choice in sentence
 
 
 @needs_onednn
@@ -122,8 +123,8 @@ def test_a_run_records_its_kernels(choice, tmp_path):
     settings = ["--config=configs/digits_resnet.py", f"--workdir={tmp_path}"]
     settings += ["--config.model.depth=8", "--config.model.width=4"]
     settings += ["--config.total_steps=4", "--config.eval_every=4"]
-    code, _, told = run({"CVJAX_CONV": choice}, "train", *settings)
-    assert code == 0, told
+    code, _, log = run({"CVJAX_CONV": choice}, "train", *settings)
+    assert code == 0, log
     manifest = json.loads((tmp_path / "config.json").read_text())
     assert manifest["convolution"] == {"onednn": HERE, "xla": "XLA"}[choice]
 
@@ -135,9 +136,25 @@ def test_bfloat16_without_its_instructions_is_warned_about(dtype, tmp_path):
     settings = ["--config=configs/digits_resnet.py", f"--workdir={tmp_path}"]
     settings += [f"--config.model.dtype={dtype}", "--config.model.depth=8"]
     settings += ["--config.total_steps=2", "--config.optim.schedule=constant"]
-    code, _, told = run({"ONEDNN_MAX_CPU_ISA": "AVX2"}, "train", *settings)
-    assert code == 0, told
-    assert ("slower than float32" in told) is (dtype == "bfloat16")
+    code, _, log = run({"ONEDNN_MAX_CPU_ISA": "AVX2"}, "train", *settings)
+    assert code == 0, log
+    assert ("slower than float32" in log) is (dtype == "bfloat16")
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", onednn.TYPES)
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_all_products_of_a_type_have_fast_kernels(dtype, channels, stride):
+    """A missing one among the three would cost more than the others gain."""
+    if dtype == "bfloat16" and not onednn.has_bfloat16():
+        pytest.skip("needs AVX512_BF16 or AMX")
+    side = 32 // stride
+    shapes = (8, 32, 32, channels), (8, side, side, 16), (3, 3, channels, 16)
+    for wanted in range(3):
+        padding = ((1, 1), (1, 1))
+        call = onednn.Call(wanted, dtype, shapes, (stride, stride), padding, 1)
+        assert onednn.takes(call), wanted
 
 
 def test_the_quota_of_a_container_is_read(tmp_path):

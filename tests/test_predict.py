@@ -123,6 +123,8 @@ def test_good_files_only_exit_with_0_and_nothing_on_stderr(workdir, tmp_path):
     [
         (["--workdir=/nowhere", "x.png"], "/nowhere/config.json cannot be read"),
         (["--workdir=/nowhere"], "name one or more image files behind the flags."),
+        (["x.png"], "name a network by its run, --workdir=DIR, or one of"),
+        (["--workdir=w", "--pretrained=n", "x.png"], "by --pretrained=NAME"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence):

@@ -14,7 +14,7 @@ from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn.depth import Stage, refine
-from cvjax.storage import checkpoint
+from cvjax.storage.array_files import structure
 from cvjax.training.config import default_config, parse_config
 from cvjax.training.optim import OptimConfig
 from cvjax.training.recipe import Recipe
@@ -65,11 +65,9 @@ def test_a_refined_state_is_one_of_the_finer_net(optimizer):
 
     finer = jax.eval_shape(refine, state_of(fields))
     wanted = state_of(refined_fields(fields))
-    assert checkpoint.structure(finer) == checkpoint.structure(wanted)
-    assert any(
-        "opt_state" in name and "blocks" in name for name in checkpoint.structure(finer)
-    )
-    assert checkpoint.structure(finer) != checkpoint.structure(state_of(fields))
+    assert structure(finer) == structure(wanted)
+    assert any("opt_state" in name and "blocks" in name for name in structure(finer))
+    assert structure(finer) != structure(state_of(fields))
 
 
 def test_fields_of_refined_nets():

@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from cvjax.comparison.runs import read_run
 from cvjax.errors import DivergedError, UserError
+from cvjax.predict import crop_border
 from cvjax.storage import checkpoint
 from cvjax.training import default_config, train_and_evaluate, trainer
 from cvjax.training.trained_network import load_network
@@ -168,6 +170,67 @@ def test_any_file_damaged(name, kind, run):
         except UserError as error:
             assert str(run) in str(error) or "config.json" in str(error)
     assert checkpoint.latest_step(run) == TOTAL_STEPS
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train/loss": "x"},
+        {"time/step_ms": ""},
+        {"train/loss": [1]},
+        {"train/loss": 10**400},
+        {"step": "1"},
+        {"step": None},
+        {"step": True},
+        {"step": -1},
+        {"step": 2.5},
+    ],
+)
+def test_a_row_with_something_else(values, stopped):
+    path = stopped / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | values)
+    path.write_text("\n".join(lines) + "\n")
+    for use in (lambda run: train_and_evaluate(create_config(), run), read_run):
+        with pytest.raises(UserError, match=r"Line 2 of .*metrics\.jsonl has "):
+            use(stopped)
+
+
+def test_a_checkpoint_of_very_many_digits(run):
+    with pytest.raises(UserError, match="--checkpoint takes last, best or the number"):
+        load_network(run, "5" * 5_000)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"history": 5},
+        {"history": [5]},
+        {"imported": 5},
+        {"device": "cpu"},
+        {"seed": "0", "config": {"seed": "0"}},
+        {"config": {"data": None}},
+        {"config": {"data": {"name": []}}},
+        {"config": {"total_steps": None}},
+    ],
+)
+def test_a_manifest_with_something_else(values, stopped):
+    content = manifest(stopped)
+    given = values.get("config", {})
+    config = content["config"]
+    if given.get("data"):
+        given = {"data": config["data"] | given["data"]}
+    (stopped / "config.json").write_text(
+        json.dumps(content | values | {"config": config | given})
+    )
+    uses = {
+        "train": lambda run: train_and_evaluate(create_config(), run),
+        "compare": read_run,
+        "predict": lambda run: crop_border(load_network(run), run),
+    }
+    for use in uses.values():
+        with pytest.raises(UserError):
+            use(stopped)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from cvjax.errors import DivergedError, InterruptedRun, UserError
 from cvjax.storage import workdir
-from cvjax.training import interrupt
+from cvjax.training import default_config, interrupt
 from experiments import runner
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,6 +32,7 @@ def trained(monkeypatch):
                 (folder / "summary.json").write_text("{}")
 
     monkeypatch.setattr(runner, "train_and_evaluate", train)
+    monkeypatch.setattr(runner, "parse_config", lambda config: None)
     return order
 
 
@@ -53,6 +54,12 @@ def test_what_others_hold_is_left_to_them(trained, tmp_path):
     assert trained == ["b", "c", "a"]
 
 
+def test_who_finds_nothing_finished_leaves_the_results_to_others(trained, tmp_path):
+    with workdir.lock(tmp_path / "a"), pytest.raises(SystemExit) as end:
+        runner.train_all({tmp_path / "a": nothing})
+    assert end.value.code == 0 and not trained
+
+
 def test_a_run_whose_process_died_meanwhile_is_taken_over(trained, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     with contextlib.ExitStack() as other_process:
@@ -69,6 +76,23 @@ def test_a_run_that_diverges_does_not_stop_the_others(trained, tmp_path):
     with pytest.raises(DivergedError, match=r"1 of 2 runs diverged \(a\)"):
         runner.train_all(runs, nothing)
     assert trained == ["b"]
+    # The results of the others are written before that is said.
+    reported = []
+    raises = pytest.raises(DivergedError, match="the results are of the others")
+    with raises, runner.trained(runs) as finished:
+        reported += finished
+    assert reported == [tmp_path / "b"]
+    raises = pytest.raises(DivergedError, match=r"1 of 1 runs diverged \(a\)\.$")
+    with raises, runner.trained({tmp_path / "a": diverge}):
+        raise AssertionError("there is nothing to report")
+
+
+def test_settings_of_all_runs_are_checked_before_the_first(tmp_path):
+    good, bad = default_config("mlp"), default_config("mlp")
+    bad.data.batch_size = 0
+    with pytest.raises(UserError, match=r"^b: data.batch_size must be 1 or more"):
+        runner.train_all({tmp_path / "a": good, tmp_path / "b": bad})
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_signal_between_two_runs_is_not_lost(trained, tmp_path):

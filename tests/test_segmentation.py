@@ -1,9 +1,10 @@
 """Segmentation as a task: scores by hand, labels that move with pixels, and whole runs."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
-from jax import numpy as jnp
 
 from cvjax import data
 from cvjax.data import boxes, label_maps
@@ -28,16 +29,14 @@ def maps(*rows):
     return (np.array(rows)[..., None] + 1).astype(np.uint8)
 
 
+sum_batch = jax.jit(partial(metrics.sum_batch, task=segmentation.TASK, model=Told()))
+loss_per_image = jax.jit(segmentation.loss_per_image, static_argnums=2)
+
+
 def scores_of(found, wanted, mask):
-    outputs = jax.nn.one_hot(jnp.asarray(found), 3)
-    sums = metrics.sum_batch(
-        jnp.zeros(len(wanted)),
-        outputs,
-        jnp.asarray(wanted),
-        jnp.asarray(mask),
-        task=segmentation.TASK,
-        model=Told(),
-    )
+    outputs = np.eye(3, dtype=np.float32)[np.asarray(found)]
+    losses = np.zeros(len(wanted), np.float32)
+    sums = sum_batch(losses, outputs, wanted, np.array(mask))
     return metrics.means([sums], 3, "x", int(sum(mask)), segmentation.TASK)
 
 
@@ -87,19 +86,19 @@ def test_the_loss_against_loops(smoothing, dice_weight):
     targets = rng.integers(0, 4, (3, 4, 5, 1)).astype(np.uint8)
     targets[2] = 0
     loss = LossConfig(label_smoothing=smoothing, dice_weight=dice_weight)
-    ours = segmentation.loss_per_image(jnp.asarray(logits), jnp.asarray(targets), loss)
+    ours = loss_per_image(logits, targets, loss)
     wanted = loss_by_loops(logits, targets, smoothing, dice_weight)
     np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_count_has_no_gradient():
-    targets = jnp.asarray(maps([[0, -1], [1, -1]]))
+    targets = maps([[0, -1], [1, -1]])
     loss = LossConfig(dice_weight=1.0)
 
     def total(logits):
-        return segmentation.loss_per_image(logits, targets, loss).sum()
+        return loss_per_image(logits, targets, loss).sum()
 
-    gradient = np.asarray(jax.grad(total)(jnp.ones((1, 2, 2, 3))))
+    gradient = np.asarray(jax.jit(jax.grad(total))(np.ones((1, 2, 2, 3), np.float32)))
     assert (gradient[0, :, 1] == 0).all() and (gradient[0, :, 0] != 0).all()
 
 
@@ -130,15 +129,24 @@ def rectangles(count=24, height=24, width=32):
     [
         Augmentation(crop_padding=5, flip=True),
         Augmentation(crop_padding=0, flip=True, scale_min=24, scale_max=40),
+        Augmentation(crop_padding=3, flip=True, vertical_flip=True),
+        Augmentation(0, False, scale_min=24, scale_max=40, vertical_flip=True),
     ],
 )
 def test_labels_move_as_pixels_and_boxes_do(augmentation):
     images, labels, targets = rectangles()
     key = jax.random.key(3)
     shape = images.shape[1:]
-    moved = np.asarray(augment(key, jnp.asarray(images), augmentation))
-    ours = np.asarray(label_maps.move(key, jnp.asarray(labels), shape, augmentation))
-    corners = np.asarray(boxes.move(key, jnp.asarray(targets), shape, augmentation))
+
+    @jax.jit
+    def move(key, images, labels, targets):
+        return (
+            augment(key, images, augmentation),
+            label_maps.move(key, labels, shape, augmentation),
+            boxes.move(key, targets, shape, augmentation),
+        )
+
+    moved, ours, corners = jax.device_get(move(key, images, labels, targets))
     assert ours.dtype == np.uint8 and set(np.unique(ours)) <= {0, 1, 2}
     sure = (abs(moved - 0.5) > 1e-4).all(axis=-1)
     wanted = (moved > 0.5).all(axis=-1)
@@ -156,9 +164,7 @@ def test_labels_move_as_pixels_and_boxes_do(augmentation):
 
 def test_labels_that_are_not_moved_stay():
     _, labels, _ = rectangles(2)
-    still = label_maps.move(
-        jax.random.key(0), jnp.asarray(labels), (24, 32, 1), Augmentation(0, False)
-    )
+    still = label_maps.move(jax.random.key(0), labels, (24, 32, 1), Augmentation(0, False))
     np.testing.assert_array_equal(still, labels)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 
@@ -33,6 +34,14 @@ def test_welch_by_hand():
     half = 4.302653 * math.sqrt(2)
     assert found["interval"] == pytest.approx([3 - half, 3 + half], rel=1e-6)
     assert found["n"] == [2, 2]
+
+
+def test_columns_as_one_by_one():
+    values = np.array([[1.0, 4.0, 2.0], [3.0, 4.5, 2.0]])
+    means, stds = statistics.spread_of_columns(values)
+    assert means == pytest.approx([2, 4.25, 2])
+    assert stds == pytest.approx([math.sqrt(2), 0.5 / math.sqrt(2), 0])
+    assert statistics.spread_of_columns(values[:1])[1].tolist() == [0, 0, 0]
 
 
 def test_welch_as_scipy():

@@ -198,8 +198,10 @@ def test_an_evaluation_stops_at_a_failed_solve():
     split.images[:, 0, 0, 0] = [255, 255, 255, 0]
     arguments = (create_state(create_recipe(Moving())).params, {}, split, PLAIN)
     settings = {"batch_size": 3, "prefix": "val", "recipe": create_recipe(Moving())}
-    told = r"evaluation \(val\) failed. The solver of ode did not .* max_steps 9 .*rtol 0.1"
-    with pytest.raises(DivergedError, match=told):
+    message = (
+        r"evaluation \(val\) failed. The solver of ode did not .* max_steps 9 .*rtol 0.1"
+    )
+    with pytest.raises(DivergedError, match=message):
         evaluate(*arguments, **settings)
 
 
@@ -271,7 +273,7 @@ def test_a_net_can_learn_sixteen_examples_by_heart():
 def test_traced_once_for_all_batches_seeds_and_equal_recipes():
     Linear.traced.clear()
     for seed in (0, 1):
-        recipe = create_recipe(Linear(), total_steps=7)  # made anew, but equal
+        recipe = create_recipe(Linear(), total_steps=7)  # made again, but equal
         state = create_state(recipe, seed)
         for k in range(3):
             state = train_step(state, random_batch(4, k), constants(seed), recipe=recipe)

@@ -26,7 +26,7 @@ from cvjax.evaluation import predictions
 from cvjax.evaluation.multicrop import Views
 from cvjax.storage import metrics_log
 from cvjax.training import default_config, train_and_evaluate, trainer
-from cvjax.training.config import parse_config
+from cvjax.training.config import complete_config, parse_config
 from cvjax.training.trained_network import load_network
 
 TRAIN, TEST, STEPS = 30, 7, 9
@@ -64,7 +64,9 @@ def create_config(folder):
         config.model.widths = (8,)
         config.update(total_steps=STEPS, log_every=2, eval_every=4, checkpoint_every=3)
         config.data.update(name="photographs", data_dir=str(folder), val_examples=5)
-        config.data.update(streaming=True, image_size=16, scale_min=18, scale_max=28)
+        config.data.update(
+            streaming=True, image_size=16, short_side_min=18, short_side_max=28
+        )
         # 25 images are trained on: an epoch ends within the fourth batch.
         config.data.update(batch_size=8, eval_batch_size=4, flip=True, lighting=0.1)
         config.update_from_flattened_dict(settings)
@@ -138,7 +140,7 @@ def test_the_number_of_workers_may_change_on_resume(create_config, finished):
 def test_a_stream_of_centre_crops_trains_as_these_crops_in_memory(
     create_config, tmp_path, monkeypatch
 ):
-    config = create_config(**{"data.scale_min": 0, "data.scale_max": 0})
+    config = create_config(**{"data.short_side_min": 0, "data.short_side_max": 0})
     config.update(train_eval_examples=6, steps_per_dispatch=4)
     train_and_evaluate(config, tmp_path / "streamed")
     streamed = data.load(**parse_config(config).data.source)
@@ -152,12 +154,20 @@ def test_a_stream_of_centre_crops_trains_as_these_crops_in_memory(
     assert outcome(tmp_path / "streamed") == outcome(tmp_path / "in_memory")
 
 
+def test_a_run_from_before_streams_had_names_of_their_own(create_config):
+    old = create_config().to_dict()
+    for end, value in (("min", 18), ("max", 28)):
+        del old["data"][f"short_side_{end}"]
+        old["data"][f"scale_{end}"] = value
+    assert complete_config(old) == create_config()
+
+
 def test_the_host_crops_and_the_device_does_the_rest(create_config):
     run = parse_config(create_config())
     augmentation = run.data.augmentation
     assert (augmentation.scale_min, augmentation.scale_max) == (0, 0)
     assert (augmentation.flip, augmentation.lighting) == (True, 0.1)
-    assert (run.data.stream.scale_min, run.data.stream.scale_max) == (18, 28)
+    assert (run.data.stream.short_side_min, run.data.stream.short_side_max) == (18, 28)
 
 
 # Evaluation and prediction
@@ -182,7 +192,9 @@ def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
     network = load_network(finished(create_config()))
     test = data.load(**network.run.data.source).test
     scores, _ = predictions.predict_split(network, test, Views())
-    for (encoded, _), expected in zip(test.records.read(range(TEST)), scores, strict=True):
+    for (encoded, _), expected in zip(
+        test.examples.records.read(range(TEST)), scores, strict=True
+    ):
         (tmp_path / "picture.jpg").write_bytes(encoded)
         image = load_picture(tmp_path / "picture.jpg", network.image_shape, BORDER)
         np.testing.assert_allclose(predict.predict(network, image), expected, atol=1e-6)
@@ -192,7 +204,7 @@ def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
 def test_the_program_crops_so_too(create_config, finished, tmp_path):
     workdir = finished(create_config())
     network = load_network(workdir)
-    records = data.load(**network.run.data.source).test.records
+    records = data.load(**network.run.data.source).test.examples.records
     (tmp_path / "picture.jpg").write_bytes(records.read([0])[0][0])
     image = load_picture(tmp_path / "picture.jpg", network.image_shape, BORDER)
     command = [sys.executable, "-m", "cvjax.predict", f"--workdir={workdir}", "--json"]
@@ -224,7 +236,11 @@ def test_the_program_crops_so_too(create_config, finished, tmp_path):
             r"data\.train_examples 9 is for images in memory; set it to -1, or data\.str",
         ),
         ({"data.shrink": 2}, r"data\.shrink 2 is for images in memory; set it to 1, or"),
-        ({"data.scale_max": 0}, r"scale_max 0 must be data\.image_size \(16\) or more"),
+        (
+            {"data.short_side_max": 0},
+            r"short_side_max 0 must be data\.image_size \(16\) or more",
+        ),
+        ({"data.scale_max": 30}, r"data\.scale_max 30 is for images in memory"),
         ({"data.num_workers": -1}, r"data\.num_workers must be 0 or more, got -1"),
         ({"data.batch_size": 26}, r"26 is larger than the 25 training examples of photo"),
     ],

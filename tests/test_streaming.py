@@ -26,7 +26,7 @@ from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 
 SIZE = 64
-OPTIONS = StreamOptions(image_size=SIZE, scale_min=72, scale_max=136)
+OPTIONS = StreamOptions(image_size=SIZE, short_side_min=72, short_side_max=136)
 TRAIN, TEST = 30, 11
 
 
@@ -52,9 +52,7 @@ def opened(folder):
 
 def take(split, count, *, batch_size=4, seed=3, start=0, num_workers=0):
     """Batches `start`, `start + 1`, ... of a run."""
-    split = dataclasses.replace(
-        split, options=dataclasses.replace(split.options, num_workers=num_workers)
-    )
+    split = dataclasses.replace(split, num_workers=num_workers)
     with contextlib.closing(split.train_batches(batch_size, seed, start)) as batches:
         return list(itertools.islice(batches, count))
 
@@ -84,7 +82,7 @@ def test_a_run_goes_on_with_the_same_bytes(num_workers, opened):
 
 def test_the_order_is_the_one_of_images_in_memory(opened):
     train = opened().train
-    stored = train.records.read(range(TRAIN))
+    stored = train.examples.records.read(range(TRAIN))
     for step, batch in enumerate(take(train, 12)):
         chosen = train.indices[batch_indices(23, 4, seed=3, step=step)]
         labels = [stored[index][1] for index in chosen]
@@ -111,7 +109,7 @@ def test_the_crops_are_the_ones_that_old_checkpoints_were_trained_with(opened):
     short, place = 113, np.array([0.9440227397817086, 0.42638952230598914])
     train = opened().train
     index = train.indices[batch_indices(23, 4, seed=3, step=2)[1]]
-    picture, _ = next(train.records.decode([index]))
+    picture, _ = next(train.examples.records.decode([index]))
     expected = image_files.scale_crop(picture, SIZE, short, place)
     np.testing.assert_array_equal(take(train, 1, start=2)[0]["image"][1], expected)
 
@@ -145,7 +143,7 @@ def test_evaluation_covers_each_example_once_in_order(batch_size, opened):
     )
     assert mask.dtype == bool and mask.sum() == TEST
     assert not images[~mask].any()
-    stored = test.records.read(range(TEST))
+    stored = test.examples.records.read(range(TEST))
     assert labels[mask].tolist() == [label for _, label in stored]
     for image, (encoded, _) in zip(images[mask], stored, strict=True):
         picture = Image.open(io.BytesIO(encoded))
@@ -157,7 +155,9 @@ def test_evaluation_covers_each_example_once_in_order(batch_size, opened):
 def test_training_without_scales_sees_the_centre(opened):
     train = opened(StreamOptions(image_size=SIZE)).train
     batch = take(train, 1)[0]
-    picture, _ = next(train.records.decode(train.indices[batch_indices(23, 4, 3, 0)]))
+    picture, _ = next(
+        train.examples.records.decode(train.indices[batch_indices(23, 4, 3, 0)])
+    )
     expected = np.asarray(image_files.center_crop(picture, SIZE))
     np.testing.assert_array_equal(batch["image"][0], expected)
 
@@ -205,7 +205,7 @@ def test_scale_crop_is_that_of_the_device():
 
 
 def test_each_window_can_be_drawn_up_to_the_edges():
-    """A picture whose pixels tell their place, not resized."""
+    """A picture whose pixels show their place, not resized."""
     rows, columns = np.mgrid[:7, :9]
     picture = Image.fromarray(np.stack([rows, columns, rows], -1).astype(np.uint8))
     corners = set()
@@ -312,11 +312,17 @@ def test_a_split_in_memory_tells_its_image_shape():
         ({"num_workers": -1}, r"data\.num_workers must be 0 or more, got -1\."),
         ({"image_size": 0}, r"data\.image_size must be 1 or more, got 0\."),
         (
-            {"scale_min": 200, "scale_max": 300},
-            r"scale_min 200 and data\.scale_max 300 must be data\.image_size \(224\) or",
+            {"short_side_min": 200, "short_side_max": 300},
+            r"short_side_min 200 and data\.short_side_max 300 must be data\.image_size",
         ),
-        ({"scale_max": 300}, r"data\.scale_min 0 and data\.scale_max 300 must be"),
-        ({"scale_min": 300, "scale_max": 256}, r"300 and data\.scale_max 256 must be"),
+        (
+            {"short_side_max": 300},
+            r"data\.short_side_min 0 and data\.short_side_max 300 must be",
+        ),
+        (
+            {"short_side_min": 300, "short_side_max": 256},
+            r"300 and data\.short_side_max 256 must be",
+        ),
     ],
 )
 def test_impossible_options(settings, message):
@@ -353,7 +359,7 @@ def broken_set(path):
 def test_a_broken_image_is_named(num_workers, opened, tmp_path):
     broken_set(tmp_path)
     train = opened(data_dir=str(tmp_path), val_examples=1).train
-    sizes = [len(image) for image, _ in train.records.read(range(8))]
+    sizes = [len(image) for image, _ in train.examples.records.read(range(8))]
     number = int(np.argmin(sizes))
     train = dataclasses.replace(train, indices=np.arange(8))
     message = (

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from configs import digits_mlp, digits_resnet
+from cvjax import data
 from cvjax.errors import UserError
 from cvjax.storage import workdir as workdirs
 from experiments import sweep
@@ -94,6 +95,9 @@ REFUSED = {
     ("seed=0:9",): "--set seed is a range; give --random=N too",
     ("seed=9:0",): "--set seed takes LOW:HIGH, two whole numbers in this order",
     ("optim.learning_rate=log:0:1",): "LOW above 0; got 'log:0:1'",
+    (f"seed=0:1{400 * '0'}",): "--set seed takes numbers up to 2,147,483,647, got 0:1000",
+    (f"optim.learning_rate=1{400 * '0'}",): "learning_rate takes numbers up to",
+    (f"optim.learning_rate=0:1{400 * '0'}",): "takes LOW:HIGH, two numbers",
     ("optim.learning_rate=0:nan",): "takes LOW:HIGH, two numbers",
     ("optim.learning_rate=0:1:2",): "takes LOW:HIGH, two numbers",
     ("data.data_dir=a/b,a-b",): "two runs would be called data.data_dir=a-b",
@@ -108,6 +112,14 @@ REFUSED = {
 def test_what_cannot_be_swept_is_refused(texts):
     with pytest.raises(UserError, match=REFUSED[texts]):
         planned(*texts)
+
+
+def test_names_of_data_are_checked_before_a_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_catalog", lambda: ["cifar10"])
+    for name in ("digits", "cifar10", "npz"):
+        data.check_name(name, str(tmp_path), str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="no data set 'nosuch'"):
+        data.check_name("nosuch", str(tmp_path), str(tmp_path / "cache"))
 
 
 def test_draws_without_a_range_are_refused():

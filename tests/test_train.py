@@ -133,6 +133,7 @@ def test_finished_run_says_so(uninterrupted):
         ),
         (["--config.total_steps=many"], "invalid literal for int() with base 10: 'many'"),
         (["--config=configs/nope.py"], "the config file 'configs/nope.py' does not exist"),
+        (["--config.model.widths[9]=5"], "no setting of that number"),
         (["surprise"], "'surprise' is not a flag; all settings look like --name=value."),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (
@@ -149,3 +150,13 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, tmp_path):
     assert line.startswith("train.py: ")
     assert sentence in line
     assert all("is given 2 times; the last one counts" in notice for notice in notices)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe--x"])
+def test_a_flag_file_that_cannot_be_read(content, tmp_path):
+    file = tmp_path / "flags"
+    if content:
+        file.write_bytes(content)
+    done = run(tmp_path, f"--flagfile={file}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--flagfile" in done.stderr

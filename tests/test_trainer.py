@@ -13,7 +13,7 @@ from cvjax import data
 from cvjax.data import dataset as datasets
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.errors import DivergedError, InterruptedRun, UserError
-from cvjax.storage import checkpoint, metrics_log
+from cvjax.storage import checkpoint, divergence, metrics_log
 from cvjax.training import default_config, dispatch, loop, train_and_evaluate
 from cvjax.training.profiling import parse_steps
 
@@ -256,11 +256,11 @@ def test_damaged_newest_checkpoint_falls_back_and_the_run_ends_the_same(
 def test_failed_solve_stops_the_run_with_advice(tmp_path):
     config = create_config("ode-adaptive", **{"model.max_steps": 2, "model.rtol": 1e-5})
     config.log_every = 1
-    told = (
+    message = (
         r"Stopped at step 1; there is no checkpoint yet. The solver of ode did not reach "
         r"the end of its time in max_steps 2 \(\d steps accepted, \d rejected; dopri5"
     )
-    with pytest.raises(DivergedError, match=told):
+    with pytest.raises(DivergedError, match=message):
         train_and_evaluate(config, tmp_path)
     assert checkpoint.latest_step(tmp_path) is None
     config.model.max_steps = 200  # as it says, in the same workdir
@@ -278,7 +278,10 @@ def test_failed_evaluation_saves_the_state_and_can_be_repeated(
         with pytest.raises(DivergedError, match=r"at step 4, which is saved. .* failed"):
             train_and_evaluate(create_config(), tmp_path)
     assert checkpoint.latest_step(tmp_path) == 4
+    known = divergence.read(tmp_path)
+    assert known["step"] == 4 and "which is saved" in known["message"]
     train_and_evaluate(create_config(), tmp_path)
+    assert divergence.read(tmp_path) is None
     check_equal(tmp_path, uninterrupted("mlp"))
 
 
@@ -361,6 +364,7 @@ def test_non_finite_loss_stops_with_step_checkpoint_and_advice(tmp_path):
         train_and_evaluate(create_config(**settings), tmp_path)
     assert "not finite at step 2; there is no checkpoint yet" in str(error.value)
     assert "lower optim.learning_rate (it is 1e+30)" in str(error.value)
+    assert divergence.read(tmp_path) == {"step": 1, "message": str(error.value)}
     assert checkpoint.latest_step(tmp_path) is None
 
 
@@ -473,7 +477,9 @@ def test_sigmoid_loss_trains_on_multi_label_data(tmp_path, monkeypatch):
         "data.batch_size": 60,
         "data.crop_padding": 0,
         "data.flip": False,
+        "log_every": 50,
         "eval_every": 150,
+        "checkpoint_every": 150,
         "train_eval_examples": -1,
     }
     summary = train_and_evaluate(create_config(**settings), tmp_path)

@@ -173,7 +173,9 @@ def test_head_of_other_classes_is_drawn_anew(source, tmp_path, six_classes, mess
     # Those of frozen parts follow the data.
     mean = "batch_stats/stem_bn/mean"
     assert (after[mean] != before[mean]).all()
-    said = "Drawn anew, as there are other classes than its 10: params/head/bias, params/"
+    said = (
+        "Re-initialised, as there are other classes than its 10: params/head/bias, params/"
+    )
     assert any(said in text for text in messages)
     assert any("(54 of them trained)" in text for text in messages)  # 8 * 6 + 6
 

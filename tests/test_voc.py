@@ -1,6 +1,7 @@
 """VOC folders: boxes on the pixels that they were drawn around, and what is refused."""
 
 import logging
+import zlib
 
 import numpy as np
 import pytest
@@ -103,6 +104,15 @@ def broken_picture(folder):
     (folder / "JPEGImages" / "p2.png").write_bytes(b"no picture")
 
 
+def giant_picture(folder):
+    """Its header says that it has 400 million pixels."""
+    file = folder / "JPEGImages" / "p2.png"
+    content = bytearray(file.read_bytes())
+    content[16:24] = 2 * (20_000).to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    file.write_bytes(content)
+
+
 def unknown_class(folder):
     write_picture(folder, "p3", (80, 48), [("dog", 1, 1, 9, 9)])
 
@@ -110,6 +120,38 @@ def unknown_class(folder):
 def half_a_box(folder):
     text = OBJECT.format("cat", 1, 2, "x", 4)
     (folder / "Annotations" / "p0.xml").write_text(f"<annotation>{text}</annotation>")
+
+
+def other_size(folder):
+    file = folder / "Annotations" / "p1.xml"
+    size = "<size><width>48</width><height>80</height></size></annotation>"
+    file.write_text(file.read_text().replace("</annotation>", size))
+
+
+def no_area(folder):
+    for name in ("p0", "p1", "p5"):
+        objects = [(kind, 9, 9, 9, 9) for kind in ("ant", "cat")]
+        write_picture(folder, name, (80, 48), objects)
+
+
+def declare(code):
+    def damage(folder):
+        file = folder / "Annotations" / "p1.xml"
+        file.write_text(f'<?xml version="1.0" encoding="{code}"?>\n{file.read_text()}')
+
+    return damage
+
+
+def rename(folder):
+    file = folder / "Annotations" / "p1.xml"
+    file.write_text(file.read_text().replace(">ant<", ">a\x85t<"))
+
+
+def test_lists_with_a_mark_of_windows(folder):
+    wanted = load(folder).fingerprint
+    file = folder / "ImageSets/Main/train.txt"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert load(folder).fingerprint == wanted
 
 
 @pytest.mark.parametrize(
@@ -125,7 +167,14 @@ def half_a_box(folder):
             r"p1.xml is broken XML .*line 2",
         ),
         (half_a_box, r"object 1 in .*p0.xml has the name 'cat' and the edges .*'x'"),
-        (unknown_class, r"p3.xml in .* has an object 'dog', .* the classes are ant, cat"),
+        (other_size, r"p1.xml says 48 x 80 pixels, but .*p1.png has 80 x 48"),
+        (no_area, r"of the boxes of .* none is left in a training picture"),
+        (declare("GB2312"), r"p1.xml is broken XML"),
+        (declare("no-such-code"), r"p1.xml is broken XML"),
+        (lambda f: write_split(f, "val", ["p2\0"]), r"val.txt lists 'p2\\x00'"),
+        (rename, r"which has control characters"),
+        (unknown_class, r"p3.xml has an object 'dog', .* the classes are ant, cat"),
+        (giant_picture, r"p2.png has more than"),
         (broken_picture, r"p2.png is not an image in one of the formats"),
     ],
 )
@@ -140,8 +189,11 @@ def test_what_is_refused(folder, damage, sentence):
     [
         ({"val_examples": 1}, r"has a val.txt, so data.val_examples must be -1"),
         ({"shrink": 2}, r"has boxes, which would not fit smaller images"),
-        ({"image_size": 10**6}, r"more than half of the memory; choose a smaller"),
-        ({"stream": data.StreamOptions(24)}, r"pictures with boxes cannot be streamed"),
+        ({"image_size": 10**6}, r"more than half of the memory; set data.streaming"),
+        (
+            {"stream": data.StreamOptions(24, short_side_min=24, short_side_max=30)},
+            r"short_side_max 30 would crop pictures without their boxes",
+        ),
     ],
 )
 def test_options_that_do_not_fit(folder, options, sentence):

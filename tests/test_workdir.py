@@ -1,15 +1,17 @@
-"""A run's folder: one process in it, a record of what it is, a polite end."""
+"""A run's folder: one process in it, a record of what it is, graceful shutdown."""
 
 import errno
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from cvjax.storage import workdir
 from cvjax.training import interrupt
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+TEXT = {"capture_output": True, "text": True, "check": True}
 
 
 # Lock
@@ -55,9 +58,9 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 def test_the_lock_is_released_upon_errors(tmp_path, monkeypatch):
     locks = []  # kept here, for the garbage collector would release them too
-    create = workdir.filelock.FileLock
+    create = filelock.FileLock
     monkeypatch.setattr(
-        workdir.filelock, "FileLock", lambda path: locks.append(create(path)) or locks[-1]
+        filelock, "FileLock", lambda *a, **kw: locks.append(create(*a, **kw)) or locks[-1]
     )
     with pytest.raises(ZeroDivisionError), workdir.lock(tmp_path):
         assert locks[0].is_locked
@@ -245,8 +248,33 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     monkeypatch.setattr("fcntl.flock", flock)
     with workdir.lock(tmp_path):
         for _ in range(2):
-            with pytest.raises(errors.WorkdirInUse), workdir.lock(tmp_path):
+            refused = pytest.raises(errors.WorkdirInUse, match=r"delete .*/\.lock\.soft")
+            with refused, workdir.lock(tmp_path):
                 pass
+    with workdir.lock(tmp_path):
+        pass
+
+
+def test_a_killed_holder_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    """On this machine the next process takes over; who waits for another machine's is
+    shown how to go on."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    soft = tmp_path / ".lock.soft"
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **TEXT)
+    soft.write_text(f"{int(dead.stdout)}\n{socket.gethostname()}\n")
+    os.utime(soft, (0, 0))
+    with workdir.lock(tmp_path):
+        pass
+    soft.write_text(f"{os.getpid()}\nanother-machine\n")
+    os.utime(soft, (0, 0))
+    refused = pytest.raises(errors.WorkdirInUse, match=r"delete .*/\.lock\.soft")
+    with refused, workdir.lock(tmp_path):
+        pass
+    soft.unlink()
     with workdir.lock(tmp_path):
         pass
 
@@ -273,3 +301,25 @@ def test_a_folder_made_for_nothing_goes(tmp_path):
                 (folder / "config.json").write_text("")
             raise errors.UserError("refused")
     assert sorted(os.listdir(tmp_path)) == ["old", "used"]
+
+
+# A run that stands still
+
+
+@pytest.mark.parametrize(
+    "does", ["time.sleep(3)", "while time.monotonic() < end: sum(range(10_000))"]
+)
+def test_a_run_that_waits_for_something_says_so(does):
+    """In a process of its own: here, threads of other tests may still compute."""
+    code = (
+        "import time\nfrom cvjax.training import interrupt\nend = time.monotonic() + 3\n"
+        f"with interrupt.warn_of_standstill(seconds=1):\n    {does}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, **TEXT)
+    warnings = done.stderr.count("Nothing was computed for 1 seconds")
+    assert warnings == ("sleep" in does)
+
+
+def test_the_summary_of_an_unfinished_run(tmp_path):
+    with pytest.raises(errors.UserError, match=r"is not finished .*goes on with it"):
+        workdir.read_summary(tmp_path)

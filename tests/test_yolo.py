@@ -1,6 +1,7 @@
 """YOLO: its loss by loops in float64, decoding and suppression by hand."""
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,6 +21,11 @@ BOXES = [
     ([6.0, 1.0, 8.0, 8.0], 0),
 ]
 TARGET = boxes.pack([box for box, _ in BOXES], [kind for _, kind in BOXES], 4)
+
+
+losses = jax.jit(lambda o, t: yolo.losses(o, boxes.unpack(t), COUNT, STRIDE))
+value_and_gradient = jax.jit(jax.value_and_grad(lambda o, t: losses(o, t).sum()))
+suppress = jax.jit(boxes.suppress)
 
 
 def random_outputs(count=1, seed=0):
@@ -68,23 +74,16 @@ def loss_by_loops(outputs):
 
 def test_loss_equals_loops_in_float64():
     outputs = random_outputs(4)
-    there = boxes.unpack(jnp.asarray(np.stack([TARGET] * 4)))
-    found = yolo.losses(jnp.asarray(outputs, jnp.float32), there, COUNT, STRIDE)
+    found = losses(np.float32(outputs), np.stack([TARGET] * 4))
     np.testing.assert_allclose(found, [loss_by_loops(o) for o in outputs], rtol=1e-5)
 
 
 def test_the_overlap_is_a_target_and_no_way_around_it():
     """The gradient of the confidence's error goes into the confidence alone."""
-    outputs = jnp.asarray(random_outputs(), jnp.float32)
-    there = boxes.unpack(jnp.asarray(TARGET)[None])
-
-    def loss(outputs):
-        return yolo.losses(outputs, there, COUNT, STRIDE).sum()
-
-    gradient = jax.grad(loss)(outputs)
-    step = jnp.zeros_like(outputs).at[0, 0, 0, 2].set(1e-3)  # the root of a width
-    step = step + jnp.zeros_like(outputs).at[0, 0, 0, 7].set(1e-3)
+    outputs = np.float32(random_outputs())
+    _, gradient = jax.device_get(value_and_gradient(outputs, TARGET[None]))
     target = math.sqrt(11 / 32)
+    # The roots of the widths of both boxes of the first object's cell.
     slopes = [2 * 5 * (float(outputs[0, 0, 0, k]) - target) for k in (2, 7)]
     given = [float(gradient[0, 0, 0, k]) for k in (2, 7)]
     assert given in (
@@ -94,11 +93,8 @@ def test_the_overlap_is_a_target_and_no_way_around_it():
 
 
 def test_nothing_there_and_nothing_wrong():
-    outputs = jnp.asarray(random_outputs(), jnp.float32)
-    nothing = boxes.unpack(jnp.zeros((1, 4, 5)))
-    value, gradient = jax.value_and_grad(
-        lambda o: yolo.losses(o, nothing, COUNT, STRIDE).sum()
-    )(outputs)
+    outputs = np.float32(random_outputs())
+    value, gradient = value_and_gradient(outputs, np.zeros((1, 4, 5), np.float32))
     confidences = outputs[..., [4, 9]]
     assert value == pytest.approx(float(0.5 * (confidences**2).sum()), rel=1e-5)
     assert np.isfinite(gradient).all()
@@ -112,7 +108,8 @@ def test_decoding_gives_the_boxes_back():
         sides = math.sqrt((box[2] - box[0]) / 32), math.sqrt((box[3] - box[1]) / 24)
         cell[5:10] = x - math.floor(x), y - math.floor(y), *sides, 0.9 - 0.2 * k
         cell[10 + kind] = 0.8
-    found, scores = yolo.decode(jnp.asarray(outputs)[None], COUNT, STRIDE, 10)
+    decode = jax.jit(partial(yolo.decode, count=COUNT, stride=STRIDE, most=10))
+    found, scores = jax.device_get(decode(outputs[None]))
     np.testing.assert_allclose(
         found.corners[0, :2], [box for box, _ in BOXES[:2]], atol=1e-4
     )
@@ -132,10 +129,10 @@ def test_suppression_by_hand():
         [0, 0, 10, 10],
     ]
     found = Boxes(
-        jnp.array(corners), jnp.array([1, 1, 1, 0, 2]), jnp.array([True] * 4 + [False])
+        np.float32(corners), np.array([1, 1, 1, 0, 2]), np.array([True] * 4 + [False])
     )
-    assert boxes.suppress(found, 0.4).tolist() == [True, False, True, True, False]
-    assert boxes.suppress(found, 0.75).tolist() == [True, True, True, True, False]
+    assert suppress(found, 0.4).tolist() == [True, False, True, True, False]
+    assert suppress(found, 0.75).tolist() == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize(

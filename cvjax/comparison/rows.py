@@ -1,30 +1,35 @@
 """Runs that differ in their seed alone become one row; rows are named and compared.
 
 A row's name is what its config has and the others' have not: "depth=56 shortcut=none".
-Differences are to a baseline, paired by seed where both rows have the same seeds, else by
-Welch's t-test; see `report.statistics`.
+Its means are of its finished runs, or if there is none of what goes on, at a common step.
+Differences are to a baseline, paired by seed over the seeds that both rows have if these
+are two or more, else by Welch's t-test; see `report.statistics`.
 """
 
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from cvjax.comparison.runs import Run
+from cvjax.comparison.runs import CURVE, Run
+from cvjax.data import OWN
 from cvjax.errors import UserError
+from cvjax.models import SAME_FUNCTION
 from cvjax.report.statistics import difference, paired_difference, spread
 
 # What runs of a row may differ in: it changes speed, files and the log, not the question.
 FREE_KEYS = ("seed", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 FREE_KEYS += ("steps_per_dispatch", "train_eval_examples", "test_curve", "data.cache_dir")
-FREE_KEYS += ("data.num_workers", "data.eval_batch_size", "model.walk", "model.remat")
-OWN_DATA = ("folder", "npz")  # whose data.data_dir says which data they are
+FREE_KEYS += ("data.num_workers", "data.eval_batch_size")
+# But for the gradient: that of the continuous adjoint trains another network.
+FREE_KEYS += tuple(f"model.{field}" for field in SAME_FUNCTION if field != "gradient")
 
 # Key in `Run.numbers`, heading, factor, digits, whether it is a measurement with a spread.
 METRICS = (
     ("parameters", "parameters", 1, 0),
-    ("macs", "MACs an image (10^6)", 1e-6, 2),
+    ("macs", "MACs per image (10^6)", 1e-6, 2),
     ("nfe", "NFE", 1, 1),
     ("val/error", "validation error (%)", 100, 2),
     ("test/error", "test error (%)", 100, 2),
@@ -33,8 +38,11 @@ METRICS = (
     ("test/calibration", "calibration error (%)", 100, 2),
     ("time/training_seconds", "training (minutes)", 1 / 60, 1),
     ("time/step_ms", "step (ms)", 1, 1),
+    ("memory/peak_bytes", "peak memory (GB)", 1e-9, 2),
 )
-MEASURED = tuple(key for key, *_ in METRICS if "/" in key and not key.startswith("time"))
+MEASURED = tuple(
+    key for key, *_ in METRICS if key.partition("/")[0] in ("val", "test", "best")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +52,10 @@ class Row:
     Attributes:
       name: what distinguishes them.
       runs: one per seed (or, grouped by a key, all that share its value).
-      values: for each metric `statistics.spread` of the runs that have it, and "n".
+      values: for each metric `statistics.spread` of the runs that have it, and "n", see
+        `samples`.
+      full_name: the same with whole keys, "model.depth=56".
+      step: that of the validation error, if no run is finished; else None.
       test: of `metric` against the baseline, see `compare`; None without.
       note: why there is none; "" for the baseline itself.
     """
@@ -52,6 +63,8 @@ class Row:
     name: str
     runs: tuple[Run, ...]
     values: dict[str, dict[str, Any]]
+    full_name: str = ""
+    step: int | None = None
     test: dict[str, Any] | None = None
     note: str = ""
 
@@ -88,28 +101,68 @@ def make_rows(runs: Sequence[Run], by: Sequence[str] = ()) -> tuple[list[Row], l
             ]
         configs.append(json.loads(key))
         members.append(tuple(group))
-    names = row_names(configs)
-    return [
-        Row(name, group, _values(group)) for name, group in zip(names, members, strict=True)
-    ], notes
+    rows = []
+    names = row_names(configs), row_names(configs, full=True)
+    for name, full_name, group in zip(*names, members, strict=True):
+        step = common_step(group)
+        if step is not None and any(run.curve[-1][0] > step for run in group if run.curve):
+            notes.append(f"{name}: the validation error is of step {step:,}.")
+        rows.append(Row(name, group, _values(group), full_name, step))
+    return rows, notes
+
+
+def counted(runs: Sequence[Run]) -> list[Run]:
+    """Those that means are of: finished ones, else those that go on, else all."""
+    finished, going = (
+        [run for run in runs if run.state == state] for state in ("finished", "unfinished")
+    )
+    return finished or going or list(runs)
+
+
+def common_step(runs: Sequence[Run]) -> int | None:
+    """The last at which those of `counted` were evaluated that were at all.
+
+    None if a run is finished, all have diverged, or there is no such step.
+    """
+    curves = [run.curve for run in counted(runs) if run.curve and run.state == "unfinished"]
+    steps = [{step for step, _ in curve} for curve in curves]
+    return max(set.intersection(*steps), default=None) if steps else None
+
+
+def samples(runs: Sequence[Run], key: str) -> list[tuple[int, float]]:
+    """(seed, value) of the runs that the mean of a number is over.
+
+    Those of `counted`; of runs that go on the validation error at their common step, and no
+    other error or loss.
+    """
+    known = counted(runs)
+    if key not in MEASURED or known[0].state == "finished":
+        return [(run.seed, run.numbers[key]) for run in known if key in run.numbers]
+    step = common_step(runs)
+    if key != CURVE or step is None:
+        return []
+    found = [(run.seed, dict(run.curve).get(step, math.nan)) for run in known]
+    return [(seed, value) for seed, value in found if math.isfinite(value)]
 
 
 def essential(run: Run) -> dict[str, Any]:
     """The part of a config that makes a row."""
     free = FREE_KEYS
-    if run.config["data.name"] not in OWN_DATA:
+    name = run.config["data.name"]
+    if name not in OWN:
         free += ("data.data_dir",)
-    if run.config["data.name"] != "folder" and not run.config["data.streaming"]:
+    sized = (name in OWN and name != "npz") or run.config["task"] == "detection"
+    if not sized and not run.config["data.streaming"]:
         free += ("data.image_size", "data.resize")  # which do nothing there
     return {key: value for key, value in run.config.items() if key not in free}
 
 
-def row_names(configs: Sequence[dict[str, Any]]) -> list[str]:
+def row_names(configs: Sequence[dict[str, Any]], *, full: bool = False) -> list[str]:
     """The names of rows from what differs between their configs.
 
     A key counts where two rows have different values of it; one of the model where two rows
     of the same model have. The model's name stands alone, and keys lose their group where
-    that leaves them unique.
+    that leaves them unique; but not with `full`.
     """
     values = collections.defaultdict(set)
     for config in configs:
@@ -126,10 +179,12 @@ def row_names(configs: Sequence[dict[str, Any]]) -> list[str]:
         # The net comes first, and of the net its name.
         for key in sorted(keys, key=lambda key: (key != "model.name", key[:6] != "model.")):
             short = key.rpartition(".")[2]
-            label = short if last[short] == 1 and short != "name" else key
+            unique = last[short] == 1 and short != "name"
+            label = short if unique and not full else key
             value = config[key]
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(text if key == "model.name" else f"{label}={text}")
+            alone = key == "model.name" and not full
+            parts.append(text if alone else f"{label}={text}")
         names.append(" ".join(parts) or str(config.get("model.name", "all")))
     return names
 
@@ -146,7 +201,8 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
     Args:
       rows: see `make_rows`.
       metric: one of `MEASURED`.
-      baseline: a row's name, or a part that only its name has; "" for the first row.
+      baseline: a row's name, or a part that only its name has, with whole keys or without
+        their groups; "" for the first row.
 
     Returns:
       `Row.test` is as of `statistics.difference`, with "paired".
@@ -162,7 +218,10 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
             if _data(row) != _data(base):
                 note = "other data"
             elif metric not in row.values or metric not in base.values:
-                note = "not known yet"
+                ended = all(run.state == "diverged" for run in row.runs)
+                note = "diverged" if ended else "not known yet"
+            elif row.step != base.step:
+                note = "another step"
             else:
                 test = _test(row, base, metric)
         compared.append(dataclasses.replace(row, test=test, note=note))
@@ -170,9 +229,16 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
-    """The row of that name, or the only one whose name has `name` in it."""
-    exact = [row for row in rows if row.name == name]
-    found = exact or [row for row in rows if name in row.name]
+    """The row of that name, else the only one with these parts, else with this text."""
+    parts = set(name.split())
+    for fits in (
+        lambda known: name == known,
+        lambda known: parts <= set(known.split()),
+        lambda known: name in known,
+    ):
+        found = [row for row in rows if fits(row.name) or fits(row.full_name)]
+        if found:
+            break
     if len(found) != 1:
         raise UserError(
             f"--baseline={name!r} is {len(found) or 'none'} of the rows "
@@ -182,17 +248,22 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
 
 
 def state_of(row: Row) -> str:
-    """ "finished", or how many of the runs are not, and why."""
-    open_runs = [run for run in row.runs if run.state != "finished"]
-    if not open_runs:
-        return "finished"
-    diverged = sum(run.state == "diverged" for run in open_runs)
-    parts = [f"{diverged} diverged"] if diverged else []
-    going = [run for run in open_runs if run.state == "unfinished"]
-    if going:
-        steps = [f"{run.step:,}" for run in going]
-        parts.append(f"step {', '.join(steps)} of {going[0].config['total_steps']:,}")
-    return "; ".join(parts)
+    """ "finished", or how many of the runs are, how many are not, and how far these are."""
+    parts = []
+    for state in ("finished", "unfinished", "diverged"):
+        group = [run for run in row.runs if run.state == state]
+        if not group:
+            continue
+        text = state if len(row.runs) == 1 else f"{state} {len(group)}"
+        steps = [run.step for run in group]
+        ends = dict.fromkeys([f"{min(steps):,}", f"{max(steps):,}"])
+        totals = {run.config["total_steps"] for run in group}
+        if state != "finished":
+            total = f" of {min(totals):,}" if len(totals) == 1 else ""
+            text += f" (step {' to '.join(ends)}{total})"
+        parts.append(text)
+    whole = all(run.state == "finished" for run in row.runs)
+    return "finished" if whole else "; ".join(parts)
 
 
 def _one_a_seed(runs: list[Run]) -> tuple[list[Run], list[Run]]:
@@ -207,33 +278,25 @@ def _one_a_seed(runs: list[Run]) -> tuple[list[Run], list[Run]]:
 def _values(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     values = {}
     for key, *_ in METRICS:
-        known = [run.numbers[key] for run in runs if key in run.numbers]
+        known = samples(runs, key)
         if known:
-            values[key] = {**spread(known), "n": len(known)}
+            values[key] = {**spread([value for _, value in known]), "n": len(known)}
     return values
 
 
 def _data(row: Row) -> set[tuple[str, str]]:
     """The data sets of a row's runs: one, or several if it is grouped by a key."""
     pairs = ((run.config["data.name"], run.config["data.data_dir"]) for run in row.runs)
-    return {(name, folder if name in OWN_DATA else "") for name, folder in pairs}
+    return {(name, folder if name in OWN else "") for name, folder in pairs}
 
 
 def _test(row: Row, base: Row, metric: str) -> dict[str, Any]:
-    ours, theirs = (
-        {run.seed: run.numbers[metric] for run in each.runs if metric in run.numbers}
-        for each in (row, base)
-    )
-    unique = all(
-        len(seeds) == each.values[metric]["n"]
-        for seeds, each in ((ours, row), (theirs, base))
-    )
-    if unique and len(ours) > 1 and ours.keys() == theirs.keys():
-        seeds = sorted(ours)
-        pairs = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-        return {**paired_difference(*pairs), "paired": True}
-    samples = [
-        [run.numbers[metric] for run in each.runs if metric in run.numbers]
-        for each in (row, base)
-    ]
-    return {**difference(*samples), "paired": False}
+    pairs = [samples(each.runs, metric) for each in (row, base)]
+    ours, theirs = map(dict, pairs)
+    common = sorted(ours.keys() & theirs.keys())
+    unique = [len(ours), len(theirs)] == [len(each) for each in pairs]
+    if unique and len(common) > 1:
+        values = ([each[seed] for seed in common] for each in (ours, theirs))
+        return {**paired_difference(*values), "paired": True}
+    values = ([value for _, value in each] for each in pairs)
+    return {**difference(*values), "paired": False}

@@ -21,12 +21,13 @@ from cvjax.errors import UserError
 from cvjax.files import user_path
 from cvjax.models import create_model
 from cvjax.models.odenet import ODENet
-from cvjax.storage import metrics_log
+from cvjax.storage import divergence, metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
-from cvjax.training.config import complete_config
+from cvjax.training.config import check_types, complete_config
 
 CURVE = "val/error"  # what is drawn against steps
+MOST_NAMED = 5  # of what is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Run:
       config: flat, {"model.depth": 20, ...}, with the defaults of settings that are newer
         than the run.
       state: "finished", "unfinished" or "diverged".
-      step: the last one in its log or summary.
+      step: the last one in its log or summary; the last good one of a diverged run.
       numbers: those of `METRICS` in `rows` that are known, by key.
       curve: (step, validation error) of each evaluation.
       device: what it ran on.
@@ -57,32 +58,37 @@ class Run:
         return self.config["seed"]
 
 
-def find_runs(places: Sequence[str]) -> list[pathlib.Path]:
-    """The folders of runs that are named, sorted and each once.
+def find_runs(places: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
+    """The folders of runs that are named, each once, and a note on what holds none.
 
     Args:
       places: workdirs, folders with workdirs somewhere below, or patterns such as
         "runs/*_seed?".
 
     Raises:
-      UserError: for what is no path, or a place without any run.
+      UserError: for what is no path, or if there is no run at all.
     """
-    found = {}
+    found, empty = {}, []
     for place in places:
         user_path(place, "a place of runs")  # refused if it is none; shown as it is given
         literal = pathlib.Path(place).expanduser()
-        matches = [literal] if literal.exists() else sorted(glob.glob(place))
-        here = {}
+        matches = [literal] if literal.exists() else sorted(glob.glob(str(literal)))
         for path in map(pathlib.Path, matches):
             inner = [path] if (path / "config.json").exists() else _inner_runs(path)
-            here |= {folder.resolve(): folder for folder in inner}
-        found |= here
-        if not here:
-            raise UserError(
-                f"{place!r} names no run; give workdirs of train.py, folders that hold "
-                "such, or patterns like 'runs/*'."
-            )
-    return list(found.values())
+            found |= {folder.resolve(): folder for folder in inner}
+            if not inner:
+                empty.append(str(path))
+        if not matches:
+            empty.append(place)
+    names = ", ".join(map(repr, empty[:MOST_NAMED]))
+    if len(empty) > MOST_NAMED:
+        names += f" and {len(empty) - MOST_NAMED} more"
+    if not found:
+        raise UserError(
+            f"{names} names no run; give workdirs of train.py, folders that hold such, or "
+            "patterns like 'runs/*'."
+        )
+    return list(found.values()), [f"Left out, as no run is there: {names}."] * bool(empty)
 
 
 def _inner_runs(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -93,12 +99,16 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """Reads a run.
 
     Raises:
-      UserError: its config.json cannot be read or understood, or a line of its log.
+      UserError: its config.json, its diverged.json or a line of its log cannot be read.
     """
     folder = pathlib.Path(folder)
     manifest = workdirs.read_manifest(folder)
+    if "imported" in manifest:
+        raise UserError("it holds imported weights and no run.")
     try:
-        nested = complete_config(manifest["config"]).to_dict()
+        complete = complete_config(manifest["config"])
+        check_types(complete)
+        nested = complete.to_dict()
         config = workdirs.flatten(nested)
         total, device = config["total_steps"], manifest.get("device") or {}
     except (KeyError, TypeError, AttributeError) as error:
@@ -107,19 +117,22 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         ) from error
     log = folder / "metrics.jsonl"
     rows = metrics_log.read_metrics(log) if log.exists() else []
-    summary = _read_json(folder / "summary.json")
+    summary = {}
+    if (folder / "summary.json").exists():
+        summary = workdirs.read_summary(folder)
     last = max([summary.get("step", 0), *(row["step"] for row in rows)])
     curve = tuple((row["step"], row[CURVE]) for row in rows if CURVE in row)
     numbers = _numbers(
         summary, rows, _read_json(folder / f"evaluation/test_step{last}.json")
     )
     numbers = _costs(folder, nested["model"], numbers) | numbers
-    losses = [row[key] for row in rows for key in ("train/loss", "val/loss") if key in row]
+    diverged = divergence.read(folder)
     if summary.get("step") == total:
         state = "finished"
+    elif diverged:
+        state, last = "diverged", diverged["step"]
     else:
-        broken = bool(losses) and not math.isfinite(losses[-1])
-        state = "diverged" if broken else "unfinished"
+        state = "unfinished"
     kind = f"{device.get('count', 1)} x {device.get('kind', 'unknown')}"
     return Run(folder, config, state, last, numbers, curve, kind)
 
@@ -140,7 +153,7 @@ def macs_per_image(model, image_shape: tuple[int, ...], nfe: Mapping[str, float]
     Args:
       model: the network.
       image_shape: (height, width, channels), a square.
-      nfe: mean evaluations of f an image, by block ("ode", or "ode1", "ode2", ...); used
+      nfe: mean evaluations of f per image, by block ("ode", or "ode1", "ode2", ...); used
         where steps are adaptive, else they are known.
     """
     counted = account(model, image_shape[0], image_shape[2])
@@ -183,6 +196,9 @@ def _numbers(summary, rows, evaluation) -> dict[str, float]:
     if paces:
         known["time/step_ms"] = float(np.median(paces))
         known["time/training_seconds"] = training_seconds(rows)
+    peaks = [row["memory/peak_bytes"] for row in rows if "memory/peak_bytes" in row]
+    if peaks:
+        known["memory/peak_bytes"] = max(peaks)
     numbers = {key: value for key, value in known.items() if isinstance(value, int | float)}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 

@@ -1,7 +1,8 @@
 """What a network costs: shapes, activations, parameters, multiply-adds, layer by layer.
 
-`account(model, image_size)` walks the jaxpr of one forward pass in evaluation mode, for one
-image. Nothing is computed or compiled, so that ResNet-1202 takes seconds and no memory.
+`account(model, image_size)` goes through the jaxpr of one forward pass in evaluation mode,
+for one image. Nothing is computed or compiled, so that ResNet-1202 takes seconds and no
+memory.
 Exact for whatever the model does, as far as that can be known before it runs: the blocks of
 a stacked stage (`nn.depth.Stage`) are counted one by one; of a `while` loop, whose trips
 are not known, one trip is counted and the loop is named in `Account.loops`.
@@ -39,7 +40,7 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.costs.jaxpr_counter import Flow, Scope, Walk, Weight
+from cvjax.costs.jaxpr_counter import Counter, Flow, Scope, Weight
 from cvjax.costs.layers import Layer
 from cvjax.costs.receptive_field import Span
 from cvjax.errors import UserError
@@ -92,7 +93,7 @@ class Account:
 def account(model: nn.Module, image_size: int, channels: int = 3) -> Account:
     """Counts a network of this project for one square image.
 
-    An ODE block with adaptive steps counts with one evaluation of f a piece, and is among
+    An ODE block with adaptive steps counts with one evaluation of f per piece, and is among
     the `loops`.
 
     Raises:
@@ -106,7 +107,7 @@ def account(model: nn.Module, image_size: int, channels: int = 3) -> Account:
         model = model.clone(solver="euler", steps=model.pieces)
     elif isinstance(model, ODENet):  # what does not change a forward evaluation
         model = model.clone(gradient="direct")
-        if model.solver == "reversible_heun":  # one evaluation a step, and one a piece
+        if model.solver == "reversible_heun":  # one evaluation per step, and one per piece
             model = model.clone(solver="euler", steps=model.steps + model.pieces)
 
     def forward(variables, images):
@@ -168,10 +169,10 @@ def count(
     spans = (Span(0, 0, 1, 1), Span(0, 0, 1, 2)) if len(images.shape) == 4 else ()
     flows.append(Flow(layer=0, spans=spans))
     flows += [Flow()] * (len(closed.jaxpr.invars) - len(flows))
-    walk = Walk(images, flows, root)
-    walk.run(closed.jaxpr, flows, Scope((), ()))
+    counter = Counter(images, flows, root)
+    counter.run(closed.jaxpr, flows, Scope((), ()))
     unused = sum(weight.size for flow in flows for weight in flow.weights)
-    unused -= sum(row.parameters for row in walk.rows)
+    unused -= sum(row.parameters for row in counter.rows)
     if unused > 0:
-        walk.rows.append(Layer("(not used here)", "unused", (), parameters=unused))
-    return Account(tuple(walk.rows), tuple(walk.loops))
+        counter.rows.append(Layer("(not used here)", "unused", (), parameters=unused))
+    return Account(tuple(counter.rows), tuple(counter.loops))

@@ -31,8 +31,8 @@ def measure(
 
     Returns:
       For "forward" (evaluation mode) and "with_gradients" (cross entropy in training mode,
-      and its gradient by the parameters): "flops"; and in bytes "arguments", "results",
-      "temporaries" and their sum "memory".
+      and its gradient with respect to the parameters): "flops"; and in bytes "arguments",
+      "results", "temporaries" and their sum "memory".
     """
     if hasattr(model, "walk"):
         model = model.clone(walk="unrolled")

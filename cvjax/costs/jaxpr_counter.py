@@ -1,4 +1,4 @@
-"""The walk over a jaxpr that writes the rows of an account; see `accounting`."""
+"""The rows of an account, counted equation by equation of a jaxpr; see `accounting`."""
 
 import dataclasses
 import math
@@ -78,7 +78,7 @@ def _numbered(name: str, block: int | None) -> str:
     return f"{name.removesuffix('s')}{block}"
 
 
-class Walk:
+class Counter:
     """Follows the equations of a jaxpr and writes the rows."""
 
     def __init__(self, images, flows: Sequence[Flow], root: str):
@@ -97,7 +97,7 @@ class Walk:
         self.norms = {path[:-1] for path in paths if path[-1] in ("scale", "mean", "var")}
 
     def run(self, jaxpr, flows: Sequence[Flow], scope: Scope) -> list[Flow]:
-        """Walks a jaxpr whose inputs are `flows`; returns those of its outputs."""
+        """Counts a jaxpr whose inputs are `flows`; returns those of its outputs."""
         known = dict(zip(jaxpr.invars, flows, strict=True))
         alive = _alive(jaxpr)
         for equation, is_alive in zip(jaxpr.eqns, alive, strict=True):

@@ -6,8 +6,11 @@ digit_scenes/masks           the same scenes, with the class of each pixel
 cifar10, cifar100, mnist     prepared on first use, without TensorFlow
 folder                       your own pictures (`data.folder`)
 npz                          your own arrays (`data.arrays`)
-voc                          your own pictures with boxes (`data.voc`)
-any other TFDS name          if it is prepared already (`data.tfds`)
+voc, coco                    your own pictures with boxes (`data.voc`, `data.coco`)
+mask_folder                  your own pictures with label pictures (`data.mask_folder`)
+mask_folder/instances        the same, labels being numbers of objects
+any other TFDS name          if it is prepared already (`data.tfds`; with boxes, such as
+                             voc/2007, `data.tfds_boxes`)
 
 A set that does not fit in memory, or whose images differ in size, is streamed, with
 `load(name, stream=StreamOptions(...))`.
@@ -16,6 +19,7 @@ A set that does not fit in memory, or whose images differ in size, is streamed, 
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import pathlib
 import re
 
@@ -27,12 +31,17 @@ from cvjax.data.dataset import ArraySplit, Dataset, check_labels
 from cvjax.data.digits import load_digits
 from cvjax.data.folder import load_folder
 from cvjax.data.prepare import PREPARABLE, prepare
+from cvjax.data.records import open_stream
 from cvjax.data.splits import check_val_examples, reduced, stratified
-from cvjax.data.streaming import StreamOptions, open_stream
+from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
 BUNDLED = ("digits", "digit_scenes", "digit_scenes/masks")
+BOX_FOLDERS = ("voc", "coco")
+MASK_FOLDERS = ("mask_folder", "mask_folder/instances")
+OWN = ("folder", "npz", *BOX_FOLDERS, *MASK_FOLDERS)  # what data_dir names
+TFDS_NAME = r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?"
 VAL_EXAMPLES = {"cifar10": 5_000, "cifar100": 5_000, "mnist": 5_000}
 
 
@@ -52,11 +61,12 @@ def load(
 
     Args:
       name: "digits", "digit_scenes", "digit_scenes/masks", "folder", "npz", "voc",
-        or a TFDS set's NAME[/CONFIG][:VERSION].
+        "coco", "mask_folder", "mask_folder/instances", or a TFDS set's
+        NAME[/CONFIG][:VERSION].
       data_dir: where prepared TFDS sets are; "" for $TFDS_DATA_DIR, or else
         ~/tensorflow_datasets. For "folder" the folder of pictures, see
-        `data.folder_listing`; for "npz" the file, see `data.arrays`; for "voc" see
-        `data.voc`.
+        `data.folder_listing`; for "npz" the file, see `data.arrays`; for "voc", "coco"
+        and "mask_folder" see there.
       cache_dir: where decoded images are kept; "" for the user's cache folder.
       val_examples: number of training images split off for validation, stratified by
         class; -1 for 300 of the digits, 5,000 of CIFAR and MNIST, a tenth of others. A
@@ -64,15 +74,17 @@ def load(
       train_examples: how many of the other training images are kept, stratified by class;
         -1 for all.
       shrink: the side of the squares of pixels whose mean becomes one pixel.
-      image_size, resize: of a folder in memory, see `data.folder.load_folder`; of "voc",
-        see `data.voc.load_voc`.
-      stream: how the set is streamed, see `load_stream`, where nothing is cached; None for
-        images in memory.
+      image_size, resize: of a folder in memory, see `data.folder.load_folder`; of pictures
+        with boxes, streamed ones too, see `data.box_pictures.to_dataset`; of "mask_folder"
+        the side of its tiles.
+      stream: how the set is streamed, where nothing is cached; None for images in memory.
 
     Raises:
       UserError: if there is no such data set, it cannot be prepared, or its images do not
         fit this in-memory path, `train_examples` or `shrink`, or cannot be streamed.
     """
+    if image_size < 1:
+        raise UserError(f"data.image_size must be 1 or more, got {image_size}.")
     if stream:
         for key, value, neutral in (
             ("train_examples", train_examples, -1),
@@ -92,18 +104,22 @@ def load(
         options = stream or StreamOptions(image_size, resize=resize)
         dataset = load_folder(data_dir, cache_dir, options, streamed=stream is not None)
         return dataset if stream else reduced(dataset, train_examples, shrink)
+    boxes = _load_boxes(name, data_dir, image_size, resize, val_examples, stream)
+    if boxes is not None:
+        return boxes if stream else reduced(boxes, train_examples, shrink)
     if stream:
         return load_stream(name, stream, data_dir=data_dir, val_examples=val_examples)
-    if name == "voc":
-        from cvjax.data.voc import load_voc  # Imports jax.
-
-        dataset = load_voc(data_dir, image_size, resize, val_examples)
-        return reduced(dataset, train_examples, shrink)
-    if resize != "crop":
+    if resize != "crop":  # of a mask_folder too, whose pictures keep their size
         raise UserError(
             f"data.resize {resize!r} is for pictures of any size: a folder, or a stream; "
             "set it to 'crop'."
         )
+    if name in MASK_FOLDERS:
+        from cvjax.data.mask_folder import load_mask_folder  # Imports jax.
+
+        instances = name.endswith("instances")
+        dataset = load_mask_folder(data_dir, image_size, val_examples, instances)
+        return reduced(dataset, train_examples, shrink)
     if name == "npz":
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":
@@ -146,6 +162,29 @@ def load(
     return reduced(dataset, train_examples, shrink)
 
 
+def _load_boxes(
+    name: str,
+    data_dir: str,
+    image_size: int,
+    resize: str,
+    val_examples: int,
+    stream: StreamOptions | None,
+) -> Dataset | None:
+    """The set of that name if it is one of pictures with boxes; None if not."""
+    options = image_size, resize, val_examples, stream
+    if name in BOX_FOLDERS:
+        module = importlib.import_module(f"cvjax.data.{name}")  # Imports jax.
+        return getattr(module, f"load_{name}")(data_dir, *options)
+    if name in (*BUNDLED, *OWN) or not re.fullmatch(TFDS_NAME, name):
+        return None
+    source = tfds.find_source(name, tfds.resolve_data_dir(data_dir))
+    if source is None or not tfds.has_boxes(source):
+        return None
+    from cvjax.data.tfds_boxes import load_boxes  # Imports jax.
+
+    return load_boxes(source, *options)
+
+
 def _labelled(decoded: tfds.Decoded, name: str) -> tfds.Decoded:
     """Without the splits whose labels are kept back: all -1, as in COCO's test split."""
     hidden = [split for split, labels in decoded.labels.items() if (labels == -1).all()]
@@ -178,10 +217,9 @@ def load_stream(
         raise UserError(
             f"{name} has no files to stream; set data.streaming=false, or name a TFDS set."
         )
-    if name == "voc":
+    if name in MASK_FOLDERS:
         raise UserError(
-            "pictures with boxes cannot be streamed; set data.streaming=false, and choose "
-            "a data.image_size at which they fit into memory."
+            "pictures with label pictures cannot be streamed; set data.streaming=false."
         )
     folder = tfds.resolve_data_dir(data_dir)
     _check_name(name, folder)
@@ -209,8 +247,29 @@ def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
     return cache.read_or_decode(source, tfds.decode, cache_folder)
 
 
+def check_name(name: str, data_dir: str = "", cache_dir: str = "") -> None:
+    """Raises UserError if there is no data set of that name, here or in TFDS's catalog.
+
+    Args:
+      name, data_dir, cache_dir: as `load` takes them.
+    """
+    if name in (*BUNDLED, *OWN):
+        return
+    folder = tfds.resolve_data_dir(data_dir)
+    _check_name(name, folder)
+    base = name.partition(":")[0]
+    known = (
+        base in PREPARABLE
+        or tfds.find_source(name, folder)
+        or cache.find_entry(name, cache.resolve_cache_dir(cache_dir))
+        or base.partition("/")[0] in _catalog()
+    )
+    if not known:
+        raise _unknown(name, folder)
+
+
 def _check_name(name: str, folder: pathlib.Path) -> None:
-    if not re.fullmatch(r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?", name):
+    if not re.fullmatch(TFDS_NAME, name):
         raise _unknown(name, folder)
 
 
@@ -242,11 +301,11 @@ def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
 
 def _unknown(name: str, folder: pathlib.Path) -> UserError:
     prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    names = {*BUNDLED, "folder", "npz", "voc", *_catalog(), *prepared} - {"downloads"}
-    near = difflib.get_close_matches(name.lower(), sorted(names), n=1)
+    names = {*BUNDLED, *OWN, *_catalog(), *prepared} - {"downloads"}
+    closest = difflib.get_close_matches(name.lower(), sorted(names), n=1)
     hint = (
-        f"did you mean {near[0]}?"
-        if near
+        f"did you mean {closest[0]}?"
+        if closest
         else f"choose digits, {', '.join(PREPARABLE)}, or another image classification set "
         "of https://www.tensorflow.org/datasets/catalog that is prepared; folder or npz "
         "for your own."

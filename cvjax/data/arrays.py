@@ -7,12 +7,11 @@ may class_names, one per class.
 
 import hashlib
 import pathlib
-import zipfile
 
 import numpy as np
 
-from cvjax.data.dataset import ArraySplit, Dataset, check_labels
-from cvjax.data.splits import check_val_examples, stratified
+from cvjax.data.dataset import ArraySplit, Dataset, check_class_names, check_labels
+from cvjax.data.splits import check_val_examples, stratified, warn_of_copies
 from cvjax.errors import UserError
 from cvjax.files import user_path
 
@@ -50,6 +49,8 @@ def load_npz(path: str, val_examples: int = -1) -> Dataset:
                 f"{split} {part.image_shape}; they must agree."
             )
     names = _class_names(arrays, splits, file)
+    # Of each split which array it is of, and where in it.
+    origins = {split: (f"x_{split}", range(len(part))) for split, part in splits.items()}
     if "val" in splits:
         if val_examples != -1:
             raise UserError(
@@ -61,6 +62,16 @@ def load_npz(path: str, val_examples: int = -1) -> Dataset:
         val, rest = stratified(train.labels, (count, len(train) - count))
         splits["val"] = ArraySplit(train.images[val], train.labels[val])
         splits["train"] = ArraySplit(train.images[rest], train.labels[rest])
+        origins |= {"val": ("x_train", val), "train": ("x_train", rest)}
+    warn_of_copies(
+        {
+            split: [
+                (hashlib.sha256(image.tobytes()).digest(), f"{array}[{place}]")
+                for image, place in zip(splits[split].images, places, strict=True)
+            ]
+            for split, (array, places) in origins.items()
+        }
+    )
     digest = hashlib.sha256("\n".join(names).encode())
     for split in ("train", "val", "test"):
         digest.update(f"{split} {splits[split].images.shape}".encode())
@@ -72,10 +83,15 @@ def load_npz(path: str, val_examples: int = -1) -> Dataset:
 
 
 def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    if file.exists() and not file.is_file():  # a pipe or a device may have no end
+        raise UserError(f"data.data_dir {file} is not a regular file; name one of .npz.")
     try:
         with open(file, "rb") as content, np.load(content, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    # zipfile and NumPy meet broken files with errors of any kind.
+    except Exception as error:
         raise UserError(
             f"{file} cannot be read as .npz ({error}); write it with numpy.savez."
         ) from error
@@ -94,8 +110,7 @@ def _split(arrays: dict[str, np.ndarray], split: str, file: pathlib.Path) -> Arr
     if images.ndim != 4 or images.dtype != np.uint8:
         raise UserError(
             f"x_{split} in {file} is {images.dtype} {list(images.shape)}; it takes "
-            f"{_IMAGES}. Floats from 0 to 1 become that by "
-            "numpy.round(255 * x).astype('uint8')."
+            f"{_IMAGES}{_advice(images)}."
         )
     if images.shape[1] <= 4 < images.shape[3]:
         raise UserError(
@@ -109,8 +124,8 @@ def _split(arrays: dict[str, np.ndarray], split: str, file: pathlib.Path) -> Arr
             f"y_{split} in {file} is {labels.dtype} {list(labels.shape)}; it takes whole "
             f"numbers, one for each of the {len(images)} images."
         )
-    if not len(images):
-        raise UserError(f"x_{split} in {file} is empty.")
+    if not images.size:
+        raise UserError(f"x_{split} in {file} is {list(images.shape)}: it is empty.")
     narrow = labels.astype(np.int32)
     if (narrow != labels).any():
         raise UserError(
@@ -120,12 +135,39 @@ def _split(arrays: dict[str, np.ndarray], split: str, file: pathlib.Path) -> Arr
     return ArraySplit(images, narrow)
 
 
+def _advice(images: np.ndarray) -> str:
+    """How images of another type, or shape, become what is taken."""
+    kind = images.dtype.kind
+    if images.ndim != 4 or images.dtype == np.uint8 or kind not in "biuf":
+        return ""
+    if kind == "b":
+        return "; these become that by 255 * x.astype('uint8')"
+    if not images.size:
+        return ""
+    least, most = images.min(), images.max()
+    if not (np.isfinite(least) and np.isfinite(most)):
+        return ", and these have values that are not finite numbers"
+    if least < 0 or most > 255:
+        return f"; these go from {least:g} to {most:g}; scale them to 0 to 255"
+    if kind != "f":
+        return "; these become that by x.astype('uint8')"
+    values = "x" if most > 1 else "255 * x"
+    return f"; these become that by numpy.round({values}).astype('uint8')"
+
+
 def _class_names(
     arrays: dict[str, np.ndarray], splits: dict[str, ArraySplit], file: pathlib.Path
 ) -> tuple[str, ...]:
     present = np.unique(splits["train"].labels)
     if "class_names" in arrays:
-        names = tuple(map(str, arrays["class_names"].ravel().tolist()))
+        given = arrays["class_names"]
+        if given.dtype.kind not in "Uiu":
+            raise UserError(
+                f"class_names in {file} are {given.dtype}; give text, such as "
+                "numpy.array(['cat', 'dog'])."
+            )
+        names = tuple(map(str, given.ravel().tolist()))
+        check_class_names(names, f"class_names in {file}")
     else:
         names = tuple(map(str, range(len(present))))
     if len(names) < 2 or present.tolist() != list(range(len(names))):

@@ -1,11 +1,11 @@
 """Random changes of training images, traced into the training step.
 
-All is batched: each example has draws of its own, from the step's key, and no draw compiles
-anything anew. The scale augmentation of the ImageNet era is that of Simonyan and Zisserman
-2014 (arXiv:1409.1556, section 3.1) and He et al. 2015 (section 3.4): the short side of each
-image is drawn, between 256 and 480 pixels say, the image is resized to it, and a window of
-the network's input size is cut out at random. Lighting as in Krizhevsky et al. 2012
-(section 4.1), brightness and contrast as in fb.resnet.torch.
+All is batched: each example has draws of its own, from the step's key, and no draw makes
+anything compile again. The scale augmentation of the ImageNet era is that of Simonyan and
+Zisserman 2014 (arXiv:1409.1556, section 3.1) and He et al. 2015 (section 3.4): the short
+side of each image is drawn, between 256 and 480 pixels say, the image is resized to it, and
+a window of the network's input size is cut out at random. Lighting as in Krizhevsky et al.
+2012 (section 4.1), brightness and contrast as in fb.resnet.torch.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ class Augmentation:
       crop_padding: pixels of zeros added on each side before a random crop of the original
         size (He et al. 2015: 4); 0 for no crop.
       flip: whether half of the images are mirrored left to right. Wrong for digits.
+      vertical_flip: whether half of them are mirrored upside down, where nothing says
+        which way up a picture is: under a microscope, from above.
       scale_min, scale_max: if not 0, the range of the short side, in pixels, to which an
         image is resized before a random crop of the original size (ImageNet's 256 to 480
         for crops of 224). Instead of `crop_padding`.
@@ -42,6 +44,7 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     lighting: float = 0.0
+    vertical_flip: bool = False
 
 
 def random_crop(rng: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -67,6 +70,16 @@ def draw_offsets(rng: jax.Array, count: int, padding: int) -> jax.Array:
 def random_flip(rng: jax.Array, images: jax.Array) -> jax.Array:
     """Each image mirrored left to right with probability one half."""
     return jnp.where(draw_flips(rng, len(images)), images[:, :, ::-1], images)
+
+
+def random_vertical_flip(rng: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image mirrored upside down with probability one half."""
+    return jnp.where(draw_vertical_flips(rng, len(images)), images[:, ::-1], images)
+
+
+def draw_vertical_flips(rng: jax.Array, count: int) -> jax.Array:
+    """Which images `random_vertical_flip` mirrors, of the key of `random_flip`."""
+    return draw_flips(jax.random.fold_in(rng, 1), count)
 
 
 def draw_flips(rng: jax.Array, count: int) -> jax.Array:
@@ -116,6 +129,8 @@ def augment(
         images = random_crop(crop_rng, images, augmentation.crop_padding)
     if augmentation.flip:
         images = random_flip(flip_rng, images)
+    if augmentation.vertical_flip:
+        images = random_vertical_flip(flip_rng, images)
     return images
 
 

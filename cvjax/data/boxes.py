@@ -165,14 +165,21 @@ def move(
         offsets = augment.draw_offsets(crop_rng, len(targets), padding)
         corners = corners + (padding - offsets)[:, None, None, ::-1]
     if augmentation.flip:
-        mirrored = augment.draw_flips(flip_rng, len(targets))
-        left, right = corners[..., 1, 0], corners[..., 0, 0]
-        x = size[1] - jnp.stack([left, right], axis=-1)
-        flipped = jnp.stack([x, corners[..., 1]], axis=-1)
-        corners = jnp.where(mirrored, flipped, corners)
+        corners = _mirror(corners, augment.draw_flips(flip_rng, len(targets)), 0, size[1])
+    if augmentation.vertical_flip:
+        mirrored = augment.draw_vertical_flips(flip_rng, len(targets))
+        corners = _mirror(corners, mirrored, 1, size[0])
     corners = corners.clip(0, size[::-1].reshape(1, 1, 1, 2).astype(corners.dtype))
     corners = corners.reshape(*targets.shape[:-1], 4)
     left = areas(corners)
     kept = (targets[..., 4] > 0) & (left > 0) & (left >= KEPT_AREA * area)
     moved = jnp.concatenate([corners, targets[..., 4:]], axis=-1)
     return jnp.where(kept[..., None], moved, 0)
+
+
+def _mirror(
+    corners: jax.Array, mirrored: jax.Array, axis: int, length: jax.Array
+) -> jax.Array:
+    """Corners [batch, max_boxes, 2, 2], those of some images mirrored along x (0) or y."""
+    flipped = corners.at[..., axis].set(length - corners[..., ::-1, axis])
+    return jnp.where(mirrored, flipped, corners)

@@ -14,13 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
-import filelock
 import numpy as np
 from absl import logging
 
 from cvjax.data.tfds import Decoded, Source
 from cvjax.errors import UserError
-from cvjax.files import file_digest, user_cache
+from cvjax.files import file_digest, locked, user_cache, user_path
 
 FORMAT = 2  # of the entries; another number never reads this one's
 _WRITING = ".writing-"
@@ -32,7 +31,7 @@ def resolve_cache_dir(cache_dir: str) -> pathlib.Path:
     Raises:
       UserError: if it cannot be written to.
     """
-    folder = pathlib.Path(cache_dir or user_cache("data")).expanduser().absolute()
+    folder = user_path(cache_dir or user_cache("data"), "data.cache_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -52,7 +51,7 @@ def read_or_decode(
 
     Args:
       source: what to read.
-      decode: reads it; called only if there is no sound entry.
+      decode: reads it; called only if there is no valid entry.
       cache: see `resolve_cache_dir`.
 
     Raises:
@@ -60,7 +59,7 @@ def read_or_decode(
     """
     entry = cache / f"{_prefix(source.name)}{source.version}-{source.fingerprint[:16]}"
     # One process decodes; others that want the same data wait for it here.
-    with filelock.FileLock(f"{entry}.lock"):
+    with locked(f"{entry}.lock"):
         decoded = _read(entry)
         if decoded is not None:
             return decoded
@@ -131,7 +130,7 @@ def _write(entry: pathlib.Path, decoded: Decoded) -> None:
 
 
 def _read(entry: pathlib.Path) -> Decoded | None:
-    """The entry, or None if there is none or it is not sound."""
+    """The entry, or None if there is none or it is not valid."""
     try:
         manifest = json.loads((entry / "manifest.json").read_text())
         if manifest["format"] != FORMAT:

@@ -9,15 +9,19 @@ a batch may end one epoch and begin the next.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import pathlib
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from cvjax.errors import UserError
+from cvjax.files import read_text
 
 Batch = dict[str, np.ndarray]
 ALL = slice(None)
+_NO_LETTERS = ("Cc", "Zl", "Zp")  # by Unicode: control characters, and ends of lines
 
 
 class Split(Protocol):
@@ -27,6 +31,10 @@ class Split(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
+
+    @property
+    def target_rank(self) -> int:
+        """The rank of a batch of labels."""
 
     def __len__(self) -> int: ...
 
@@ -63,6 +71,11 @@ class ArraySplit:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.images.shape[1:]
+
+    @property
+    def target_rank(self) -> int:
+        """The rank of a batch of labels."""
+        return self.labels.ndim
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,6 +133,48 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
         return self.train.image_shape
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Raises UserError for a name that is empty, stands twice or is no text.
+
+    Args:
+      names: of the classes.
+      where: they come from.
+    """
+    first = {}
+    for number, name in enumerate(names, start=1):
+        what = f"class {number} of {where} has the name {name!r}"
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what}, which is not in UTF-8; rename the class.") from None
+        if not name.strip():
+            raise UserError(f"{what}, which is empty; give each class a name.")
+        if any(unicodedata.category(letter) in _NO_LETTERS for letter in name):
+            raise UserError(f"{what}, which has control characters; rename the class.")
+        if first.setdefault(name, number) != number:
+            raise UserError(
+                f"{what}, as has class {first[name]}; give each class its own name."
+            )
+
+
+def read_class_names(file: pathlib.Path) -> tuple[str, ...]:
+    """The names in a text file, one per line; checked.
+
+    Raises:
+      UserError: it cannot be read, or a name is none.
+    """
+    try:
+        text = read_text(file).rstrip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{file} cannot be read ({reason}); it takes one class name per line."
+        ) from error
+    names = tuple(line.strip(" \t") for line in text.split("\n"))
+    check_class_names(names, str(file))
+    return names
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:

@@ -1,10 +1,10 @@
 """Scenes of real handwritten digits, with boxes, labels and masks.
 
-Each is a grey 64x64 canvas with one to six of scikit-learn's digits (`data.digits`), at 10
-to 28 pixels a side, brighter than the noisy ground by a contrast that varies, with little
-overlap. The pixels of the digits are real; where they stand is drawn. Training scenes are
-made of training digits only, validation and test scenes likewise of their own. A scene is
-a pure function of (split, index), so nobody needs to keep or download anything.
+Each is a grey 64x64 canvas with one to six of scikit-learn's digits (`data.digits`), 10 to
+28 pixels wide and high, brighter than the noisy ground by a contrast that varies, with
+little overlap. The pixels of the digits are real; where they stand is drawn. Training
+scenes are made of training digits only, validation and test scenes likewise of their own.
+A scene is a pure function of (split, index), so nobody needs to keep or download anything.
 """
 
 import dataclasses

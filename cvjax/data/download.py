@@ -34,11 +34,11 @@ class Archive:
 
 
 def fetch(archive: Archive, folder: pathlib.Path, mirror: str = "") -> None:
-    """Sees to it that the archive is in the folder, and sound.
+    """Makes sure that the archive is in the folder, and valid.
 
     Args:
       archive: what is wanted.
-      folder: an existing folder; a sound file of the archive's name there is kept.
+      folder: an existing folder; a valid file of the archive's name there is kept.
       mirror: replaces what stands before the file name in the URL; "" for the official one.
 
     Raises:
@@ -47,9 +47,9 @@ def fetch(archive: Archive, folder: pathlib.Path, mirror: str = "") -> None:
     """
     path = folder / archive.file_name
     if path.exists():
-        if flaw := _flaw(path, archive):
+        if mismatch := _mismatch(path, archive):
             raise UserError(
-                f"{path} has {flaw}; put a good copy of {archive.url} in its place, or "
+                f"{path} has {mismatch}; put a good copy of {archive.url} in its place, or "
                 "delete it to have it downloaded."
             )
         return
@@ -58,17 +58,17 @@ def fetch(archive: Archive, folder: pathlib.Path, mirror: str = "") -> None:
     part = path.with_name(f"{path.name}.part")
     try:
         _download(url, part, path, archive)
-        if flaw := _flaw(part, archive):
+        if mismatch := _mismatch(part, archive):
             raise UserError(
-                f"the download of {url} has {flaw}; try again, name another mirror with "
-                f"CVJAX_MIRROR, or put a good copy at {path} by hand."
+                f"the download of {url} has {mismatch}; try again, name another mirror "
+                f"with CVJAX_MIRROR, or put a good copy at {path} by hand."
             )
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _flaw(path: pathlib.Path, archive: Archive) -> str:
+def _mismatch(path: pathlib.Path, archive: Archive) -> str:
     """How the file differs from the official one; "" if it does not."""
     size = path.stat().st_size
     if size != archive.size:

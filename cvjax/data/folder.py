@@ -14,15 +14,17 @@ from absl import logging
 from PIL import Image
 
 from cvjax.data import cache, folder_check
+from cvjax.data.crops import crop_split
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.folder_listing import SPLITS, Listing, list_folder
 from cvjax.data.image_files import load_picture, read_picture
+from cvjax.data.splits import warn_of_copies
 from cvjax.data.streaming import StreamedSplit, StreamOptions
 from cvjax.data.tfds import Decoded, Source
 from cvjax.errors import UserError
 from cvjax.memory import physical_memory
 
-# Pictures in memory may take this part of it.
+# Pictures in memory may take this fraction of it.
 MEMORY_ALLOWED = 0.5
 # When another version decodes or resizes otherwise, no old entry of the cache is read.
 VERSION = "1.0.0"
@@ -85,7 +87,12 @@ def load_folder(
     caches = cache.resolve_cache_dir(cache_dir)
     listing, pictures = folder_check.check(list_folder(data_dir), caches)
     logging.info("%s", folder_check.describe(listing, pictures))
-    folder_check.warn_of_copies(listing, pictures)
+    warn_of_copies(
+        {
+            split: [(pictures[path].pixels, path) for path, _ in pairs]
+            for split, pairs in listing.files.items()
+        }
+    )
     _warn_of_gaps(listing)
     sides = [min(picture.height, picture.width) for picture in pictures.values()]
     if np.median(sides) < options.image_size:
@@ -137,7 +144,7 @@ def _streamed(listing: Listing, options: StreamOptions) -> dict[str, StreamedSpl
     for split in SPLITS:
         paths = tuple(path for path, _ in listing.files[split])
         files = Files(listing.root, paths, _labels(listing, split))
-        splits[split] = StreamedSplit(files, np.arange(len(files)), options, classes)
+        splits[split] = crop_split(files, np.arange(len(files)), options, classes)
     return splits
 
 

@@ -1,4 +1,4 @@
-"""Opening each picture of a folder once: is it sound, how large, is it there twice?
+"""Opening each picture of a folder once: is it readable, how large, is it there twice?
 
 What is found is kept in CACHE/folders, and looked up by path, size and time: a second start
 opens only what has changed.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
+from PIL import Image
 
 from cvjax import progress
 from cvjax.data import image_files
@@ -22,27 +23,30 @@ from cvjax.data.folder_listing import Listing
 from cvjax.errors import UserError
 from cvjax.files import file_digest, write_bytes
 
-FORMAT = 1  # of the files in CACHE/folders; another number never reads this one's
-# A larger part of broken pictures than this stops the run.
+FORMAT = 2  # of the files in CACHE/folders; another number never reads this one's
+# A larger fraction of broken pictures than this stops the run.
 BROKEN_ALLOWED = 0.05
 NAMED = 10  # broken pictures, in the log
+_STRIP = 512  # rows of a picture that are digested at once
 _CHUNK = 1_000  # pictures between two looks at the clock
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What opening a file has shown: its size, a hex digest of its bytes; or what is wrong.
+    """What opening a file has shown: its size, hex digests; or what is wrong.
 
     Attributes:
       width, height: in pixels; 0 if it is broken.
       digest: of the file; "" if it cannot be read.
-      flaw: a sentence; "" if it is sound.
+      pixels: a digest of the picture, whatever the file's format; "" if it is broken.
+      problem: a sentence; "" if there is none.
     """
 
     width: int
     height: int
     digest: str
-    flaw: str
+    pixels: str
+    problem: str
 
 
 def check(listing: Listing, cache: pathlib.Path) -> tuple[Listing, dict[str, Picture]]:
@@ -61,21 +65,21 @@ def check(listing: Listing, cache: pathlib.Path) -> tuple[Listing, dict[str, Pic
     """
     paths = [path for pairs in listing.files.values() for path, _ in pairs]
     pictures = _examine(listing.root, paths, cache)
-    broken = [path for path in paths if pictures[path].flaw]
+    broken = [path for path in paths if pictures[path].problem]
     if len(broken) > BROKEN_ALLOWED * len(paths):
         raise UserError(
             f"{len(broken)} of the {len(paths)} pictures in {listing.root} are broken, "
             f"more than {100 * BROKEN_ALLOWED:g} %, for example: "
-            f"{pictures[broken[0]].flaw} Mend or remove them."
+            f"{pictures[broken[0]].problem} Mend or remove them."
         )
     if not broken:
         return listing, pictures
     for path in broken[:NAMED]:
-        logging.warning("Left out: %s", pictures[path].flaw)
+        logging.warning("Left out: %s", pictures[path].problem)
     if len(broken) > NAMED:
         logging.warning("Left out: %d more that are broken.", len(broken) - NAMED)
     files = {
-        split: [pair for pair in pairs if not pictures[pair[0]].flaw]
+        split: [pair for pair in pairs if not pictures[pair[0]].problem]
         for split, pairs in listing.files.items()
     }
     empty = [split for split, pairs in files.items() if not pairs]
@@ -86,23 +90,6 @@ def check(listing: Listing, cache: pathlib.Path) -> tuple[Listing, dict[str, Pic
     left_out = listing.left_out | {"broken": len(broken)}
     kept = dataclasses.replace(listing, files=files, left_out=left_out)
     return kept, {path: pictures[path] for pairs in files.values() for path, _ in pairs}
-
-
-def warn_of_copies(listing: Listing, pictures: dict[str, Picture]) -> None:
-    """Says in the log which pictures of training are also in val or test, byte by byte."""
-    known = {pictures[path].digest: path for path, _ in listing.files["train"]}
-    for split in ("val", "test"):
-        copies = [
-            (known[pictures[path].digest], path)
-            for path, _ in listing.files[split]
-            if pictures[path].digest in known
-        ]
-        if copies:
-            logging.warning(
-                "%d of the %d pictures in %s are in training too, for example %s as %s: "
-                "errors on %s will look better than they are.",
-                *(len(copies), len(listing.files[split]), split, *copies[0], split),
-            )
 
 
 def describe(listing: Listing, pictures: dict[str, Picture]) -> str:
@@ -181,22 +168,45 @@ def _stamp(path: str) -> list[int]:
 
 def _open(path: pathlib.Path) -> Picture:
     digest = ""
+    if path.exists() and not path.is_file():  # a pipe or a device may have no end
+        return Picture(0, 0, "", "", f"{path} is not a regular file.")
     try:
         digest = file_digest(path)
         image = image_files.read_picture(path, channels=3)
     except OSError as error:
-        return Picture(0, 0, digest, f"{path} cannot be read: {error.strerror}.")
+        return Picture(0, 0, digest, "", f"{path} cannot be read: {error.strerror}.")
     except UserError as error:
-        return Picture(0, 0, digest, str(error))
-    return Picture(image.width, image.height, digest, "")
+        return Picture(0, 0, digest, "", str(error))
+    return Picture(image.width, image.height, digest, _pixels(image), "")
+
+
+def _pixels(image: Image.Image) -> str:
+    """A digest of a picture, by strips: the bytes of a large one would fill the memory."""
+    digest = hashlib.sha256(f"{image.size}".encode())
+    for top in range(0, image.height, _STRIP):
+        bottom = min(top + _STRIP, image.height)
+        digest.update(image.crop((0, top, image.width, bottom)).tobytes())
+    return digest.hexdigest()
 
 
 def _read(file: pathlib.Path) -> dict[str, list]:
+    """What was kept; entries that are damaged count as absent."""
     try:
         content = json.loads(file.read_text())
-        return content["pictures"] if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        known = content["pictures"] if content["format"] == FORMAT else {}
+        return {path: entry for path, entry in known.items() if _is_entry(entry)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether these are a stamp and the fields of a `Picture`."""
+    fields = dataclasses.fields(Picture)
+    if not isinstance(entry, list) or len(entry) != 1 + len(fields):
+        return False
+    return all(
+        type(value) is field.type for value, field in zip(entry[1:], fields, strict=True)
+    )
 
 
 def _write(file: pathlib.Path, pictures: dict[str, list]) -> None:

@@ -3,9 +3,12 @@
     DIR/train/CLASS/...    and val/ and test/ likewise, or one of them, or neither
     DIR/CLASS/...          or the classes alone
 
-Folders below a class belong to it. A split that is not there is a tenth of the other
-pictures (of train/, or of all), chosen by the hash of CLASS/.../NAME: adding pictures moves
-no old one, and a copy of the folder has the same splits.
+Folders below a class belong to it. Symbolic links are followed, except for those that lead
+to another class or above their own, which would put its pictures into this one too.
+
+A split that is not there is a tenth of the other pictures (of train/, or of all), chosen by
+the hash of CLASS/.../NAME: adding pictures moves no old one, and a copy of the folder has
+the same splits.
 """
 
 import collections
@@ -16,15 +19,17 @@ import pathlib
 import unicodedata
 from collections.abc import Iterator
 
+from cvjax.data.dataset import check_class_names
 from cvjax.errors import UserError
 from cvjax.files import user_path
 
 SPLITS = ("train", "val", "test")
-# By their names alone; that the content is sound is seen when it is decoded.
+# By their names alone; whether the content is valid shows when it is decoded.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 # What programs leave behind in folders of pictures, beside hidden files.
 LEFT_BEHIND = ("thumbs.db", "desktop.ini", "__macosx")
+_LINK = "link to another class or above its own"
 # Of the hashes, from 0 to 1: these go to a split that is not there.
 SHARES = {"test": (0.0, 0.1), "val": (0.1, 0.2)}
 
@@ -51,7 +56,7 @@ class Listing:
 def list_folder(folder: str | os.PathLike[str]) -> Listing:
     """Lists the pictures of a folder; nothing is opened.
 
-    Symbolic links are followed; hidden files and `LEFT_BEHIND` are passed over.
+    Hidden files and `LEFT_BEHIND` are passed over.
 
     Raises:
       UserError: the folder cannot be read, or is not laid out as said above: fewer than two
@@ -61,7 +66,8 @@ def list_folder(folder: str | os.PathLike[str]) -> Listing:
     left_out = collections.Counter()
     try:
         tops = _tops(root)
-        found = {split: _classes(top, left_out) for split, top in tops.items()}
+        owners = _owners(tops)
+        found = {split: _classes(top, owners, left_out) for split, top in tops.items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
     train = found["train"]
@@ -109,7 +115,47 @@ def _tops(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return {split: root / split for split in SPLITS if split in children}
 
 
-def _classes(top: pathlib.Path, left_out: collections.Counter):
+@dataclasses.dataclass(frozen=True)
+class _Owners:
+    """Whose the folders are that links may lead to.
+
+    Attributes:
+      classes: of the real path of each class's folder, of any split, the class.
+      above: the real paths of the folders that a class's is in.
+    """
+
+    classes: dict[str, str]
+    above: frozenset[str]
+
+    def refuse(self, entry: os.DirEntry, name: str) -> bool:
+        """Whether this is a link from the class to another one, or above its own."""
+        if not entry.is_symlink():
+            return False
+        real = os.path.realpath(entry.path)
+        if real in self.above:
+            return True
+        return any(self.classes.get(path, name) != name for path in (real, *_above(real)))
+
+
+def _owners(tops: dict[str, pathlib.Path]) -> _Owners:
+    entries = [entry for top in tops.values() for entry in _visible(top) if entry.is_dir()]
+    # Folders before links: a link to another class's folder does not own it.
+    entries.sort(key=lambda entry: entry.is_symlink())
+    classes, above = {}, set()
+    for entry in entries:
+        real = os.path.realpath(entry.path)
+        if real not in above:
+            classes.setdefault(real, _composed(entry.name))
+            above.update(_above(real))
+    return _Owners(classes, frozenset(above))
+
+
+def _above(path: str) -> Iterator[str]:
+    while (parent := os.path.dirname(path)) != path:
+        yield (path := parent)
+
+
+def _classes(top: pathlib.Path, owners: _Owners, left_out: collections.Counter):
     """{class: [(path below the class, composed; path), ...]}; counts what is left out."""
     classes = {}
     for entry in _visible(top):
@@ -117,13 +163,16 @@ def _classes(top: pathlib.Path, left_out: collections.Counter):
             left_out[f"outside any class, in {top.name}"] += 1
             continue
         name = _composed(entry.name)
+        if owners.refuse(entry, name):
+            left_out[_LINK] += 1
+            continue
         if name in classes:
             raise UserError(
                 f"{top} has two folders {name!r} that differ in Unicode's form alone; "
                 "merge them."
             )
         pictures = []
-        for file in _walk(entry.path):
+        for file in _walk(entry.path, name, owners, left_out):
             suffix = os.path.splitext(file.name)[1].lower()
             if suffix in SUFFIXES:
                 inner = _below(entry.path, file.path)
@@ -144,13 +193,22 @@ def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[os.DirEntry]:
+def _walk(
+    folder: str,
+    name: str,
+    owners: _Owners,
+    left_out: collections.Counter,
+    above: tuple[str, ...] = (),
+) -> Iterator[os.DirEntry]:
+    """The files of a class, at any depth."""
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that it is in
         return
     for entry in _visible(folder):
-        if entry.is_dir():
-            yield from _walk(entry.path, (*above, real))
+        if owners.refuse(entry, name):
+            left_out[_LINK] += 1
+        elif entry.is_dir():
+            yield from _walk(entry.path, name, owners, left_out, (*above, real))
         else:
             yield entry
 
@@ -172,6 +230,7 @@ def _class_names(top: pathlib.Path, classes: dict[str, list]) -> tuple[str, ...]
             f"{top} holds {len(names)} folders of pictures{inner}; it takes one for each "
             "class, and two classes or more."
         )
+    check_class_names(names, str(top))
     lower = collections.defaultdict(list)
     for name in names:
         lower[name.casefold()].append(name)
@@ -193,8 +252,8 @@ def _check_known(top: pathlib.Path, classes: dict[str, list], names: tuple[str, 
     unknown = [name for name in classes if name not in names and classes[name]]
     if unknown:
         by_case = {name.casefold(): name for name in names}
-        near = by_case.get(unknown[0].casefold())
-        hint = f" (there is {near!r})" if near else ""
+        closest = by_case.get(unknown[0].casefold())
+        hint = f" (there is {closest!r})" if closest else ""
         raise UserError(
             f"{top} has the class {unknown[0]!r}, which train lacks{hint}; all classes "
             "have to be in train."

@@ -38,11 +38,11 @@ def load_picture(
 
     The picture is turned as its EXIF orientation says, laid on white where it is
     transparent, and made grey (ITU-R 601 luma) or RGB, as the network has one or three
-    channels; colour profiles are not applied. Its largest centred part with the aspect
-    ratio of the network's images is resized to their size, antialiased (bicubic): the short
-    side is resized and the ends of the long side are cut off; with a `border` it is cropped
-    by `center_crop` instead. A picture of that very size stays as it is. Of moving pictures
-    the first frame is taken.
+    channels; colour profiles are not applied. Floating-point pixels are taken for [0, 1].
+    Its largest centred part with the aspect ratio of the network's images is resized to
+    their size, antialiased (bicubic): the short side is resized and the ends of the long
+    side are cut off; with a `border` it is cropped by `center_crop` instead. A picture of
+    that very size stays as it is. Of moving pictures the first frame is taken.
 
     Args:
       path: of a file in one of `FORMATS`.
@@ -55,12 +55,22 @@ def load_picture(
       uint8 of that shape.
 
     Raises:
-      UserError: there is no such file, it is no image or a broken one, or it has more than
-        `MAX_PIXELS` pixels.
+      UserError: there is no such file, it is no image or a broken one, it has more than
+        `MAX_PIXELS` pixels, or floating-point ones that are not in [0, 1].
     """
-    height, width, channels = image_shape
     with quiet():
-        image = read_picture(path, channels)
+        image = read_picture(path, image_shape[-1])
+    return fit_picture(image, image_shape, border, resize)
+
+
+def fit_picture(
+    image: Image.Image,
+    image_shape: tuple[int, int, int],
+    border: float | None = None,
+    resize: str = "crop",
+) -> np.ndarray:
+    """What `load_picture` makes of a picture that is grey or RGB already."""
+    height, width, _ = image_shape
     if resize == "squash":
         image = squash(image, height, width)
     elif border is not None:
@@ -169,7 +179,13 @@ def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
                 row[line == transparent] = 255
         image = Image.fromarray(grey)
     elif image.mode == "F":
-        raise UserError(f"{path} has floating-point pixels; save it with 8 or 16 bits.")
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # nor where they are no numbers
+            raise UserError(
+                f"{path} has floating-point pixels from {values.min():g} to "
+                f"{values.max():g}; save it with values from 0 to 1, or with 8 or 16 bits."
+            )
+        image = Image.fromarray(np.round(255 * values).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))

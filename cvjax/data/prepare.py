@@ -20,7 +20,6 @@ import tarfile
 import types
 from collections.abc import Callable, Iterator
 
-import filelock
 import numpy as np
 import PIL.Image
 from absl import logging
@@ -28,6 +27,7 @@ from absl import logging
 from cvjax import progress
 from cvjax.data.download import Archive, fetch
 from cvjax.errors import UserError
+from cvjax.files import locked
 
 # tensorflow_datasets is imported in the functions that need it: it takes half a second,
 # and `PREPARABLE` is wanted where nothing is prepared.
@@ -107,7 +107,7 @@ def prepare(name: str, data_dir: pathlib.Path, *, mirror: str = "") -> None:
     folder = data_dir / "downloads" / "cvjax"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
+        with locked(folder / f"{name}.lock"):
             import tensorflow_datasets as tfds
 
             # Made within the lock, since it looks for a set that is there already.
@@ -128,20 +128,6 @@ def prepare(name: str, data_dir: pathlib.Path, *, mirror: str = "") -> None:
             f"{name} cannot be prepared in {data_dir} ({error.strerror or error}); make it "
             "writable, make room there, or name another folder with --config.data.data_dir."
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        logging.info("Another process holds %s; waiting for it.", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write(builder, folder: pathlib.Path) -> None:

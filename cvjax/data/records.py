@@ -11,9 +11,15 @@ import numpy as np
 from PIL import Image
 
 from cvjax.data import tfds
+from cvjax.data.crops import crop_split
+from cvjax.data.dataset import Dataset
+from cvjax.data.splits import SPLIT_SEED, check_val_examples
+from cvjax.data.streaming import StreamOptions
 from cvjax.data.tfds import Source
 from cvjax.errors import UserError
 
+# Without a number given, so many training images, or a tenth if that is less, validate.
+VAL_EXAMPLES = 10_000
 # Records that are looked at before all others: is it the same data, are there labels?
 PROBED = 64
 
@@ -49,7 +55,7 @@ class Records:
         Raises:
           UserError: if the files are damaged.
         """
-        with tfds.damage_told(self.folder):
+        with tfds.wrap_read_errors(self.folder):
             examples = self.examples.__getitems__([int(index) for index in indices])
             return [(each[self.image_key], each[self.label_key]) for each in examples]
 
@@ -95,7 +101,7 @@ def open_records(source: Source) -> tuple[dict[str, Records], tuple[str, ...]]:
     # Imported here: it takes a second, and not every run needs it.
     import tensorflow_datasets
 
-    with tfds.damage_told(source.folder):
+    with tfds.wrap_read_errors(source.folder):
         builder = tensorflow_datasets.builder_from_directory(source.folder)
         image_key, label_key = tfds.supervised_keys(source, builder.info)
         channels = builder.info.features[image_key].shape[-1]
@@ -131,3 +137,60 @@ def fingerprint(source: Source, records: dict[str, Records], names: tuple[str, .
             digest.update(f"{split} {label} {len(data)}\n".encode())
             digest.update(data)
     return digest.hexdigest()
+
+
+def open_stream(source: Source, val_examples: int, options: StreamOptions) -> Dataset:
+    """The three splits of a prepared set, to be read while training.
+
+    Validation is a random sample of the training records, the same for all seeds and
+    users, but not stratified: the labels of a large set are not read beforehand.
+
+    Args:
+      source: what to read.
+      val_examples: training images split off for validation; -1 for 10,000, or a tenth if
+        that is less.
+      options: see `StreamOptions`.
+
+    Raises:
+      UserError: if the set has no labelled train and test or validation split, its images
+        are smaller than what is to come out, or as `open_records`.
+    """
+    records, class_names = open_records(source)
+    test = "test" if "test" in records else "validation"
+    if "train" not in records or test not in records:
+        raise UserError(
+            f"{source.name} has the labelled splits {', '.join(records) or 'none'}; it "
+            "takes train and test or validation."
+        )
+    _check_sizes(source, records["train"], options.image_size)
+    available = len(records["train"])
+    if val_examples == -1:
+        val_examples = min(VAL_EXAMPLES, max(1, round(available / 10)))
+    check_val_examples(val_examples, available, source.name)
+    order = np.random.default_rng(SPLIT_SEED).permutation(available)
+    val, train = np.sort(order[:val_examples]), np.sort(order[val_examples:])
+    classes = len(class_names)
+    known = fingerprint(source, records, class_names)
+    digest = hashlib.sha256(f"{source.name} {known}".encode())
+    digest.update(val.tobytes())
+    return Dataset(
+        name=source.name,
+        train=crop_split(records["train"], train, options, classes),
+        val=crop_split(records["train"], val, options, classes),
+        test=crop_split(records[test], np.arange(len(records[test])), options, classes),
+        class_names=class_names,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _check_sizes(source: Source, records: Records, image_size: int) -> None:
+    sides = []
+    for data, _ in records.probe():
+        with Image.open(io.BytesIO(data)) as image:  # reads its header only
+            sides.append(min(image.size))
+    middle = int(np.median(sides))
+    if middle < image_size:
+        raise UserError(
+            f"the short side of half of the images of {source.name} is {middle} pixels or "
+            f"less, and data.image_size is {image_size}; choose {middle} or less."
+        )

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Hashable, Iterable, Mapping
 
 import numpy as np
+from absl import logging
 
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.errors import UserError
@@ -46,6 +48,24 @@ def check_val_examples(val_examples: int, available: int, name: str) -> None:
             f"data.val_examples must be between 1 and {available - 1} for {name} (or -1 "
             f"for its default), got {val_examples}."
         )
+
+
+def warn_of_copies(contents: Mapping[str, Iterable[tuple[Hashable, str]]]) -> None:
+    """Says in the log which pictures of training are also in val or test.
+
+    Args:
+      contents: for each split what each picture holds, and its name.
+    """
+    known = dict(contents["train"])
+    for split in ("val", "test"):
+        pictures = list(contents[split])
+        copies = [(known[held], name) for held, name in pictures if held in known]
+        if copies:
+            logging.warning(
+                "%d of the %d pictures in %s are in training too, for example %s as %s: "
+                "errors on %s will look better than they are.",
+                *(len(copies), len(pictures), split, *copies[0], split),
+            )
 
 
 def reduced(dataset: Dataset, train_examples: int = -1, shrink: int = 1) -> Dataset:

@@ -8,6 +8,7 @@ features.json and ArrayRecord shards, as `tfds build --file_format=array_record`
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ import numpy as np
 
 from cvjax import progress
 from cvjax.errors import UserError
+from cvjax.files import user_path
 
 # Images are read in bulk: one by one takes a hundred times as long.
 CHUNK = 2_000
@@ -68,7 +70,7 @@ def resolve_data_dir(data_dir: str) -> pathlib.Path:
         ("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", "")),
     ):
         if folder:
-            path = pathlib.Path(folder).expanduser().absolute()
+            path = user_path(folder, origin)
             if not path.is_dir():
                 raise UserError(
                     f"{origin} is {folder}, which is not a folder; name the one that holds "
@@ -118,6 +120,18 @@ def find_source(name: str, data_dir: pathlib.Path) -> Source | None:
     return Source(path, version, folder, digest.hexdigest())
 
 
+def has_boxes(source: Source) -> bool:
+    """Whether a prepared set is of pictures with boxes, see `data.tfds_boxes`."""
+    try:
+        content = json.loads((source.folder / "features.json").read_text())
+        features = content["featuresDict"]["features"]
+        inner = features["objects"]["sequence"]["feature"]["featuresDict"]["features"]
+        kinds = [str(inner[name]) for name in ("label", "bbox")]
+        return "image" in features and "ClassLabel" in kinds[0] and "BBox" in kinds[1]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def decode(source: Source) -> Decoded:
     """Reads and decodes all images of a prepared set, with a progress bar.
 
@@ -125,13 +139,13 @@ def decode(source: Source) -> Decoded:
       UserError: if it is not a set of equally sized images with one label each, or its
         files are damaged or not readable as ArrayRecord.
     """
-    with damage_told(source.folder):
+    with wrap_read_errors(source.folder):
         return _decode(source)
 
 
 @contextlib.contextmanager
-def damage_told(folder: pathlib.Path) -> Iterator[None]:
-    """Makes a UserError of what reading damaged files in `folder` raises."""
+def wrap_read_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what reading damaged files in `folder` raises into a UserError."""
     # Imported here: TFDS takes a second, and a cached set does not need it.
     from google.protobuf import json_format
 

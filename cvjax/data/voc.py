@@ -5,44 +5,39 @@
     DIR/ImageSets/Main/train.txt      one ID per line; likewise test.txt, perhaps val.txt
 
 Coordinates in the XML count pixels from 1, both ends included; here they are measured
-between pixels. What is odd about a box is counted and said: parts outside of the picture
-are cut off, boxes of which nothing is left are dropped. What cannot be read is refused.
+between pixels. What cannot be read is refused; for what is odd about a box see
+`data.box_pictures`.
 """
 
 import collections
-import hashlib
 import pathlib
 from xml.etree import ElementTree
 
 import numpy as np
-from absl import logging
-from PIL import Image
 
-from cvjax.data.boxes import KEPT_AREA, pack
-from cvjax.data.dataset import ArraySplit, Dataset
-from cvjax.data.image_files import load_picture, quiet, seen_part
-from cvjax.data.splits import check_val_examples
+from cvjax.data.box_pictures import to_dataset
+from cvjax.data.boxed import Boxed, boxed_file, check_size, split_off
+from cvjax.data.dataset import Dataset
+from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
-from cvjax.files import user_path
-from cvjax.memory import physical_memory
+from cvjax.files import read_text, user_path
 
-CHANNELS = 3
 SUFFIXES = (".jpg", ".jpeg", ".png")
 EDGES = ("xmin", "ymin", "xmax", "ymax")
-SPLIT_SEED = 20100601  # of the validation pictures, where the folder has none
 
 
 def load_voc(
-    data_dir: str, image_size: int, resize: str = "crop", val_examples: int = -1
+    data_dir: str,
+    image_size: int,
+    resize: str = "crop",
+    val_examples: int = -1,
+    stream: StreamOptions | None = None,
 ) -> Dataset:
-    """Loads such a folder into memory.
+    """Reads such a folder.
 
     Args:
       data_dir: the folder.
-      image_size: pixels of the short side. The long side follows from the most frequent
-        size among the training pictures; others are cropped or squashed to that shape.
-      resize: see `data.image_files.load_picture`. Boxes move with the pictures; those of
-        which a crop leaves less than a quarter are dropped.
+      image_size, resize, stream: see `data.box_pictures.to_dataset`.
       val_examples: split off the training pictures; -1 for a tenth. It must be -1 if there
         is a val.txt.
 
@@ -55,43 +50,12 @@ def load_voc(
             "name it with --config.data.data_dir=DIR."
         )
     folder = user_path(data_dir, "data.data_dir")
-    ids = _read_splits(folder, val_examples)
-    objects = {
-        name: _read_objects(folder, name) for split in ids.values() for name in split
+    splits = {
+        split: [_read_picture(folder, name) for name in names]
+        for split, names in _read_splits(folder, val_examples).items()
     }
-    classes = sorted({kind for name in ids["train"] for kind, _ in objects[name]})
-    if not classes:
-        raise UserError(f"the training pictures of {folder} have no boxes at all.")
-    pictures = {name: _find_picture(folder, name) for name in objects}
-    shape = _shape([pictures[name] for name in ids["train"]], image_size)
-    _check_memory(folder, len(objects), shape)
-    most = max(map(len, objects.values()))
-    counts = collections.Counter()
-    splits = {}
-    digest = hashlib.sha256("\n".join(classes).encode())
-    for split, names in ids.items():
-        images, targets = [], []
-        for name in names:
-            images.append(load_picture(pictures[name], shape, None, resize))
-            numbers = [
-                _class_number(kind, classes, folder, name) for kind, _ in objects[name]
-            ]
-            corners = np.array([box for _, box in objects[name]]).reshape(-1, 4)
-            corners, kept = _place(corners, pictures[name], shape, resize, counts)
-            targets.append(pack(corners, np.array(numbers, int)[kept], most))
-        splits[split] = ArraySplit(np.stack(images), np.stack(targets))
-        digest.update(f"{split} {splits[split].images.shape}".encode())
-        digest.update(splits[split].images.tobytes())
-        digest.update(splits[split].labels.tobytes())
-    for what, count in counts.items():
-        if count:
-            logging.warning("%s: %d boxes %s.", folder, count, what)
-    return Dataset(
-        name=folder.name,
-        **splits,
-        class_names=tuple(classes),
-        fingerprint=digest.hexdigest(),
-    )
+    classes = sorted({kind for picture in splits["train"] for kind in picture.kinds})
+    return to_dataset(splits, classes, folder.name, image_size, resize, stream)
 
 
 def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]]:
@@ -101,7 +65,7 @@ def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]
         if split == "val" and not file.exists():
             continue
         try:
-            lists[split] = file.read_text().split()
+            lists[split] = read_text(file).split()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{file} cannot be read ({getattr(error, 'strerror', None) or error}); it "
@@ -109,17 +73,18 @@ def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]
             ) from error
         if not lists[split]:
             raise UserError(f"{file} is empty; it takes one name per line.")
+        odd = [name for name in lists[split] if not name.isprintable()]
+        if odd:
+            raise UserError(
+                f"{file} lists {odd[0][:40]!r}, which is no name of a picture; it takes "
+                "one name per line."
+            )
     if "val" in lists and val_examples != -1:
         raise UserError(
             f"{folder} has a val.txt, so data.val_examples must be -1, got {val_examples}."
         )
     if "val" not in lists:
-        train = lists["train"]
-        count = max(1, round(len(train) / 10)) if val_examples == -1 else val_examples
-        check_val_examples(count, len(train), str(folder))
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
-        lists["val"] = [train[k] for k in np.sort(order[:count])]
-        lists["train"] = [train[k] for k in np.sort(order[count:])]
+        lists["train"], lists["val"] = split_off(lists["train"], val_examples, str(folder))
     owners = collections.Counter(name for names in lists.values() for name in names)
     name, count = owners.most_common(1)[0]
     if count > 1:
@@ -130,8 +95,7 @@ def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]
     return lists
 
 
-def _read_objects(folder: pathlib.Path, name: str) -> list[tuple[str, list[float]]]:
-    """Class names and boxes as they stand in a picture's XML."""
+def _read_picture(folder: pathlib.Path, name: str) -> Boxed:
     file = folder / "Annotations" / f"{name}.xml"
     try:
         root = ElementTree.parse(file).getroot()
@@ -140,9 +104,12 @@ def _read_objects(folder: pathlib.Path, name: str) -> list[tuple[str, list[float
             f"{file} cannot be read ({error.strerror}); every picture that is listed needs "
             "one, without objects if there are none."
         ) from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{file} is broken XML ({error}); mend it.") from error
-    objects = []
+    # Of text in another code than it says, or in one that the parser does not know.
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{file} is broken XML ({error}); save it as XML in UTF-8."
+        ) from error
+    kinds, corners = [], []
     for number, item in enumerate(root.iter("object"), start=1):
         kind = (item.findtext("name") or "").strip()
         texts = [item.findtext(f"bndbox/{edge}") for edge in EDGES]
@@ -155,8 +122,13 @@ def _read_objects(folder: pathlib.Path, name: str) -> list[tuple[str, list[float
                 f"object {number} in {file} has the name {kind!r} and the edges {texts}; "
                 f"it takes a name and a bndbox of four numbers, {', '.join(EDGES)}."
             )
-        objects.append((kind, [box[0] - 1, box[1] - 1, box[2], box[3]]))
-    return objects
+        kinds.append(kind)
+        corners.append([box[0] - 1, box[1] - 1, box[2], box[3]])
+    picture = _find_picture(folder, name)
+    boxed = boxed_file(picture, kinds, corners, str(file))
+    size = root.findtext("size/width"), root.findtext("size/height")
+    check_size(picture, boxed.size, size, str(file))
+    return boxed
 
 
 def _find_picture(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -168,70 +140,3 @@ def _find_picture(folder: pathlib.Path, name: str) -> pathlib.Path:
         f"{folder / 'JPEGImages'} has no picture {name} ({', '.join(SUFFIXES)}), which is "
         "listed in ImageSets/Main."
     )
-
-
-def _size(picture: pathlib.Path) -> tuple[int, int]:
-    """(width, height); (0, 0) of a broken file, which `load_picture` refuses."""
-    try:
-        with quiet(), Image.open(picture) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # as EXIF says, on its side
-            return image.size[::-1] if turned else image.size
-    except (OSError, ValueError):
-        return 0, 0
-
-
-def _shape(pictures: list[pathlib.Path], image_size: int) -> tuple[int, int, int]:
-    """(height, width, channels) of all images."""
-    sizes = collections.Counter(map(_size, pictures))
-    (width, height), _ = sizes.most_common(1)[0]
-    scale = image_size / max(1, min(width, height))
-    return max(1, round(scale * height)), max(1, round(scale * width)), CHANNELS
-
-
-def _check_memory(folder: pathlib.Path, count: int, shape: tuple[int, ...]) -> None:
-    there = physical_memory()
-    needed = count * int(np.prod(shape))
-    if there is not None and needed > there / 2:
-        raise UserError(
-            f"the {count:,} pictures of {folder} take {needed / 1e9:,.1f} GB at "
-            f"{shape[1]}x{shape[0]}, more than half of the memory; choose a smaller "
-            "data.image_size."
-        )
-
-
-def _class_number(kind: str, classes: list[str], folder: pathlib.Path, name: str) -> int:
-    if kind not in classes:
-        raise UserError(
-            f"Annotations/{name}.xml in {folder} has an object {kind!r}, which no training "
-            f"picture has; the classes are {', '.join(classes)}."
-        )
-    return classes.index(kind)
-
-
-def _place(
-    corners: np.ndarray,
-    picture: pathlib.Path,
-    shape: tuple[int, int, int],
-    resize: str,
-    counts: collections.Counter,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes in pixels of the image, and which are kept."""
-    size = np.array(_size(picture), float)
-    inside = np.clip(corners, 0, np.tile(size, 2))
-    good = (inside[:, 2:] > inside[:, :2]).all(axis=1)
-    # One pixel by VOC's count; labelling programs write that for a click without a drag.
-    good &= (corners[:, 2:] - corners[:, :2] > 1).all(axis=1)
-    counts["have no area within their picture and are dropped"] += int((~good).sum())
-    counts["reach out of their picture and are cut"] += int(
-        (inside != corners)[good].any(1).sum()
-    )
-    left, top, right, bottom = seen_part(tuple(size), shape, None, resize)
-    scale = np.array([shape[1] / (right - left), shape[0] / (bottom - top)])
-    moved = (inside - [left, top, left, top]) * np.tile(scale, 2)
-    seen = np.clip(moved, 0, [shape[1], shape[0]] * 2)
-    areas = [
-        np.prod((box[:, 2:] - box[:, :2]).clip(min=0), axis=1) for box in (seen, moved)
-    ]
-    kept = good & (areas[0] > 0) & (areas[0] >= KEPT_AREA * areas[1])
-    counts["are cut off by the crop and dropped"] += int((good & ~kept).sum())
-    return seen[kept], kept

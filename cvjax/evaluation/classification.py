@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cvjax import files
 from cvjax.files import Path
+from cvjax.report.figures import save_figure
 
 NUM_BINS = 15
 # From here on the numbers in the cells of a confusion matrix would be too small to read.
@@ -137,7 +137,7 @@ def draw_confusion_matrix(
     bar.outline.set_linewidth(0.6)
     if title:
         panel.set_title(title, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path, tight=True)
 
 
 def draw_reliability(calibration: Calibration, path: Path, title: str = "") -> None:
@@ -198,9 +198,4 @@ def draw_reliability(calibration: Calibration, path: Path, title: str = "") -> N
         panel.spines[["top", "right"]].set_visible(False)
     if title:
         upper.set_title(title, fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
+    save_figure(figure, path, tight=True)

@@ -121,16 +121,13 @@ def average_precisions(
       wanted: its true boxes.
       num_classes: how many classes there are.
     """
-    # Imported here: only this function needs it.
-    from faster_coco_eval import COCO, COCOeval_faster
 
     def rows(images: list[Found]) -> list[dict[str, Any]]:
         return [
             {
-                **{"id": None, "image_id": k, "category_id": int(kind), "iscrowd": 0},
+                **{"image_id": k, "category_id": int(kind), "score": float(score)},
                 "bbox": [*corners[:2], *(corners[2:] - corners[:2])],
                 "area": float(np.prod(corners[2:] - corners[:2])),
-                "score": float(score),
             }
             for k, image in enumerate(images)
             for corners, kind, score in zip(
@@ -138,20 +135,43 @@ def average_precisions(
             )
         ]
 
-    annotations = rows(wanted)
-    for number, row in enumerate(annotations, start=1):
-        row["id"] = number
+    return coco_precisions(rows(found), rows(wanted), len(wanted), num_classes, "bbox")
+
+
+def coco_precisions(
+    found: list[dict[str, Any]],
+    wanted: list[dict[str, Any]],
+    images: int,
+    num_classes: int,
+    what: str,
+    most: int = 100,
+) -> Precisions:
+    """COCO's average precisions of what is found.
+
+    Args:
+      found, wanted: an entry per object: "image_id" and "category_id", from 0, "area",
+        "score", and "bbox" or "segmentation", in COCO's form.
+      images: their number.
+      num_classes: how many classes there are.
+      what: is compared, "bbox" or "segm".
+      most: objects found on an image, by score, that count.
+    """
+    # Imported here: only this function needs it.
+    from faster_coco_eval import COCO, COCOeval_faster
+
     truth = COCO(
         {
             "info": {},
-            "images": [{"id": k, "width": 0, "height": 0} for k in range(len(wanted))],
+            "images": [{"id": k, "width": 0, "height": 0} for k in range(images)],
             "categories": [{"id": k, "name": str(k)} for k in range(num_classes)],
-            "annotations": annotations,
+            "annotations": [
+                {**row, "id": number, "iscrowd": 0}
+                for number, row in enumerate(wanted, start=1)
+            ],
         }
     )
-    measured = COCOeval_faster(
-        truth, truth.loadRes(rows(found)), "bbox", print_function=_nothing
-    )
+    measured = COCOeval_faster(truth, truth.loadRes(found), what, print_function=_nothing)
+    measured.params.maxDets = [most]
     measured.evaluate()
     measured.accumulate()
     # [overlaps, recalls, classes, sizes, limits]; -1 where there is nothing to find.

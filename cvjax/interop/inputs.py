@@ -1,11 +1,11 @@
 """What an imported network takes in and distinguishes, from the command line."""
 
-import codecs
 import dataclasses
 import pathlib
 
 from cvjax import data
 from cvjax.checks import check_positive
+from cvjax.data.dataset import read_class_names
 from cvjax.errors import UserError
 
 # Mean and standard deviation of each channel, of images in [0, 1].
@@ -17,6 +17,8 @@ NORMALIZATIONS = {
     "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+
+MOST_CLASSES = 1_000_000  # of an imported network: each has a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,11 @@ def create_inputs(values) -> Inputs:
             "--image_size."
         )
     check_positive(num_classes=values.num_classes, image_size=values.image_size)
+    if values.num_classes > MOST_CLASSES:
+        raise UserError(
+            f"--num_classes={values.num_classes} is more than {MOST_CLASSES:,}; give the "
+            "number of classes that the file's last layer has."
+        )
     names = tuple(str(number) for number in range(values.num_classes))
     if values.class_names:
         names = _read_class_names(values.class_names, values.num_classes)
@@ -107,33 +114,13 @@ def _inputs_of_dataset(name: str, data_dir: str, mean, std) -> Inputs:
 
 
 def _read_class_names(path: str, count: int) -> tuple[str, ...]:
-    try:
-        content = pathlib.Path(path).read_bytes()
-        # Editors of Windows mark UTF-8 and UTF-16 by their first bytes.
-        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class_names {path} cannot be read ({error}).") from error
-    names = tuple(line.strip() for line in text.splitlines())
-    check_class_names(names, path)
+    names = read_class_names(pathlib.Path(path))
     if len(names) != count:
         raise UserError(
-            f"{path} has {len(names)} lines and --num_classes is {count}: it takes the "
-            "name of one class a line."
+            f"{path} has {len(names)} lines and --num_classes is {count}: it takes one "
+            "class name per line."
         )
     return names
-
-
-def check_class_names(names: tuple[str, ...], where: str) -> None:
-    """Raises UserError for a name that is empty or stands twice, or is no text."""
-    for number, name in enumerate(names, start=1):
-        if not name or not name.isprintable():
-            raise UserError(f"{where} has no name in line {number}: {name!r}.")
-        if name in names[: number - 1]:
-            raise UserError(
-                f"{where} has {name!r} twice, in line {names.index(name) + 1} and line "
-                f"{number}; give each class its own name."
-            )
 
 
 def _numbers(flag: str, texts: list[str]) -> tuple[float, ...]:

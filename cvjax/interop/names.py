@@ -187,23 +187,23 @@ def _name_alexnet(model: AlexNet):
         raise UserError(
             "torchvision's AlexNet is the one of 2014: import it with variant=one_tower."
         )
-    names, place = {}, 0
+    names, index = {}, 0
     for layer in range(1, 6):
-        names[f"conv{layer}"] = f"features.{place}"
-        place += 3 if layer in POOLED else 2  # with ReLU, and the pooling
-    return (names | {k: f"classifier.{place}" for k, place in ALEXNET_HEAD.items()}).get
+        names[f"conv{layer}"] = f"features.{index}"
+        index += 3 if layer in POOLED else 2  # with ReLU, and the pooling
+    return (names | {k: f"classifier.{index}" for k, index in ALEXNET_HEAD.items()}).get
 
 
 def _name_vgg(model: VGG):
-    names, place = {}, 0
+    names, index = {}, 0
     for stage, length in enumerate(STAGES[model.depth], start=1):
         for layer in range(1, length + 1):
-            names[f"conv{stage}_{layer}"] = f"features.{place}"
+            names[f"conv{stage}_{layer}"] = f"features.{index}"
             if model.batch_norm:
-                names[f"bn{stage}_{layer}"] = f"features.{place + 1}"
-            place += 3 if model.batch_norm else 2  # with ReLU
-        place += 1  # the pooling
-    names |= {k: f"classifier.{place}" for k, place in VGG_HEAD.items()}
+                names[f"bn{stage}_{layer}"] = f"features.{index + 1}"
+            index += 3 if model.batch_norm else 2  # with ReLU
+        index += 1  # the pooling
+    names |= {k: f"classifier.{index}" for k, index in VGG_HEAD.items()}
     return (names | {"head": "classifier"}).get  # the small head: one layer, no places
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +70,23 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
             f"{path} holds no state dict: it takes tensors by name, alone or under "
             f"{', '.join(WRAPPERS)}."
         )
-    # Numpy does not know bfloat16.
-    return {name: tensor.detach().float().numpy() for name, tensor in content.items()}
+    return {name: _plain(name, tensor, path) for name, tensor in content.items()}
+
+
+def _plain(name: Any, tensor, path: pathlib.Path) -> np.ndarray:
+    """A tensor of PyTorch as an array; refused if it has no real numbers, or no data."""
+    if not isinstance(name, str):
+        raise UserError(f"{path} has the tensor name {name!r}; names are text.")
+    if tensor.is_complex():
+        raise UserError(f"{name} in {path} holds complex numbers; save real ones.")
+    try:
+        return tensor.detach().float().numpy()  # NumPy does not know bfloat16
+    # Sparse, quantised and meta tensors: each has an error of its own.
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{name} in {path} is {tensor.dtype}, {tensor.layout}, on {tensor.device}, "
+            "which is no plain tensor; save 32-bit floats, dense and on the CPU."
+        ) from error
 
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
@@ -80,17 +94,32 @@ def _read_safetensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     load_file = _import("safetensors.numpy", path).load_file
     try:
         return load_file(path)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}).") from error
+    # Types that NumPy has not, such as 8-bit floats, are an AttributeError or a KeyError.
+    except (
+        *(safetensors.SafetensorError, OSError),
+        *(AttributeError, KeyError, TypeError, ValueError),
+    ) as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}); save its tensors whole, as "
+            "32-bit floats."
+        ) from error
 
 
 def _read_npz(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     try:
         # Opened here: of a damaged file numpy would leave its own open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array, .npy")
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz ({error}).") from error
+    except MemoryError:
+        raise
+    # zipfile, zlib and NumPy meet damaged files with errors of any kind.
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as .npz ({error}); write it with numpy.savez(FILE, "
+            "**{name: array})."
+        ) from error
 
 
 def _import(name: str, path: pathlib.Path):
@@ -99,5 +128,5 @@ def _import(name: str, path: pathlib.Path):
     except ModuleNotFoundError as error:
         raise UserError(
             f"reading {path.name} needs {name.partition('.')[0]}, which is not installed: "
-            "`pip install torch safetensors`."
+            f"`pip install {name.partition('.')[0]}`."
         ) from error

@@ -7,6 +7,7 @@
         --num_classes=1000 --class_names=imagenet.txt --image_size=224 \\
         --normalization=imagenet --workdir=runs/resnet50
     python -m cvjax.interop.torch --export=resnet20.safetensors --workdir=runs/resnet20
+    python -m cvjax.interop.torch --export=net.safetensors --pretrained=cifar10_resnet20
 
 FILE holds a state dict: of torch.save (opened with weights_only=True), .safetensors or
 .npz. The names are those of torchvision for alexnet, vgg, googlenet and resnet, and those
@@ -52,9 +53,9 @@ from cvjax.models import MODELS, SAME_EQUATION, create_model
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import write_inputs
+from cvjax.training import network_flags
 from cvjax.training.config import default_config, parse_config
-from cvjax.training.optim import create_optimizer
-from cvjax.training.state import Record, TrainState, create_monitor
+from cvjax.training.state import Record, create_variables
 
 NAMED = 3  # differences of each kind in a message
 
@@ -75,10 +76,8 @@ def convert(
     Raises:
       UserError: if tensors are missing, unexpected or of another shape.
     """
-    abstract = jax.eval_shape(
-        lambda rng, images: model.init(rng, images, train=False),
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, *image_shape), np.float32),
+    abstract = create_variables.eval_shape(
+        jax.random.key(0), model=model, image_shape=image_shape
     )
     places = torch_names(model, abstract)
     wanted = {name: place.shape for place in places.values() for name in place.names}
@@ -144,15 +143,6 @@ def write_workdir(
     config.data.normalization = "channel"
     run = parse_config(config)
     variables = convert(tensors, model, inputs.image_shape)
-
-    params = variables["params"]
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables["batch_stats"],
-        opt_state=create_optimizer(run.optim, run.total_steps).init(params),
-        monitor=create_monitor(),
-    )
     same_net = {key: run.model[key] for key in run.model if key not in SAME_EQUATION}
     record = Record(data_fingerprint=inputs.fingerprint, model=same_net)
     statistics = Statistics(
@@ -175,12 +165,13 @@ def write_workdir(
         folder = pathlib.Path(workdir).absolute()
         if (folder / "config.json").exists() or checkpoint.list_steps(folder):
             raise UserError(f"{folder} holds a run already; choose another --workdir.")
-        checkpoint.save(folder, 0, state, dataclasses.asdict(record))
+        checkpoint.save(folder, 0, variables, dataclasses.asdict(record))
         write_inputs(folder, statistics, inputs.class_names)
         write_json(folder / "config.json", manifest)
     logging.info(
         "%s: %d tensors with %s parameters; %s with %s.",
-        *(source, len(tensors), f"{sum(x.size for x in jax.tree.leaves(params)):,}"),
+        *(source, len(tensors)),
+        f"{sum(x.size for x in jax.tree.leaves(variables['params'])):,}",
         *(model_name, ", ".join(f"{key} {fields[key]}" for key in fields) or "defaults"),
     )
     logging.info(
@@ -200,12 +191,12 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
-    flags.DEFINE_string("workdir", None, "The folder to make, or an empty one.")
-    flags.DEFINE_string(
-        "export", "", "Instead of reading a file: the .safetensors to write, of --workdir."
+    network_flags.define_flags(
+        "The folder to make, or an empty one; with --export that of a run of train.py.",
+        "With --export: last, best (on validation) or the number of a step.",
     )
     flags.DEFINE_string(
-        "checkpoint", "last", "With --export: last, best (on validation) or a step."
+        "export", "", "Instead of reading a file: the .safetensors to write of a network."
     )
     flags.DEFINE_enum("model", None, list(MODELS), "The network.")
     flags.DEFINE_list("fields", [], "Its fields, such as depth=20,shortcut=A.")
@@ -227,15 +218,21 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("mean", [], "Instead: of each channel, of images in [0, 1].")
     flags.DEFINE_list("std", [], "Instead: of each channel, of images in [0, 1].")
-    flags.mark_flag_as_required("workdir")
 
 
 def main(arguments):
     values = flags.FLAGS
     if values.export:
         cli.refuse_arguments(arguments)
-        write_safetensors(values.workdir, values.export, values.checkpoint)
+        write_safetensors(network_flags.source(), values.export, values.checkpoint)
         return
+    if values.pretrained:
+        raise UserError(
+            "--pretrained names a network to write with --export; what is read goes into "
+            "--workdir=DIR."
+        )
+    if not values.workdir:
+        raise UserError("--workdir is missing; give --workdir=VALUE.")
     if values.model is None:
         raise UserError(f"say with --model which network it is: {', '.join(MODELS)}.")
     if len(arguments) == 1 and not arguments[0]:

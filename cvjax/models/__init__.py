@@ -82,8 +82,8 @@ def create_model(name: str, num_classes: int, **fields: Any) -> nn.Module:
     types = {field: spec.type for field, spec in model_fields(name).items()}
     for field, value in fields.items():
         if field not in types:
-            near = difflib.get_close_matches(field, types, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            closest = difflib.get_close_matches(field, types, n=1)
+            hint = f"; did you mean {closest[0]!r}?" if closest else "."
             raise UserError(
                 f"model {name!r} has no field {field!r}, only {', '.join(types)}{hint}"
             )

@@ -226,15 +226,16 @@ def decode(outputs: jax.Array, count: int) -> tuple[Boxes, jax.Array]:
     Returns:
       Boxes [batch, count] in pixels, and their scores [batch, count] in falling order.
     """
-    rows, columns, width = outputs.shape[1:]
+    batch, rows, columns, width = outputs.shape
     classes = width - BOX
     heat = jax.nn.sigmoid(outputs[..., :classes])
     around = nn.max_pool(heat, (3, 3), padding="SAME")
-    peaks = jnp.where(heat == around, heat, 0).reshape(len(heat), -1)
+    peaks = jnp.where(heat == around, heat, 0)
+    peaks = peaks.reshape(batch, rows * columns * classes)
     scores, places = jax.lax.top_k(peaks, min(count, peaks.shape[1]))
     places, kinds = places // classes, places % classes
     cells = jnp.stack([places % columns, places // columns], axis=-1)
-    flat = outputs[..., classes:].reshape(len(heat), -1, BOX)
+    flat = outputs[..., classes:].reshape(batch, rows * columns, BOX)
     there = jnp.take_along_axis(flat, places[..., None], axis=1)
     centers, halves = cells + there[..., 2:], there[..., :2].clip(min=0) / 2
     corners = STRIDE * jnp.concatenate([centers - halves, centers + halves], axis=-1)

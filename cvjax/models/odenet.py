@@ -223,9 +223,9 @@ class DiscreteNet(nn.Module):
             name = f"stage{suffix}"
             if self.body == "tied":
                 return depth_axis.TiedStage(f, self.length, self.walk, name=name)
-            one = partial(ResidualBlock, f, self.step_size)
+            make_block = partial(ResidualBlock, f, self.step_size)
             init = {"depth_init": self.depth_init}
-            return depth_axis.Stage(one, self.length, self.walk, **init, name=name)
+            return depth_axis.Stage(make_block, self.length, self.walk, **init, name=name)
 
         return _frame(self).apply(images, block)
 

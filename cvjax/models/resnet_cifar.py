@@ -108,10 +108,10 @@ class CifarResNet(nn.Module):
             _check_blocks(self.blocks, self.depth)
         elif self.depth < 8 or (self.depth - 2) % 6:
             below = max(8, self.depth - (self.depth - 2) % 6)
-            near = f"{below} or {below + 6}" if self.depth > 8 else "8"
+            closest = f"{below} or {below + 6}" if self.depth > 8 else "8"
             raise UserError(
                 f"depth must be 6n + 2 with n of 1 or more (8, 14, 20, ...), got "
-                f"{self.depth}; the nearest is {near}."
+                f"{self.depth}; the nearest is {closest}."
             )
         if self.shortcut == "none" and self.step_size != 1.0:
             raise UserError(

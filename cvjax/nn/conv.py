@@ -158,10 +158,10 @@ batching.primitive_batchers[convolution_p] = _batch
 def _by_xla(a, b, *, wanted, shape, channels_last, **settings):
     """A product by XLA's kernels."""
     if len(shape) == 5:
-        one = functools.partial(
+        product = functools.partial(
             _by_xla, wanted=wanted, shape=shape[1:], channels_last=channels_last, **settings
         )
-        return jax.vmap(one)(a, b)
+        return jax.vmap(product)(a, b)
     if wanted == "y":
         return _xla(a, b, **settings)
     if channels_last and settings["groups"] == 1:

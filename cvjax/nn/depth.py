@@ -8,7 +8,7 @@ axis.
 `refine` multiplies the number of blocks: x' = f(x, theta(t)) in smaller steps. `smooth`
 makes a function of depth of independent initial weights.
 
-A stage is walked either rolled (a loop: compile time does not depend on depth) or
+A stage is compiled either rolled (a loop: compile time does not depend on depth) or
 unrolled (n copies of the body, which XLA can fuse with what lies around them). `is_rolled`
 is the one place where that is decided.
 """
@@ -59,7 +59,7 @@ class Stage(nn.Module):
       length: number of blocks.
       walk: one of `WALKS`, see `is_rolled`.
       remat: whether the gradient keeps only what goes into each block and computes the
-        block again: memory for one state a block instead of all that lies within, for one
+        block again: memory for one state per block instead of all that lies within, for one
         more forward pass. Values and gradients are the same up to rounding.
       depth_init: one of `DEPTH_INITS`.
     """
@@ -75,8 +75,8 @@ class Stage(nn.Module):
         if self.length == 0:
             return x
         if self.remat and not self.is_initializing():
-            return self._walk_recomputing(x)
-        # Drawing the parameters is no walk that needs to be fast, only quickly compiled.
+            return self._scan_recomputing(x)
+        # Initialisation need not be fast, only quickly compiled.
         rolled = is_rolled(self.walk, self.length) or self.is_initializing()
         chain = nn.scan(
             lambda block, x, _: (jax.lax.optimization_barrier(block(x)), None),
@@ -92,7 +92,7 @@ class Stage(nn.Module):
             self.put_variable("params", BLOCKS, smooth(drawn))
         return x
 
-    def _walk_recomputing(self, x: jax.Array) -> jax.Array:
+    def _scan_recomputing(self, x: jax.Array) -> jax.Array:
         """The same chain, of pure functions: `nn.remat` saves nothing on CPU."""
         rolled = is_rolled(self.walk, self.length)
         block = self.block(parent=None)
@@ -103,12 +103,12 @@ class Stage(nn.Module):
         }
 
         @recompute
-        def one(params, x, averages):
+        def apply_block(params, x, averages):
             variables = {"params": params, **averages}
             return block.apply(variables, x, mutable=["batch_stats"])
 
         x, updated = jax.lax.scan(
-            lambda x, own: one(own[0], x, own[1]),
+            lambda x, slices: apply_block(slices[0], x, slices[1]),
             x,
             (self.variables["params"][BLOCKS], averages),
             unroll=1 if rolled else self.length + 1,

@@ -3,10 +3,17 @@
 Imported where such a solve is asked for, as diffrax takes a while to import.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+# Else equinox puts a callback into each adaptive solve, for errors of its caller (a first
+# step in the wrong direction), and JAX neither keeps such programs in its cache nor exports
+# them. Read when equinox is imported.
+os.environ.setdefault("EQX_ON_ERROR", "nan")
+
 import diffrax
+import equinox
 import jax
 import numpy as np
 import optimistix
@@ -44,6 +51,8 @@ SOLVERS = {
     "dopri5": diffrax.Dopri5,
     "reversible_heun": diffrax.ReversibleHeun,
 }
+# Differentiates the steps taken, keeping the logarithm of their number.
+_FORGET = diffrax.RecursiveCheckpointAdjoint()
 
 
 class Solution(NamedTuple):
@@ -128,19 +137,26 @@ def solve(
       t0, t1: begin and end.
       solver: its steps, if fixed, are those from t0 to t1.
     """
-
-    def controlled(x):
-        return x[0] if isinstance(x, tuple) else x
-
     if solver.gradient == "backsolve":
-        return _solve_with_adjoint(f, theta, x, t0, t1, controlled, solver)
-    keeps_all = solver.gradient == "direct"
-    adjoint = diffrax.DirectAdjoint() if keeps_all else diffrax.RecursiveCheckpointAdjoint()
-    return _solve(f, theta, x, t0, t1, controlled, adjoint, solver)
+        return _solve_with_adjoint(f, theta, x, t0, t1, solver)
+    adjoint = diffrax.DirectAdjoint() if solver.gradient == "direct" else _FORGET
+    return _solve(f, theta, x, t0, t1, adjoint, solver)
 
 
-def _solve(f, theta, x, t0, t1, controlled, adjoint, solver: Solver) -> Solution:
-    """By diffrax; `controlled` picks what adaptive steps look at."""
+def _is_inexact(leaf: Any) -> bool:
+    """Whether it can have a gradient."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _controlled(x: PyTree) -> PyTree:
+    """What adaptive steps look at."""
+    return x[0] if isinstance(x, tuple) else x
+
+
+def _solve(
+    f, theta, x, t0, t1, adjoint, solver: Solver, controlled=_controlled
+) -> Solution:
+    """By diffrax, which differentiates it by `adjoint`."""
     method, rtol, atol = SOLVERS[solver.method](), solver.rtol, solver.atol
     if solver.steps:
         controller = diffrax.ConstantStepSize()
@@ -192,32 +208,16 @@ def _solve(f, theta, x, t0, t1, controlled, adjoint, solver: Solver) -> Solution
     )
 
 
-def _solve_with_adjoint(f, theta, x, t0, t1, controlled, solver) -> Solution:
-    """Chen et al. 2018, Algorithm 1: gradients by a second solve, from t1 back to t0.
+def _solve_with_adjoint(f, theta, x, t0, t1, solver: Solver) -> Solution:
+    """Gradients by `solve_adjoint`; NaN if that did not reach t0.
 
-    In s = t1 - t, with the cotangent a of x: dx/ds = -f, da/ds = a df/dx, and the integral
-    of a df/dtheta. Steps adapt to x and a (Kidger et al. 2021, arXiv:2009.09457). diffrax's
-    own adjoint does not report whether the second solve reached t0; here its gradients are
-    NaN if it did not.
+    diffrax's own adjoint does not report whether the second solve did.
     """
-    leaves, structure = jax.tree.flatten(theta)
-    inexact = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
-
-    def split(theta):
-        leaves = jax.tree.leaves(theta)
-        return [leaf for leaf, has in zip(leaves, inexact, strict=True) if has]
-
-    def merge(weights, others):
-        weights, others = iter(weights), iter(others)
-        return structure.unflatten([next(weights if has else others) for has in inexact])
-
-    others = [leaf for leaf, has in zip(leaves, inexact, strict=True) if not has]
-    forget = diffrax.RecursiveCheckpointAdjoint()
+    weights, others = equinox.partition(theta, _is_inexact)
 
     @jax.custom_vjp
     def run(weights, others, x, t0, t1):
-        theta = merge(weights, others)
-        return _solve(f, theta, x, t0, t1, controlled, forget, solver)
+        return _solve(f, equinox.combine(weights, others), x, t0, t1, _FORGET, solver)
 
     def forward(weights, others, x, t0, t1):
         solution = run(weights, others, x, t0, t1)
@@ -225,33 +225,61 @@ def _solve_with_adjoint(f, theta, x, t0, t1, controlled, solver) -> Solution:
 
     def backward(residuals, cotangent):
         weights, others, x, t0, t1 = residuals
-
-        def back(arguments, state, s):
-            weights, others, t1 = arguments
-            x, a, _ = state
-            slope, pull_back = jax.vjp(
-                lambda weights, x: f(merge(weights, others), x, t1 - s), weights, x
-            )
-            by_weights, by_x = pull_back(a)
-            return jax.tree.map(jnp.negative, slope), by_x, by_weights
-
-        start = (x, cotangent.x, jax.tree.map(jnp.zeros_like, weights))
-        end = _solve(
-            back,
-            (weights, others, t1),
-            start,
-            *(jnp.zeros_like(t0), t1 - t0),
-            lambda state: (controlled(state[0]), controlled(state[1])),
-            forget,
-            solver,
-        )
+        theta = equinox.combine(weights, others)
+        end = solve_adjoint(f, theta, x, cotangent.x, t0, t1, solver)
         _, by_x, by_weights = jax.tree.map(
             lambda leaf: jnp.where(end.result == SUCCESSFUL, leaf, jnp.nan), end.x
         )
         return by_weights, None, by_x, jnp.zeros_like(t0), jnp.zeros_like(t1)
 
     run.defvjp(forward, backward)
-    return run(split(theta), others, x, *map(jnp.asarray, (t0, t1)))
+    return run(weights, others, x, *map(jnp.asarray, (t0, t1)))
+
+
+def solve_adjoint(
+    f: Callable[[PyTree, PyTree, jax.Array], PyTree],
+    theta: PyTree,
+    x: PyTree,
+    cotangent: PyTree,
+    t0: jax.Array,
+    t1: jax.Array,
+    solver: Solver,
+) -> Solution:
+    """The continuous adjoint (Chen et al. 2018, Algorithm 1): a solve from t1 back to t0.
+
+    In s = t1 - t, with the cotangent a of x: dx/ds = -f, da/ds = a df/dx, and the integral
+    of a df/dtheta. Steps adapt to x and a (Kidger et al. 2021, arXiv:2009.09457).
+
+    Args:
+      f, theta, t0, t1, solver: as in `solve`.
+      x: at t1.
+      cotangent: of x at t1.
+
+    Returns:
+      Of that solve; its x is (x, cotangent of x) at t0, and the cotangent of theta (None
+      in the place of whole numbers).
+    """
+    weights, others = equinox.partition(theta, _is_inexact)
+
+    def back(arguments, state, s):
+        weights, others, t1 = arguments
+        x, a, _ = state
+        slope, pull_back = jax.vjp(
+            lambda weights, x: f(equinox.combine(weights, others), x, t1 - s), weights, x
+        )
+        by_weights, by_x = pull_back(a)
+        return jax.tree.map(jnp.negative, slope), by_x, by_weights
+
+    start = (x, cotangent, jax.tree.map(jnp.zeros_like, weights))
+    return _solve(
+        back,
+        (weights, others, t1),
+        start,
+        *(jnp.zeros_like(t0), t1 - t0),
+        _FORGET,
+        solver,
+        lambda state: (_controlled(state[0]), _controlled(state[1])),
+    )
 
 
 def first_step(f, theta, x, t0, t1, controlled, order, rtol, atol) -> jax.Array:

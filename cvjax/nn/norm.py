@@ -57,8 +57,8 @@ def normalize(
         lambda: var,
     )
     if channels > 1:
-        mean, own = _over_neighbours(mean, channels), mean
-        var = _over_neighbours(var + jnp.square(own - mean), channels)
+        mean, channel_mean = _over_neighbours(mean, channels), mean
+        var = _over_neighbours(var + jnp.square(channel_mean - mean), channels)
     return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
 
 

@@ -3,10 +3,10 @@
 Chen et al. 2018 (arXiv:1806.07366). f is a residual function, and its parameters lie on
 the depth axis as those of a stage do (nn/depth.py): every leaf of theta has a leading axis.
 Time runs from 0 to 1 through `pieces` equal pieces, on each of which theta(t) is one slice
-of that axis, or the line between two. With Euler's method, a step a piece and theta
+of that axis, or the line between two. With Euler's method, one step per piece and theta
 piecewise constant, this is the residual stage x + h f(x) with h = 1 / n.
 
-Equal steps are walked as a stage is (nn/runge_kutta.py: few of them unrolled),
+Fixed steps are compiled as a stage is (nn/runge_kutta.py: few of them unrolled),
 adaptive ones are diffrax's (nn/diffrax_solve.py); nn/solver.py has the settings.
 
 What a block's solver did is sown into the collection "solver" as `Stats`. If the collection
@@ -155,7 +155,7 @@ class ODEBlock(nn.Module):
             checkpoint = solver.gradient == "checkpoint" or (
                 solver.gradient == "auto" and depth.is_rolled("auto", solver.steps)
             )
-            x = runge_kutta.walk(
+            x = runge_kutta.integrate(
                 one_step, theta, x, solver.steps, rolled=rolled, checkpoint=checkpoint
             )
         batch = jax.tree.leaves(x)[0].shape[0]

@@ -67,7 +67,7 @@ def _add(x: PyTree, weights: tuple[float, ...], slopes: list[PyTree], h: float) 
     return x
 
 
-def walk(
+def integrate(
     one_step: Callable[[PyTree, PyTree, jax.Array], PyTree],
     theta: PyTree,
     x: PyTree,

@@ -48,7 +48,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str = "") -> None
                 steps, [scale * y for y in series], marker=marker, markersize=3, **style
             )
             values += series
-        _dress(panel, key, values, drops)
+        _style(panel, key, values, drops)
     if not handles:
         raise ValueError("The rows have no loss and no error to draw.")
     figure.legend(
@@ -87,7 +87,7 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _dress(panel, key: str, values: list[float], drops: list[tuple[int, float]]):
+def _style(panel, key: str, values: list[float], drops: list[tuple[int, float]]):
     """Axes, labels, and the learning rate's drops."""
     from matplotlib import ticker
 

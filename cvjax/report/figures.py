@@ -1,6 +1,8 @@
 """What all figures share: how their axes are styled, and how they reach the disk."""
 
+import contextlib
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,13 +18,49 @@ def label_axes(panel, x: str, y: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG; the file is replaced when the new one is complete."""
-    # Imported here: matplotlib needs a second that training would have to wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def save_figure(figure, path: str | os.PathLike[str], *, tight: bool = False) -> None:
+    """Writes a figure as PNG; the file is replaced when the new one is complete.
 
-    with files.replacing(path) as temporary, open(temporary, "wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
+    Letters that the usual font has not are of an installed one that has them, else boxes.
+
+    Args:
+      figure: of matplotlib.
+      path: of the PNG.
+      tight: whether the edges are cut to what is drawn.
+    """
+    edges = {"bbox_inches": "tight", "pad_inches": 0.05} if tight else {}
+    _choose_fonts(figure)
+    with files.replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
+        figure.savefig(temporary, format="png", **edges)
+
+
+def _choose_fonts(figure) -> None:
+    """Adds fonts to the texts of a figure that need them."""
+    # Imported here: matplotlib needs a second that training would have to wait for.
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    def letters(path: str) -> set[int]:
+        return set(font_manager.get_font(path).get_charmap())
+
+    for panel in figure.axes:  # which writes the names of ticks
+        panel.get_xticklabels(), panel.get_yticklabels()
+    texts = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
+    wanted = {ord(letter) for text in texts for letter in text.get_text()}
+    missing = {code for code in wanted if not chr(code).isspace()}
+    missing -= letters(font_manager.findfont("DejaVu Sans"))
+    families = {}
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if font.name in families or font.name.startswith("Last Resort"):
+            continue
+        with contextlib.suppress(OSError, RuntimeError):
+            found = missing & letters(font.fname)
+            if found:
+                families[font.name] = None
+                missing -= found
+    for text in texts if families else ():
+        text.set_fontfamily([*text.get_fontfamily(), *families])
 
 
 OUTSIDE = (0.86, 0.90, 0.97)  # of the image

@@ -31,6 +31,13 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "interval": [mean - half, mean + half]}
 
 
+def spread_of_columns(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`spread` of each column: means, sample standard deviations (0 for a single row)."""
+    found = [spread(column) for column in values.T]
+    stds = [each["std"] or 0.0 for each in found]
+    return np.array([each["mean"] for each in found]), np.array(stds)
+
+
 def difference(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
     """The difference of two independent means, by Welch's t-test.
 

@@ -10,38 +10,35 @@ later (a lost file, a flipped byte) shows in the digests, and the one before is 
 those of the files are checked before orbax reads them, that of the arrays afterwards.
 
 Saving and setting aside are for the one process that holds `workdir.lock`; any number
-of others may read. This is the only file that knows orbax.
+of others may read.
 """
 
 import contextlib
-import glob
-import hashlib
-import json
 import os
 import pathlib
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from cvjax import errors, files
 from cvjax.files import Path
-from cvjax.storage import workdir as workdirs
-
-PyTree = Any
-
-_TEMPORARY = "tmp-"
-_NAMED_DIFFERENCES = 4
-
-
-class _Damaged(Exception):
-    """The files of a checkpoint are not what was saved; the text says in what way."""
+from cvjax.storage.array_files import (
+    PyTree,
+    digest,
+    digest_parts,
+    read_arrays,
+    structure,
+    write_arrays,
+)
+from cvjax.storage.checkpoint_info import (
+    TEMPORARY,
+    Damaged,
+    read_info,
+    refuse_other_run,
+    write_info,
+)
 
 
 def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> None:
@@ -58,7 +55,8 @@ def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> 
       keep: how many of the newest checkpoints to keep, at least 1.
 
     Raises:
-      ValueError: `step` has been saved already, or `keep` is not positive.
+      ValueError: `keep` is not positive.
+      WorkdirInUse: `step` has been saved already, by another process.
       UserError: it cannot be written; those that were saved before are as they were.
     """
     if keep < 1:
@@ -66,16 +64,19 @@ def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> 
     root = _root(workdir)
     folder = root / str(step)
     if folder.exists():
-        raise ValueError(f"{folder} exists: step {step} has been saved already.")
+        raise errors.WorkdirInUse(
+            f"{folder} was saved by another process, although this one holds the workdir; "
+            "was its .lock deleted? Stop one of the two; the same command goes on."
+        )
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"{_TEMPORARY}*"):
+    for leftover in root.glob(f"{TEMPORARY}*"):
         _remove(leftover)
     # Orbax writes host arrays in half the time that it needs for device arrays.
     state = jax.device_get(state)
-    temporary = root / f"{_TEMPORARY}{step}"
+    temporary = root / f"{TEMPORARY}{step}"
     try:
         _write(temporary, step, state, info)
-    # Orbax and TensorStore tell of a full disk in many ways.
+    # Orbax and TensorStore report a full disk by many exceptions.
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise files.unwritable(folder, error) from error
@@ -87,23 +88,22 @@ def save(workdir: Path, step: int, state: PyTree, info: dict, keep: int = 3) -> 
 def _write(folder: pathlib.Path, step: int, state: PyTree, info: dict) -> None:
     """Writes a checkpoint, and reads it back: only then it is one."""
     folder.mkdir()
-    with _plain_path(folder) as path, _quiet_orbax():
-        _checkpointer().save(path / "state", args=ocp.args.PyTreeSave(state))
+    write_arrays(folder, state)
     contents = {
         "step": step,
         "structure": structure(state),
-        "digest": digest(state),
+        "digest": digest_parts(state),
         "files": {
             path.relative_to(folder).as_posix(): _file_digest(path)
             for path in folder.rglob("*")
             if path.is_file()
         },
     }
-    _write_info(folder, info | contents)
+    write_info(folder, info | contents)
     # A rename may reach the disk before the contents do: force the contents first.
     for path in (*folder.rglob("*"), folder):
         _flush_to_disk(path)
-    if digest(_read_arrays(folder, state)) != contents["digest"]:
+    if digest_parts(read_arrays(folder, state)) != contents["digest"]:
         raise OSError("what was written does not read back")
 
 
@@ -118,7 +118,8 @@ def restore_latest(
     Args:
       workdir: the run's folder.
       abstract_state: a tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`): the
-        result has its types, shapes, dtypes and, where it names them, shardings.
+        result has its types, shapes, dtypes and, where it names them, shardings. Of a
+        dict, such as {"params": ...}, only the parts that it names are read.
       expect: entries that `info` must have, nested as deep as one likes; for instance
         {"data_fingerprint": ..., "model": {...}}.
       set_aside: move damaged checkpoints to workdir/damaged, so that their steps can be
@@ -137,7 +138,7 @@ def restore_latest(
         try:
             state, info = _load(root / str(step), abstract_state, expect)
             break
-        except _Damaged as reason:
+        except Damaged as reason:
             damage[step] = str(reason)
     else:
         newest = steps[-1]
@@ -175,7 +176,7 @@ def restore_step(
         )
     try:
         return _load(folder, abstract_state, expect)
-    except _Damaged as reason:
+    except Damaged as reason:
         raise errors.UserError(
             f"The checkpoint {folder} cannot be read ({reason}); put a good copy "
             "there, or take another step."
@@ -200,47 +201,23 @@ def latest_step(workdir: Path) -> int | None:
 def read_latest_info(workdir: Path) -> dict | None:
     """The info of the newest checkpoint, without its arrays; None if none can be read."""
     for step in reversed(list_steps(workdir)):
-        with contextlib.suppress(_Damaged):
-            return _read_info(_root(workdir) / str(step))
+        with contextlib.suppress(Damaged):
+            return read_info(_root(workdir) / str(step))
     return None
-
-
-def structure(tree: PyTree) -> dict[str, str]:
-    """{"params/stem/kernel": "float32[3,3,1,8]", ...} of arrays or abstract arrays."""
-    return {
-        name: f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-        for name, leaf in _named_leaves(tree)
-    }
-
-
-def digest(tree: PyTree) -> str:
-    """SHA-256, in hex, over the names, dtypes, shapes and bytes of all leaves."""
-    sha = hashlib.sha256(json.dumps(structure(tree)).encode())
-    for _, leaf in _named_leaves(tree):
-        sha.update(np.asarray(leaf).tobytes())
-    return sha.hexdigest()
-
-
-def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in leaves
-    ]
 
 
 def _load(
     folder: pathlib.Path, abstract_state: PyTree, expect: dict | None
 ) -> tuple[PyTree, dict]:
-    info = _read_info(folder)
-    _refuse_other_run(folder, info, abstract_state, expect or {})
+    info = read_info(folder)
+    refuse_other_run(folder, info, abstract_state, expect or {})
     for name, sha in info["files"].items():
         found = _file_digest(folder / name)
         if found != sha:
-            raise _Damaged(f"{name} {'has changed' if found else 'cannot be read'}")
-    state = _read_arrays(folder, abstract_state)
-    if digest(state) != info["digest"]:
-        raise _Damaged("its arrays differ from those that were saved")
+            raise Damaged(f"{name} {'has changed' if found else 'cannot be read'}")
+    state = read_arrays(folder, abstract_state)
+    if not _is_as_saved(state, info):
+        raise Damaged("its arrays differ from those that were saved")
     # Not `may_alias`: these arrays will be donated, and numpy owns their memory.
     return jax.tree.map(
         lambda leaf, target: jax.device_put(
@@ -251,61 +228,12 @@ def _load(
     ), info
 
 
-def _read_arrays(folder: pathlib.Path, like: PyTree) -> PyTree:
-    as_numpy = jax.tree.map(
-        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), like
-    )
-    with _plain_path(folder) as path, _quiet_orbax():
-        return _checkpointer().restore(
-            path / "state", args=ocp.args.PyTreeRestore(like, restore_args=as_numpy)
-        )
-
-
-@contextlib.contextmanager
-def _plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder under a name that orbax does not take for a pattern: without *?[]."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as place:
-        link = pathlib.Path(place) / "checkpoint"
-        link.symlink_to(folder, target_is_directory=True)
-        yield link
-
-
-def _refuse_other_run(
-    folder: pathlib.Path, info: dict, abstract_state: PyTree, expect: dict
-) -> None:
-    """Raises UserError if the checkpoint is not one of the state that is wanted."""
-    # A setting that a group does not have yet is newer than the checkpoint.
-    expect = {
-        key: {name: value[name] for name in value if name in info[key]}
-        if isinstance(value, dict) and key in info
-        else value
-        for key, value in expect.items()
-    }
-    settings = workdirs.config_differences(
-        {key: info[key] for key in expect if key in info}, expect
-    )
-    if settings:
-        raise errors.UserError(
-            f"The checkpoint {folder} is of other settings: {_some(settings)}; take "
-            "the original settings, or another --workdir."
-        )
-    saved, wanted = info["structure"], structure(abstract_state)
-    missing = [f"{name} is missing" for name in wanted if name not in saved]
-    unexpected = [f"{name} is unexpected" for name in saved if name not in wanted]
-    changed = [
-        f"{name} is {saved[name]} and not {wanted[name]}"
-        for name in wanted
-        if name in saved and saved[name] != wanted[name]
-    ]
-    if missing or unexpected or changed:
-        kinds = [_some(kind) for kind in (changed, missing, unexpected) if kind]
-        raise errors.UserError(
-            f"The checkpoint {folder} is of another network or optimizer: in it, "
-            f"{', '.join(kinds)}; take the original settings, or another --workdir."
-        )
+def _is_as_saved(state: PyTree, info: dict) -> bool:
+    saved = info["digest"]
+    if isinstance(saved, dict):
+        return all(saved[part] == found for part, found in digest_parts(state).items())
+    # Once there was one digest, of the whole state: for parts those of the files remain.
+    return len(structure(state)) < len(info["structure"]) or digest(state) == saved
 
 
 def _file_digest(path: pathlib.Path) -> str | None:
@@ -318,42 +246,18 @@ def _file_digest(path: pathlib.Path) -> str | None:
         return None
 
 
-def _write_info(folder: pathlib.Path, info: dict) -> None:
-    # Through JSON and back first: the keys 2 and 10 sort otherwise than "2" and "10".
-    text = json.dumps(json.loads(json.dumps(info, allow_nan=False)), sort_keys=True)
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "info.json").write_text(f'{{"sha256": "{checksum}", "info": {text}}}\n')
-
-
-def _read_info(folder: pathlib.Path) -> dict:
-    try:
-        content = json.loads((folder / "info.json").read_text())
-        info, checksum = content["info"], content["sha256"]
-    except PermissionError:
-        raise
-    except OSError:
-        raise _Damaged("info.json cannot be read") from None
-    except (ValueError, KeyError, TypeError):
-        raise _Damaged("info.json is garbled") from None
-    text = json.dumps(info, sort_keys=True)
-    if hashlib.sha256(text.encode()).hexdigest() != checksum:
-        raise _Damaged("info.json has changed")
-    if str(info["step"]) != folder.name and not folder.name.startswith(_TEMPORARY):
-        raise _Damaged(f"it is of step {info['step']}, under another name")
-    return info
-
-
 def _delete_old(root: pathlib.Path, keep: int) -> None:
+    # Not by orbax: it would delete old ones before the new one has been read back.
     steps = list_steps(root.parent)
     kept = set(steps[-keep:])
     # The best of each, not only of the newest: a run may have to go back to any.
     for step in steps[-keep:]:
-        with contextlib.suppress(_Damaged):
-            best = _read_info(root / str(step)).get("best")
+        with contextlib.suppress(Damaged):
+            best = read_info(root / str(step)).get("best")
             kept |= {best["step"]} if best else set()
     for step in set(steps) - kept:
         # A half-deleted checkpoint must not go by its own name.
-        _remove((root / str(step)).rename(root / f"{_TEMPORARY}deleted-{step}"))
+        _remove((root / str(step)).rename(root / f"{TEMPORARY}deleted-{step}"))
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -384,36 +288,5 @@ def _flush_to_disk(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _some(differences: list[str]) -> str:
-    shown = ", ".join(differences[:_NAMED_DIFFERENCES])
-    more = len(differences) - _NAMED_DIFFERENCES
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
 def _count(steps: list[int]) -> str:
     return f"steps {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    """One that works for this process alone, and does not wait for others."""
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keeps orbax's account of its doings out of the log; its errors are raised."""
-
-    def is_ours(record) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-    logger = logging.get_absl_logger()
-    logger.addFilter(is_ours)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_ours)

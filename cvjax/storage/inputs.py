@@ -48,22 +48,22 @@ def read_inputs(folder: pathlib.Path) -> tuple[Statistics, tuple[str, ...]]:
     # Numpy, zipfile and zlib meet damaged files with errors of many kinds.
     except Exception as error:
         raise _damaged(path, str(error)) from error
-    flaw = None
+    problem = None
     if mean.ndim != 3 or mean.shape != std.shape or 0 in mean.shape:
-        flaw = f"mean is {mean.shape} and std {std.shape}"
+        problem = f"mean is {mean.shape} and std {std.shape}"
     elif mean.dtype.kind != "f" or std.dtype.kind != "f":
-        flaw = f"mean is {mean.dtype} and std {std.dtype}"
+        problem = f"mean is {mean.dtype} and std {std.dtype}"
     elif not np.isfinite(mean).all() or not np.isfinite(std).all() or std.min() <= 0:
-        flaw = "mean and std are not finite numbers, std above 0"
+        problem = "mean and std are not finite numbers, std above 0"
     elif names.ndim != 1 or not len(names) or names.dtype.kind != "U":
-        flaw = "class_names are no list of names"
-    if flaw:
-        raise _damaged(path, flaw)
+        problem = "class_names are no list of names"
+    if problem:
+        raise _damaged(path, problem)
     return Statistics(jnp.asarray(mean), jnp.asarray(std)), tuple(names.tolist())
 
 
-def _damaged(path: pathlib.Path, flaw: str) -> UserError:
+def _damaged(path: pathlib.Path, problem: str) -> UserError:
     return UserError(
-        f"{path} cannot be read ({flaw}); put a good copy there, or train again with "
+        f"{path} cannot be read ({problem}); put a good copy there, or train again with "
         "another --workdir."
     )

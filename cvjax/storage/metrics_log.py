@@ -3,8 +3,9 @@
 metrics.jsonl has one JSON object per line, {"step": 200, "train/loss": 0.53, ...}: "step"
 first, then the keys in alphabetical order. A call of `write` makes one line. A step may
 have several, one with the training metrics and one for each evaluation, and they stay
-in the order of writing. Keys that depend on the clock begin with "time/"; all else is
-the same, byte by byte, whenever a run is repeated, and also when it was interrupted.
+in the order of writing. Keys that depend on the clock begin with "time/", those on the
+device's memory with "memory/"; all else is the same, byte by byte, whenever a run is
+repeated, and also when it was interrupted.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ import numpy as np
 
 from cvjax import errors, files
 from cvjax.files import Path
+
+LARGEST = 2**63  # of whole numbers
 
 
 @contextlib.contextmanager
@@ -80,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     its end, which a killed process may leave, is passed over.
 
     Raises:
-      UserError: there is no such file, or a line of it is no JSON object.
+      UserError: there is no such file, or a line of it is none that is written here.
     """
     rows = [row for row, _ in _rows(path)]
     return [
@@ -96,7 +99,7 @@ def drop_after(path: Path, step: int) -> int:
     does not exist has none.
 
     Raises:
-      UserError: a line is no JSON object.
+      UserError: a line is none that is written here.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -139,11 +142,28 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
             break
         try:
             row = json.loads(line)
-            row["step"]
-        except (ValueError, KeyError, TypeError):
+            problem = _problem(row)
+        except (ValueError, RecursionError):
+            problem = "is not a JSON object with a step"
+        if problem:
             raise errors.UserError(
-                f"Line {number} of {path} is not a JSON object with a step; delete "
-                "that line."
-            ) from None
+                f"Line {number} of {path} {problem}; mend or delete that line."
+            )
         rows.append((row, line))
     return rows
+
+
+def _problem(row: Any) -> str | None:
+    """What a line has that `write` does not write."""
+    if not isinstance(row, dict) or "step" not in row:
+        return "is not a JSON object with a step"
+    step = row["step"]
+    if type(step) is not int or not 0 <= step < LARGEST:
+        return f"has the step {str(step)[:40]!r}, which is no whole number from 0 on"
+    for key, value in row.items():
+        number = isinstance(value, float) or (
+            isinstance(value, int) and abs(value) < LARGEST
+        )
+        if value is not None and not number:
+            return f"has {str(value)[:40]!r} as {key}, which is no number"
+    return None

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import importlib.metadata
 import json
 import os
@@ -13,21 +12,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
 import jax
-from absl import logging
 
 import cvjax
 from cvjax import cli, errors, files
 from cvjax.files import Path
 from cvjax.nn import onednn
-
-# What flock(2) says on NFS, FUSE and other file systems that do without.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _DISTRIBUTIONS = {
     "cvjax": "cvjax",
@@ -38,6 +32,16 @@ _DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "numpy": "numpy",
 }
+# What config.json may hold besides the config; older runs have not all of it.
+_KINDS = {"history": list, "imported": dict, "device": dict, "versions": dict}
+
+
+# What a run keeps in its folder, see `training.trainer`.
+_FILES = (
+    *("config.json", "inputs.npz", "metrics.jsonl", "summary.json", "diverged.json"),
+    *("curves.png", ".lock", ".holder"),
+)
+_FOLDERS = ("checkpoints", "damaged", "profile", "tensorboard")
 
 
 class _Absent:
@@ -71,13 +75,47 @@ def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
     return folder
 
 
+def check_output(path: Path, flag: str, endings: Sequence[str] = ()) -> pathlib.Path:
+    """The absolute path of a file that a program may write; its folder is created.
+
+    A file of a run is not replaced, and none is put where a run looks for its own. For all
+    programs that write to a path that a user names.
+
+    Args:
+      path: what the user wrote.
+      flag: in which, for messages.
+      endings: of the files that the program writes: those in a run's folder are replaced.
+
+    Raises:
+      UserError: it would replace a file of a run, is no file, or cannot be written.
+    """
+    file = files.user_path(path, flag)
+    files.refuse_special(file)
+    real = pathlib.Path(os.path.realpath(file))
+    run = next((folder for folder in real.parents if _is_run(folder)), None)
+    if run is not None:
+        name = real.relative_to(run).parts[0]
+        taken = real.exists() and not real.name.endswith(tuple(endings))
+        if taken or name in _FILES or name in _FOLDERS:
+            raise errors.UserError(
+                f"{flag} {file} would write among the files of the run {run}; name a file "
+                "of another folder, or a new one."
+            )
+    check_writable(file.parent, flag)
+    return file
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    return (folder / "config.json").is_file() and any(
+        (folder / name).exists() for name in (*_FILES[1:], *_FOLDERS)
+    )
+
+
 @contextlib.contextmanager
 def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
     """Keeps other processes out of `workdir`, which is created if need be.
 
-    The operating system lets go of the lock when this process ends, however it ends. On a
-    file system without locks a file stands for it, which a killed process leaves behind;
-    a later one on the same machine takes it over.
+    See `files.locked` for how.
 
     A folder that was made for this, and in which nothing was written before a UserError,
     is removed again.
@@ -95,11 +133,11 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
     path, holder = folder / ".lock", folder / ".holder"
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_acquire(path, timeout))
+            stack.enter_context(files.locked(path, timeout))
         except filelock.Timeout:
             raise errors.WorkdirInUse(
                 f"The workdir {folder} is in use by {_read_holder(holder)}; wait for it to "
-                "end, or choose another --workdir."
+                f"end, or choose another --workdir.{files.advice(path)}"
             ) from None
         except OSError as error:
             raise files.unwritable(path, error) from error
@@ -114,22 +152,6 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
             if new and set(os.listdir(folder)) == {path.name, holder.name}:
                 shutil.rmtree(folder)
             raise
-
-
-def _acquire(path: pathlib.Path, timeout: float) -> contextlib.AbstractContextManager:
-    try:
-        with warnings.catch_warnings():
-            # On systems without flock(2) filelock does the same as below, and warns.
-            warnings.simplefilter("ignore")
-            return filelock.FileLock(path).acquire(timeout=timeout)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        logging.warning(
-            "The file system of %s has no locks (%s); the file %s.soft keeps others out.",
-            *(path.parent, error.strerror, path),
-        )
-        return filelock.SoftFileLock(f"{path}.soft").acquire(timeout=timeout)
 
 
 def _read_holder(path: pathlib.Path) -> str:
@@ -182,7 +204,7 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
     """What `write_manifest` wrote.
 
     Raises:
-      UserError: `workdir` has no readable config.json.
+      UserError: `workdir` has no readable config.json, or one with something else in it.
     """
     path = files.user_path(workdir, "--workdir") / "config.json"
     if not path.exists():
@@ -191,17 +213,33 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
             "a run that train.py has started."
         )
     hint = "put a good copy there, or train again in another --workdir."
-    return files.read_json(path, {"config": dict}, hint)
+    manifest = files.read_json(path, {"config": dict}, hint)
+    for key, kind in _KINDS.items():
+        if not isinstance(manifest.get(key, kind()), kind | None):
+            wrong = f"its {key!r} is {str(manifest[key])[:40]!r}"
+            raise errors.UserError(f"{path} is damaged: {wrong}; {hint}")
+    entries = manifest.get("history") or []
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise errors.UserError(
+            f"{path} is damaged: 'history' is no list of objects; {hint}"
+        )
+    return manifest
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
     """The final numbers of a finished run.
 
     Raises:
-      UserError: there is no summary.json, or it is damaged.
+      UserError: the run is not finished, or its summary.json is damaged.
     """
+    path = pathlib.Path(workdir) / "summary.json"
+    if not path.exists():
+        raise errors.UserError(
+            f"the run {workdir} is not finished (it has no summary.json); its command goes "
+            "on with it."
+        )
     hint = "delete it, and the run's command makes it again from the last checkpoint."
-    return files.read_json(pathlib.Path(workdir) / "summary.json", {"step": int}, hint)
+    return files.read_json(path, {"step": int}, hint)
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -9,8 +9,8 @@ from flax import linen as nn
 from cvjax.errors import UserError
 from cvjax.nn.norm import BatchNorm
 from cvjax.training import memory
-from cvjax.training.config import RunConfig
 from cvjax.training.recipe import Recipe
+from cvjax.training.settings import RunConfig
 from cvjax.training.state import create_train_state
 
 

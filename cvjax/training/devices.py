@@ -120,21 +120,21 @@ def from_first(function: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return function()
-    told, raised = {}, None
+    outcome, raised = {}, None
     if is_first():
         try:
-            told = {"value": function()}
+            outcome = {"value": function()}
         except Exception as error:  # whatever it is, the others must not wait for ever
-            raised, told = error, {"error": str(error)}
-    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+            raised, outcome = error, {"error": str(error)}
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
-    told = json.loads(text.tobytes())
+    outcome = json.loads(text.tobytes())
     if raised is not None:
         raise raised
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
 
 
 def on_all(function: Callable[[], T]) -> T:
@@ -181,10 +181,10 @@ def check_batch_size(batch_size: int) -> None:
     count = jax.device_count()
     if batch_size % count:
         below = batch_size // count * count
-        near = f"{below} or {below + count}" if below else f"{count}"
+        closest = f"{below} or {below + count}" if below else f"{count}"
         raise UserError(
             f"data.batch_size {batch_size} cannot be shared evenly by {count} devices; "
-            f"choose {near}, or let the program see fewer devices."
+            f"choose {closest}, or let the program see fewer devices."
         )
 
 

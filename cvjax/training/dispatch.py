@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from cvjax.data.dataset import ArraySplit, Split, batch_indices
 from cvjax.training import devices, steps
-from cvjax.training.config import RunConfig
+from cvjax.training.settings import RunConfig
 
 # A signal waits for the end of a call: so many updates at most.
 LONGEST = 100

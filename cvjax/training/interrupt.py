@@ -1,11 +1,17 @@
-"""Graceful shutdown: SIGTERM and Ctrl-C ask the loop to stop, and it saves first."""
+"""Graceful shutdown: SIGTERM and Ctrl-C ask the loop to stop, and it saves first. And a
+word about a run that stands still."""
 
 import contextlib
 import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+
+from absl import logging
+
+_BUSY = 0.02  # seconds of processor time within a second: more than threads that wait take
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,3 +59,35 @@ def watch() -> Iterator[Stop]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _watching.remove(stop)
+
+
+@contextlib.contextmanager
+def warn_of_standstill(seconds: int = 120) -> Iterator[None]:
+    """Warns once if this process does not compute for so long: it waits for something.
+
+    A call that neither computes nor comes back, such as one for memory that the system
+    does not have, says nothing by itself. For processes that compute on the CPU.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        idle, before = 0, time.process_time()
+        # Second by second: a process that was suspended meanwhile did not wait.
+        while idle < seconds and not over.wait(1):
+            now = time.process_time()
+            idle = 0 if now - before > _BUSY else idle + 1
+            before = now
+        if not over.is_set():
+            logging.warning(
+                "Nothing was computed for %d seconds: the run waits for files, for another "
+                "process or for memory. If Ctrl-C does not end it, `kill -9 %d` does.",
+                *(seconds, os.getpid()),
+            )
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -16,11 +16,11 @@ from cvjax.data.dataset import Dataset, Split
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, InterruptedRun
 from cvjax.storage import checkpoint, metrics_log
-from cvjax.training import devices, interrupt, metrics, steps
-from cvjax.training.config import RunConfig
+from cvjax.training import devices, interrupt, memory, metrics, steps
 from cvjax.training.dispatch import Dispatch
 from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
+from cvjax.training.settings import RunConfig
 from cvjax.training.state import NEVER, Record, TrainState, create_monitor
 
 RESUME = (
@@ -133,8 +133,8 @@ def train(
     schedule = create_schedule(run.optim, run.total_steps)
     measured = {"val": dataset.val}
     if run.train_eval_examples:
-        few, whole = run.train_eval_examples, dataset.train
-        measured["train_eval"] = whole if few < 0 else whole.first(few)
+        examples, whole = run.train_eval_examples, dataset.train
+        measured["train_eval"] = whole if examples < 0 else whole.first(examples)
     if run.test_curve:
         measured["test"] = dataset.test
     step = saved = lap_step = int(state.step)
@@ -145,7 +145,7 @@ def train(
         improved = False
         if due(run.eval_every) and (record.last is None or record.last["step"] < step):
             with clock.beside(state):
-                _check_sound(state, run, recipe, folder)
+                _check_finite(state, run, recipe, folder)
                 try:
                     rows = {}
                     for prefix, split in measured.items():
@@ -157,7 +157,7 @@ def train(
                     if saved != step:
                         save()
                     message = f"Stopped at step {step}, which is saved. {error} {RESUME}"
-                    raise DivergedError(message) from error
+                    raise DivergedError(message, step) from error
             if rows is not None:
                 if step not in logged:
                     outputs.write(step, rows)
@@ -171,7 +171,7 @@ def train(
         stops = stopping()
         if saved != step and (due(run.checkpoint_every) or improved or stops):
             with clock.beside(state):
-                _check_sound(state, run, recipe, folder)
+                _check_finite(state, run, recipe, folder)
                 save()
             saved = step
         if stops:
@@ -198,7 +198,7 @@ def train(
         step += count
         text = ""
         if due(run.log_every):
-            _check_sound(state, run, recipe, folder)
+            _check_finite(state, run, recipe, folder)
             row = _training_row(state, recipe, run.data.batch_size)
             # Seven digits are all that float32 has: 0.1 and not 0.10000000149.
             row["train/learning_rate"] = float(f"{schedule(step - 1):.7g}")
@@ -209,6 +209,7 @@ def train(
             lap_step = step
             times["time/step_ms"] = 1000 * seconds
             times["time/images_per_second"] = run.data.batch_size / seconds
+            times |= memory.peak()
             outputs.write(step, row | times)
             text = _text(row | times)
             times = {}
@@ -240,7 +241,7 @@ def _text(row: dict[str, float]) -> str:
     )
 
 
-def _check_sound(
+def _check_finite(
     state: TrainState, run: RunConfig, recipe: Recipe, folder: pathlib.Path
 ) -> None:
     bad_step, what = int(state.monitor.bad_step), "The loss or the gradient"
@@ -257,12 +258,14 @@ def _check_sound(
     )
     failure = metrics.first_failure([jax.device_get(state.monitor.sums)])
     if failure:
-        told = steps.describe_failure(recipe.model, *failure)
-        raise DivergedError(f"Stopped at step {bad_step}; {last}. {told} {RESUME}")
+        cause = steps.describe_failure(recipe.model, *failure)
+        message = f"Stopped at step {bad_step}; {last}. {cause} {RESUME}"
+        raise DivergedError(message, bad_step - 1)
     raise DivergedError(
         f"{what} was not finite at step {bad_step}; {last}. Start in another --workdir "
         f"with a lower optim.learning_rate (it is {run.optim.learning_rate:g}), a warm-up "
-        "(optim.warmup_steps, optim.warmup_learning_rate) or a shallower net."
+        "(optim.warmup_steps, optim.warmup_learning_rate) or a shallower net.",
+        bad_step - 1,
     )
 
 

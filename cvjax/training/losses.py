@@ -10,9 +10,9 @@ class LossConfig:
     """What is minimised; of detectors the loss of their papers, whatever `name` says.
 
     Attributes:
-      name: "softmax" cross entropy (one class an image), or "sigmoid" (each class for
+      name: "softmax" cross entropy (one class per image), or "sigmoid" (each class for
         itself: multi-label; the sum over classes of the binary cross entropies).
-      label_smoothing: the part of the target that is spread evenly: over all classes by
+      label_smoothing: the fraction of the target that is spread evenly: over all classes by
         "softmax", between yes and no by "sigmoid". Only in training; evaluation reports
         the plain loss.
       auxiliary_weight: of the losses of auxiliary heads, for models that have such (0.3 in

@@ -35,6 +35,14 @@ def total_bytes() -> int | None:
     return physical_memory()
 
 
+def peak() -> dict[str, float]:
+    """{"memory/peak_bytes": what this process has had of the first device at most}, where
+    its platform reports it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    found = {"memory/peak_bytes": stats.get("peak_bytes_in_use")}
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
 def tree_bytes(tree: Any) -> int:
     """Of arrays or abstract arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -170,8 +170,8 @@ def without_failures(sums: Sums) -> Sums:
 
 def first_failure(sums: list[Sums]) -> tuple[str, Solves] | None:
     """The name of the first ODE block whose solver failed, and its numbers."""
-    for one in sums:
-        for block, solves in solves_of(one).items():
+    for batch_sums in sums:
+        for block, solves in solves_of(batch_sums).items():
             if int(solves.failure) != solvers.SUCCESSFUL:
                 return block, solves
     return None
@@ -226,7 +226,9 @@ def means(
     rows = {f"{prefix}/{name}": value for name, value in values.items()}
     for block in blocks:
         name = "nfe_max" if len(blocks) == 1 else f"nfe_max_{block}"
-        rows[f"{prefix}/{name}"] = max(one.solves[block].most for one in fetched)
+        rows[f"{prefix}/{name}"] = max(
+            batch_sums.solves[block].most for batch_sums in fetched
+        )
     return {key: float(value) for key, value in rows.items()}
 
 

@@ -25,7 +25,7 @@ class OptimConfig:
         weight decay as L2 (added to the gradient, before momentum: the paper's, Caffe's
         and PyTorch's meaning); "adamw" decays apart from the gradient.
       learning_rate: after any warm-up and before any decay.
-      momentum: of "sgd".
+      momentum: the coefficient, of "sgd" only.
       nesterov: whether the momentum of "sgd" is Nesterov's. The paper's is not.
       weight_decay: lambda in gradient + lambda * w.
       decayed: "kernels" (not biases nor BatchNorm's scales), or "all" parameters. The
@@ -33,7 +33,7 @@ class OptimConfig:
       schedule: "constant"; "step": multiplied by `decay_factor` at each of `boundaries`;
         "cosine": to zero at `total_steps`; "exponential": by the same factor in each step,
         in all by `decay_factor` until `total_steps`.
-      boundaries: in completed updates (32_000) or in parts of `total_steps` (0.5).
+      boundaries: in completed updates (32_000) or in fractions of `total_steps` (0.5).
       decay_factor: of "step" and "exponential"; above 1 the rate grows.
       warmup_steps: number of updates before the schedule begins, 0 for none.
       warmup_learning_rate: held during the warm-up (He et al. 2015 for 110 layers: 0.01
@@ -76,13 +76,14 @@ def boundary_steps(optim: OptimConfig, total_steps: int) -> tuple[int, ...]:
     if any(not 0.5 < step < total_steps - 0.5 for step in exact):
         raise UserError(
             f"optim.boundaries {optim.boundaries} must lie between 0 and total_steps "
-            f"({total_steps}); give steps, or parts of the run such as (0.5, 0.75)."
+            f"({total_steps}); give steps, or fractions of the run such as (0.5, 0.75)."
         )
     steps = tuple(map(round, exact))
     if len(set(steps)) < len(steps):
         raise UserError(
-            f"optim.boundaries {optim.boundaries} name a step twice ({steps}); give each "
-            "once, with a smaller optim.decay_factor for a larger drop."
+            f"optim.boundaries {optim.boundaries} name a step twice ({steps}, of "
+            f"{total_steps}); take a longer run, or give each once, with a smaller "
+            "optim.decay_factor for a larger drop."
         )
     return steps
 

@@ -8,9 +8,9 @@ from cvjax.data.augment import Augmentation
 from cvjax.models import create_model
 from cvjax.tasks import TASKS, classification
 from cvjax.tasks.task import Task
-from cvjax.training.config import RunConfig
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
+from cvjax.training.settings import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)

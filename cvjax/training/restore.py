@@ -1,4 +1,4 @@
-"""Where a run begins: at the newest checkpoint of its folder, or anew."""
+"""Where a run begins: at the newest checkpoint of its folder, or at step 0."""
 
 import pathlib
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from cvjax.errors import UserError
 from cvjax.models import SAME_EQUATION
 from cvjax.storage import checkpoint
 from cvjax.training import devices
-from cvjax.training.config import RunConfig
 from cvjax.training.recipe import Recipe
+from cvjax.training.settings import RunConfig
 from cvjax.training.state import Record, TrainState, create_train_state, initial_rng
 
 

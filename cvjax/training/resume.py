@@ -10,13 +10,9 @@ from absl import logging
 from cvjax.errors import UserError
 from cvjax.storage import metrics_log
 from cvjax.storage import workdir as workdirs
-from cvjax.training.config import (
-    RESUMABLE_KEYS,
-    RunConfig,
-    complete_config,
-    parse_config,
-)
+from cvjax.training.config import RESUMABLE_KEYS, complete_config, parse_config
 from cvjax.training.optim import create_schedule
+from cvjax.training.settings import RunConfig
 
 
 def history(
@@ -36,7 +32,7 @@ def history(
     if not start or not (folder / "config.json").exists():
         return []
     manifest = workdirs.read_manifest(folder)
-    entries = list(manifest.get("history", []))
+    entries = list(manifest.get("history") or [])
     was = complete_config(manifest["config"])
     changes = workdirs.config_differences(was.to_dict(), config.to_dict())
     if changes:
@@ -69,7 +65,13 @@ def refuse_changed_config(folder: pathlib.Path, config: ml_collections.ConfigDic
     """Raises UserError if the folder has a run of which more than may change differs."""
     if not (folder / "config.json").exists():
         return
-    was = complete_config(workdirs.read_manifest(folder)["config"])
+    manifest = workdirs.read_manifest(folder)
+    if "imported" in manifest:
+        raise UserError(
+            f"{folder} holds imported weights and no run; name it as --config.init_from, "
+            "and another --workdir."
+        )
+    was = complete_config(manifest["config"])
     differences = workdirs.config_differences(was.to_dict(), config.to_dict())
     refused = [text for text in differences if text.split()[0] not in RESUMABLE_KEYS]
     if refused:

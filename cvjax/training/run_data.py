@@ -11,15 +11,29 @@ from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import UserError
+from cvjax.files import user_path
 from cvjax.tasks import TASKS
 from cvjax.training import transfer
-from cvjax.training.config import RunConfig, check_data
+from cvjax.training.config_checks import check_data
+from cvjax.training.settings import RunConfig
 from cvjax.training.trained_network import Network
 
 # What the targets of an image are, by the rank of a batch of them.
 TARGETS = {1: "one class", 2: "several classes", 3: "boxes", 4: "label maps"}
 # So many training images of a stream are taken for all of them, to normalise.
 SAMPLE = 1_000
+
+
+def refuse_own_data(run: RunConfig, folder: pathlib.Path) -> None:
+    """Raises UserError if a run would write among the pictures that it reads."""
+    if run.data.name not in data.OWN or not run.data.data_dir:
+        return
+    own = user_path(run.data.data_dir, "data.data_dir").resolve()
+    if folder.resolve().is_relative_to(own):
+        raise UserError(
+            f"--workdir {folder} lies in data.data_dir {run.data.data_dir}, whose files "
+            "the run reads; choose a --workdir outside of it."
+        )
 
 
 def load_data(run: RunConfig, folder: pathlib.Path, resumes: bool):
@@ -58,8 +72,7 @@ def _statistics(
 
 def _check_targets(run: RunConfig, dataset: Dataset) -> None:
     """Raises UserError if the task takes other targets than the data set has."""
-    streamed = isinstance(dataset.train, StreamedSplit)
-    rank = 1 if streamed else dataset.train.labels.ndim
+    rank = dataset.train.target_rank
     if rank not in TASKS[run.task].ranks:
         fitting = [name for name, task in TASKS.items() if rank in task.ranks]
         raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import linen as nn
 from flax import struct
 from jax import numpy as jnp
 
@@ -76,11 +77,19 @@ class TrainState:
 
 
 # Drawing the parameters runs once: compiling it without optimisation saves seconds.
-@partial(
-    jax.jit,
-    static_argnames=("recipe", "image_shape"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+_UNOPTIMIZED = {"xla_backend_optimization_level": 0}
+
+
+@partial(jax.jit, static_argnames=("model", "image_shape"), compiler_options=_UNOPTIMIZED)
+def create_variables(
+    rng: jax.Array, *, model: nn.Module, image_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """The model's variables in the state that `create_train_state` gives."""
+    variables = model.init(rng, jnp.zeros((1, *image_shape)), train=False)
+    return {key: variables.get(key, {}) for key in ("params", "batch_stats")}
+
+
+@partial(jax.jit, static_argnames=("recipe", "image_shape"), compiler_options=_UNOPTIMIZED)
 def create_train_state(
     rng: jax.Array, *, recipe: Recipe, image_shape: tuple[int, ...]
 ) -> TrainState:

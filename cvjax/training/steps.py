@@ -270,9 +270,9 @@ def _eval_batches(split: Split, batch_size: int, mesh: Mesh | None) -> Iterator[
         yield from split.eval_batches(batch_size)
         return
     batch_size += -batch_size % mesh.size
-    own = split.eval_batches(batch_size, devices.share(batch_size, mesh))
-    with contextlib.closing(own):
-        for batch in own:
+    batches = split.eval_batches(batch_size, devices.share(batch_size, mesh))
+    with contextlib.closing(batches):
+        for batch in batches:
             yield devices.divide(batch, mesh)
 
 

@@ -15,17 +15,20 @@ from flax import linen as nn
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, UserError
-from cvjax.files import Path, user_path
+from cvjax.files import Path, is_pretrained, user_path
 from cvjax.models import model_fields
 from cvjax.storage import checkpoint as checkpoints
+from cvjax.storage import pretrained
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
 from cvjax.training import metrics
-from cvjax.training.config import RunConfig, complete_config, parse_config
+from cvjax.training.config import complete_config, parse_config
 from cvjax.training.recipe import Recipe, create_recipe
-from cvjax.training.state import create_train_state, initial_rng
+from cvjax.training.settings import RunConfig
+from cvjax.training.state import create_variables, initial_rng
 
 CHOICES = ("last", "best")
+DIGITS = 18  # of the number of a step, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +64,11 @@ def load_network(
     checkpoint: str = "last",
     fields: Mapping[str, Any] | None = None,
 ) -> Network:
-    """Reads the network of a run, finished or going on.
+    """Reads the network of a run, finished or going on, or one that comes with cvjax.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, or "pretrained:NAME" (see `storage.pretrained`), which has
+        one checkpoint.
       checkpoint: "last", "best" (on validation) or the number of a step.
       fields: of the model, to use its parameters with other ones than it was trained with,
         such as another solver for an ODE-net.
@@ -73,28 +77,36 @@ def load_network(
       UserError: the folder has no run, no such checkpoint, or one whose parameters do not
         fit these fields.
     """
-    if checkpoint not in CHOICES and not checkpoint.isdecimal():
+    number = checkpoint.isdecimal() and len(checkpoint) <= DIGITS
+    if checkpoint not in CHOICES and not number:
         raise UserError(
-            f"--checkpoint takes last, best or the number of a step, got {checkpoint!r}."
+            "--checkpoint takes last, best or the number of a step, got "
+            f"{checkpoint[:40]!r}."
         )
+    if is_pretrained(workdir):
+        if checkpoint != "last":
+            raise UserError(
+                f"{workdir} has one checkpoint, got --checkpoint={checkpoint}; leave it "
+                "out."
+            )
+        found = pretrained.read(str(workdir))
+        run = _with_fields(found.config, fields)
+        recipe = create_recipe(run, len(found.class_names))
+        own = {"run": run, "recipe": recipe}
+        kept = ("variables", "statistics", "class_names", "step", "data_fingerprint")
+        return Network(**own, **{name: getattr(found, name) for name in kept})
     folder = user_path(workdir, "--workdir")
-    run = parse_config(complete_config(workdirs.read_manifest(folder)["config"]))
-    for field in {"name", "num_classes"} & set(fields or {}):
-        raise UserError(
-            f"{field} is no field that can be changed, only "
-            f"{', '.join(model_fields(run.model['name']))}."
-        )
-    run = dataclasses.replace(run, model=run.model | dict(fields or {}))
+    run = _with_fields(workdirs.read_manifest(folder)["config"], fields)
     statistics, class_names = read_inputs(folder)
     recipe = create_recipe(run, len(class_names))
-    abstract_state = create_train_state.eval_shape(
-        jax.random.key(0), recipe=recipe, image_shape=statistics.mean.shape
+    abstract_variables = create_variables.eval_shape(
+        jax.random.key(0), model=recipe.model, image_shape=statistics.mean.shape
     )
-    state, info = _restore(folder, checkpoint, abstract_state)
+    variables, info = _restore(folder, checkpoint, abstract_variables)
     return Network(
         run=run,
         recipe=recipe,
-        variables={"params": state.params, "batch_stats": state.batch_stats},
+        variables=variables,
         statistics=statistics,
         class_names=class_names,
         step=info["step"],
@@ -102,14 +114,23 @@ def load_network(
     )
 
 
+def _with_fields(config: dict[str, Any], fields: Mapping[str, Any] | None) -> RunConfig:
+    run = parse_config(complete_config(config))
+    for field in {"name", "num_classes"} & set(fields or {}):
+        raise UserError(
+            f"{field} is no field that can be changed, only "
+            f"{', '.join(model_fields(run.model['name']))}."
+        )
+    return dataclasses.replace(run, model=run.model | dict(fields or {}))
+
+
 def draw_variables(network: Network) -> dict[str, Any]:
     """The variables before the first step of a run without `init_from`."""
-    state = create_train_state(
+    return create_variables(
         initial_rng(network.run.seed),
-        recipe=network.recipe,
+        model=network.recipe.model,
         image_shape=network.image_shape,
     )
-    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -145,11 +166,13 @@ def probabilities(logits: np.ndarray, loss_name: str) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _restore(folder: pathlib.Path, choice: str, abstract_state: Any) -> tuple[Any, dict]:
+def _restore(
+    folder: pathlib.Path, choice: str, abstract_variables: dict[str, Any]
+) -> tuple[dict[str, Any], dict]:
     while True:
         steps = checkpoints.list_steps(folder)
         try:
-            return _restore_once(folder, choice, abstract_state)
+            return _restore_once(folder, choice, abstract_variables)
         except UserError:
             # The run may have replaced the checkpoint while it was read.
             if checkpoints.list_steps(folder) == steps:
@@ -157,10 +180,10 @@ def _restore(folder: pathlib.Path, choice: str, abstract_state: Any) -> tuple[An
 
 
 def _restore_once(
-    folder: pathlib.Path, choice: str, abstract_state: Any
-) -> tuple[Any, dict]:
+    folder: pathlib.Path, choice: str, abstract_variables: dict[str, Any]
+) -> tuple[dict[str, Any], dict]:
     if choice.isdecimal():
-        return checkpoints.restore_step(folder, int(choice), abstract_state)
+        return checkpoints.restore_step(folder, int(choice), abstract_variables)
     info = checkpoints.read_latest_info(folder) if choice == "best" else None
     if info is not None:
         if info["best"] is None:
@@ -168,8 +191,8 @@ def _restore_once(
                 f"{folder} has no best checkpoint yet, as nothing has been evaluated at "
                 f"step {info['step']}; take --checkpoint=last."
             )
-        return checkpoints.restore_step(folder, info["best"]["step"], abstract_state)
-    restored = checkpoints.restore_latest(folder, abstract_state, set_aside=False)
+        return checkpoints.restore_step(folder, info["best"]["step"], abstract_variables)
+    restored = checkpoints.restore_latest(folder, abstract_variables, set_aside=False)
     if restored is None:
         raise UserError(
             f"{folder} has no checkpoint yet; wait until the run has written its first one."

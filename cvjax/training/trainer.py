@@ -6,6 +6,7 @@ workdir/metrics.jsonl     training and validation metrics (and TensorBoard's fil
 workdir/checkpoints/      the latest states, and the best on validation
 workdir/profile/          a profiler's trace, if asked for
 workdir/curves.png        loss and error against steps
+workdir/diverged.json     that it has diverged, and how; gone when the run goes on
 workdir/summary.json      the final numbers; its presence says that the run is finished
 """
 
@@ -29,18 +30,19 @@ from cvjax.files import user_path, write_json
 from cvjax.models import create_model
 from cvjax.nn import onednn
 from cvjax.report.curves import draw_curves
-from cvjax.storage import checkpoint, metrics_log
+from cvjax.storage import checkpoint, divergence, metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import write_inputs
 from cvjax.training import devices, interrupt, loop, metrics, resume, steps, transfer
 from cvjax.training.check_network import check_network
-from cvjax.training.config import RunConfig, parse_config
+from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.optim import boundary_steps, create_schedule
 from cvjax.training.profiling import check_steps, open_trace
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
-from cvjax.training.run_data import load_data
+from cvjax.training.run_data import load_data, refuse_own_data
+from cvjax.training.settings import RunConfig
 from cvjax.training.state import Record, TrainState
 
 # What the seed's key is folded with for all draws of the training; see also state.py.
@@ -75,6 +77,7 @@ def train_and_evaluate(
     create_model(num_classes=1, **run.model)
     devices.check_batch_size(run.data.batch_size)
     folder = user_path(workdir, "--workdir")
+    refuse_own_data(run, folder)
     with contextlib.ExitStack() as stack:
 
         def enter() -> dict[str, float] | None:
@@ -88,7 +91,14 @@ def train_and_evaluate(
                 "%s is finished: step %d, see summary.json.", folder, run.total_steps
             )
             return summary
-        return _run(run, config, folder, traced)
+        if jax.default_backend() == "cpu":
+            stack.enter_context(interrupt.warn_of_standstill())
+        try:
+            return _run(run, config, folder, traced)
+        except DivergedError as error:
+            if devices.is_first():
+                divergence.write(folder, error)
+            raise
 
 
 def _run(
@@ -130,6 +140,7 @@ def _run(
             nonlocal outputs
             # A run that goes on has no final numbers.
             (folder / "summary.json").unlink(missing_ok=True)
+            divergence.forget(folder)
             # Before config.json, by which readers know the run.
             write_inputs(folder, statistics, dataset.class_names)
             history = resume.history(folder, config, run, start, measured)

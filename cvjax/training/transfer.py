@@ -1,11 +1,12 @@
 """Fine-tuning: a run that starts from the network of another run.
 
 `config.init_from` names the workdir of a run of train.py, finished or not, or of
-cvjax.interop.torch. Parameters and BatchNorm's averages come from its last checkpoint (not
-the one that did best on validation); the optimiser and the step start afresh. The network
-must be the same one but for `models.SAME_PARAMETERS` and the number of classes: where that
-differs, the layers that make logits are re-initialised, and the log says so. What is loaded
-is saved with the run's own checkpoints, so a resumed run does not load it again.
+cvjax.interop.torch, or a network that comes with cvjax, "pretrained:NAME". Parameters and
+BatchNorm's averages come from its last checkpoint (not the one that did best on
+validation); the optimiser and the step start afresh. The network must be the same one but
+for `models.SAME_PARAMETERS` and the number of classes: where that differs, the layers that
+make logits are re-initialised, and the log says so. What is loaded is saved with the run's
+own checkpoints, so a resumed run does not load it again.
 
 With `config.init_refine = 2` that network first gets two blocks for each one that it has
 (`nn.depth.refine`), and the fields of the one that is trained are those of
@@ -34,7 +35,7 @@ from jax import numpy as jnp
 
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
-from cvjax.files import Path, user_path
+from cvjax.files import Path, is_pretrained, user_path
 from cvjax.models import DETECTORS, SAME_PARAMETERS, create_model
 from cvjax.models.resnet import BACKBONE
 from cvjax.models.resnet_cifar import refined_fields
@@ -43,7 +44,7 @@ from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
 from cvjax.training import trained_network as networks
 from cvjax.training.optim import is_frozen
-from cvjax.training.state import TrainState
+from cvjax.training.state import TrainState, create_variables
 from cvjax.training.trained_network import Network
 
 NORMALIZATION = "init_from"  # as a value of config.data.normalization
@@ -59,7 +60,7 @@ def load_source(
     """The network to start from.
 
     Args:
-      init_from: the workdir of its run.
+      init_from: the workdir of its run, or "pretrained:NAME".
       model: name and fields of the network that is to be trained.
       folder: the workdir of the run that starts.
       factor: how many blocks each of its blocks becomes.
@@ -67,14 +68,7 @@ def load_source(
     Raises:
       UserError: there is no such network, or it is not this one.
     """
-    source = user_path(init_from, "init_from")
-    if source.resolve() == folder.resolve():
-        raise UserError(f"init_from is the workdir itself, {folder}; name another run.")
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"init_from {source} is no folder of a run: it has no config.json; name the "
-            "--workdir of train.py or of cvjax.interop.torch."
-        )
+    source = _source(init_from, folder)
     try:
         network = networks.load_network(source, "last")
     except UserError as error:
@@ -90,11 +84,27 @@ def load_source(
             f"init_from {source} is of another network ({'; '.join(differences)}); give "
             f"the model fields that it has{' when refined' if factor > 1 else ''}."
         )
-    if not (source / "summary.json").exists() and network.step:
+    is_run = isinstance(source, pathlib.Path)
+    if is_run and not (source / "summary.json").exists() and network.step:
         logging.warning(
             "%s is not finished; its network is taken as of step %d.", source, network.step
         )
     return network
+
+
+def _source(init_from: Path, folder: pathlib.Path) -> pathlib.Path | str:
+    """What `load_network` takes for it."""
+    if is_pretrained(init_from):
+        return str(init_from)
+    source = user_path(init_from, "init_from")
+    if source.resolve() == folder.resolve():
+        raise UserError(f"init_from is the workdir itself, {folder}; name another run.")
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"init_from {source} is no folder of a run: it has no config.json; name the "
+            "--workdir of train.py or of cvjax.interop.torch."
+        )
+    return source
 
 
 def _refined(network: Network, factor: int) -> Network:
@@ -176,7 +186,7 @@ def start_from(
     )
     if heads:
         logging.info(
-            "Drawn anew, as %s: %s.",
+            "Re-initialised, as %s: %s.",
             "it has no such layers"
             if as_backbone
             else f"there are other classes than its {classes}",
@@ -192,10 +202,8 @@ def _heads(network: Network) -> list[tuple[str, ...]]:
 
     def shapes(num_classes: int) -> dict[tuple[str, ...], tuple[int, ...]]:
         model = dataclasses.replace(network.recipe.model, num_classes=num_classes)
-        variables = jax.eval_shape(
-            lambda rng, images: model.init(rng, images, train=False),
-            jax.random.key(0),
-            jax.ShapeDtypeStruct((1, *network.image_shape), np.float32),
+        variables = create_variables.eval_shape(
+            jax.random.key(0), model=model, image_shape=network.image_shape
         )
         flat = traverse_util.flatten_dict(variables)
         return {path: leaf.shape for path, leaf in flat.items()}

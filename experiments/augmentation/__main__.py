@@ -35,13 +35,15 @@ from absl import flags
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import cli, data
 from cvjax.data.augment import compute_color_axes
+from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
 from cvjax.report.statistics import difference, spread
 from cvjax.report.tables import p_value, percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
-from cvjax.training.config import DataConfig, parse_config
+from cvjax.training.config import parse_config
+from cvjax.training.settings import DataConfig
 from experiments import runner, sharing
 from experiments.augmentation.figure import draw_augmentation
 
@@ -101,6 +103,7 @@ def augmentations(side: int) -> dict[str, dict[str, Any]]:
         "none": {},
         "crop": crop,
         "flip": {"flip": True},
+        "vertical flip": {"vertical_flip": True},
         "scale": {"scale_min": side, "scale_max": side + side // 4},
         "brightness": {"brightness": 0.4},
         "contrast": {"contrast": 0.4},
@@ -158,12 +161,25 @@ def compare(
         run_dir: with_augmentation(config, choices[name], seed)
         for run_dir, (name, seed) in plan.items()
     }
-    finished = runner.train_all(configs, shared=shared)
-    runs = [
-        {"augmentation": name, "seed": seed, **runner.read_run(run_dir)}
-        for run_dir, (name, seed) in plan.items()
-        if run_dir in finished
-    ]
+    with runner.trained(configs, shared=shared) as finished:
+        runs = [
+            {"augmentation": name, "seed": seed, **runner.read_run(run_dir)}
+            for run_dir, (name, seed) in plan.items()
+            if run_dir in finished
+        ]
+        report(runs, config, preset, dataset, images, folder)
+
+
+def report(
+    runs: list[dict[str, Any]],
+    config: ml_collections.ConfigDict,
+    preset: str,
+    dataset: Dataset,
+    images: tuple[int, ...],
+    folder: pathlib.Path,
+) -> None:
+    """Writes, draws and prints what runs have given."""
+    choices = augmentations(min(dataset.image_shape[:2]))
     results = runner.write_results(
         folder,
         "augmentation",
@@ -191,10 +207,10 @@ def with_augmentation(
     config: ml_collections.ConfigDict, settings: dict[str, Any], seed: int
 ) -> ml_collections.ConfigDict:
     """The config with these augmentations and no others."""
-    own = config.copy_and_resolve_references()
-    own.seed = seed
-    own.data.update({**PLAIN, **settings})
-    return own
+    variant = config.copy_and_resolve_references()
+    variant.seed = seed
+    variant.data.update({**PLAIN, **settings})
+    return variant
 
 
 def draw(
@@ -227,24 +243,24 @@ def draw(
 def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per augmentation: "n" (seeds), and each error's mean and spread."""
     table = []
-    for name, own in _groups(runs).items():
-        errors = {key: spread([summary[key] for summary in own]) for key in ERRORS}
-        table.append({"augmentation": name, "n": len(own), **errors})
+    for name, group in _groups(runs).items():
+        errors = {key: spread([summary[key] for summary in group]) for key in ERRORS}
+        table.append({"augmentation": name, "n": len(group), **errors})
     return table
 
 
 def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The claim: Welch's test of each validation error against that of no augmentation."""
     errors = {
-        name: [summary["val/error"] for summary in own]
-        for name, own in _groups(runs).items()
+        name: [summary["val/error"] for summary in values]
+        for name, values in _groups(runs).items()
     }
     return [
         {
             **{"augmentation": name, "against": "none", "error": "val/error"},
-            **difference(own, errors["none"]),
+            **difference(values, errors["none"]),
         }
-        for name, own in errors.items()
+        for name, values in errors.items()
         if name != "none" and "none" in errors
     ]
 

@@ -79,10 +79,12 @@ def _draw_errors(panel, table: dict[str, Any], name: str, *, is_last: bool) -> N
         for row in table.values()
         for key in COLORS
     )
-    reference = 100 * table["none"]["val/error"]["mean"]
-    spread = 100 * (table["none"]["val/error"]["std"] or 0)
-    panel.axvspan(reference - spread, reference + spread, color="#1f5a99", alpha=0.12, lw=0)
-    panel.axvline(reference, color="#1f5a99", lw=0.8, ls="--")
+    if "none" in table:  # not all of its runs have diverged
+        reference = 100 * table["none"]["val/error"]["mean"]
+        spread = 100 * (table["none"]["val/error"]["std"] or 0)
+        ends = reference - spread, reference + spread
+        panel.axvspan(*ends, color="#1f5a99", alpha=0.12, lw=0)
+        panel.axvline(reference, color="#1f5a99", lw=0.8, ls="--")
     for height, (key, color) in enumerate(COLORS.items()):
         mean, std = (100 * (table[name][key][part] or 0) for part in ("mean", "std"))
         style = {"color": color, "marker": "o", "ms": 5, "capsize": 3, "ls": ""}

@@ -29,7 +29,7 @@ import re
 from typing import Any
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
 
 from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
@@ -40,8 +40,7 @@ from cvjax.report.statistics import t_test
 from cvjax.report.tables import mean_std, percent, percent_interval
 from cvjax.storage import checkpoint
 from cvjax.storage import workdir as workdirs
-from cvjax.training import train_and_evaluate
-from experiments import runner
+from experiments import runner, sharing
 from experiments.cascade import early_exit, measure
 from experiments.cascade.figure import draw_cascade, tabulate
 from experiments.cascade.members import check_places
@@ -90,6 +89,7 @@ PRESETS = {
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS)
+    sharing.define_flags()
     flags.DEFINE_list("members", [], "Workdirs of trained nets instead.")
     flags.DEFINE_enum(
         "measure", "max_probability", early_exit.MEASURES, "What confidence is."
@@ -119,11 +119,26 @@ def main(arguments):
         check_places(given)
     folder = workdirs.check_writable(values.workdir)
     settings = {key: getattr(values, key) for key in SETTINGS}
-    runs = []
-    for seed in range(1 if given else values.seeds):
-        members = given or train_members(values.preset, values.steps, seed, folder)
-        runs.append(measure_once(members, settings, folder, seed))
-    report(runs, {"preset": None if given else values.preset, **settings}, folder)
+    if given:
+        runs = [measure_once(given, settings, folder, 0)]
+        report(runs, {"preset": None, **settings}, folder)
+        return
+    plans = {
+        seed: plan_members(values.preset, values.steps, seed, folder)
+        for seed in range(values.seeds)
+    }
+    configs = {
+        run_dir: config for plan in plans.values() for (_, run_dir, _), config in plan
+    }
+    with runner.trained(configs, shared=sharing.from_flags()) as finished:
+        cascades = {seed: [member for member, _ in plan] for seed, plan in plans.items()}
+        runs = [
+            measure_once(members, settings, folder, seed)
+            for seed, members in cascades.items()
+            if all(run_dir in finished for _, run_dir, _ in members)
+        ]
+        if runs:
+            report(runs, {"preset": values.preset, **settings}, folder)
 
 
 def report(
@@ -178,23 +193,23 @@ def check_targets(accuracy: float | None, cost: float | None) -> None:
 
 def parse_member(text: str) -> tuple[str, pathlib.Path, int]:
     """ "runs/a@20" -> a name, the workdir, the size of its images (0 for their own)."""
-    place, at, size = text.strip().rpartition("@")
+    run_dir, at, size = text.strip().rpartition("@")
     if not at:
-        place, size = size, "0"
+        run_dir, size = size, "0"
     if not re.fullmatch("[0-9]{1,9}", size) or (at and int(size) < 1):
         raise UserError(
             f"--members takes workdirs, each with @ and a size in pixels if its images are "
             f"to be resized, got {text!r}."
         )
-    return text.strip(), user_path(place, "--members"), int(size)
+    return text.strip(), user_path(run_dir, "--members"), int(size)
 
 
-def train_members(
+def plan_members(
     preset: str, total_steps: int | None, seed: int, folder: pathlib.Path
-) -> list[tuple[str, pathlib.Path, int]]:
-    """Trains the nets of a preset, or finds them trained; as from `parse_member`."""
+) -> list[tuple[tuple[str, pathlib.Path, int], ml_collections.ConfigDict]]:
+    """The nets of a preset, as from `parse_member`, with their configs."""
     create_config, nets = PRESETS[preset]
-    members = []
+    plan = []
     for depth, width in nets:
         config = create_config()
         config.seed = seed
@@ -203,10 +218,8 @@ def train_members(
         if depth >= 110:
             config.optim.warmup_steps = 400
         run_dir = folder / "runs" / f"{depth}-width{width}-seed{seed}"
-        logging.info("%d layers, width %d, seed %d.", depth, width, seed)
-        train_and_evaluate(config, run_dir)
-        members.append((f"{depth}x{width}", run_dir, 0))
-    return members
+        plan.append(((f"{depth}x{width}", run_dir, 0), config))
+    return plan
 
 
 def measure_once(
@@ -216,8 +229,8 @@ def measure_once(
     seed: int,
 ) -> dict[str, Any]:
     """Measures the cascades of some nets, or finds them measured with these settings."""
-    steps = [checkpoint.latest_step(place) for _, place, _ in members]
-    names = [[name, str(place)] for name, place, _ in members]
+    steps = [checkpoint.latest_step(run_dir) for _, run_dir, _ in members]
+    names = [[name, str(run_dir)] for name, run_dir, _ in members]
     key = {**settings, "members": names, "steps": steps}
 
     def measure_all() -> dict[str, Any]:
@@ -252,14 +265,13 @@ def describe(run: dict[str, Any]) -> str:
     text = run["note"] + " " if run["note"] else ""
     if len(chosen["members"]) > 1:
         parts = [
-            f"{100 * part:.1f} % of the images reach {name}"
-            for name, part in zip(chosen["members"], chosen["reached"], strict=True)
+            f"{100 * fraction:.1f} % of the images reach {name}"
+            for name, fraction in zip(chosen["members"], chosen["reached"], strict=True)
         ]
         text += ", ".join(parts) + "; "
     return text + (
-        f"accuracy {100 * chosen['difference']:+.2f} ± "
-        f"{100 * chosen['difference_standard_error']:.2f} % against the largest net (whose "
-        f"own standard error is {100 * run['standard_error']:.2f} %), "
+        "accuracy in points against the largest net "
+        f"{tables.difference(contrast(run), scale=100)}, "
         f"{chosen['macs_ratio']:.2f} of its multiply-adds, {chosen['time_ratio']:.2f} of "
         "its time."
     )

@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import optimize
 
 from cvjax.errors import UserError
 
@@ -110,7 +111,7 @@ def average_cost(exits: np.ndarray, costs: Sequence[float]) -> float:
 
     Args:
       exits: see `Outcome`.
-      costs: of each net alone, an example; who stops at net k has paid for all up to it.
+      costs: of each net alone, per example; who stops at net k has paid for all up to it.
     """
     return float(np.cumsum(costs)[exits].mean())
 
@@ -164,9 +165,9 @@ def _run_batch(predict, images, thresholds, measure, sizes):
         scores[undecided] = means
         if number == len(predict) - 1:
             break
-        sure = confidence(means, measure) >= thresholds[number]
-        exits[undecided[sure]] = number
-        undecided, total = undecided[~sure], total[~sure]
+        confident = confidence(means, measure) >= thresholds[number]
+        exits[undecided[confident]] = number
+        undecided, total = undecided[~confident], total[~confident]
         if not len(undecided):
             break
     return scores, exits
@@ -201,15 +202,15 @@ def try_cascades(
     Args:
       scores: [nets, n, classes], the cheapest first.
       labels: int [n].
-      costs: of each net, an example; multiply-adds, or seconds.
+      costs: of each net, per example; multiply-adds, or seconds.
       measure: one of `MEASURES`.
     """
     tried: list[tuple] = []
     for count in range(1, len(scores) + 1):
         for members in itertools.combinations(range(len(scores)), count):
-            own = np.asarray(costs, float)[list(members)]
-            sets = _try_thresholds(scores[list(members)], labels, own, measure)
-            tried += [(members, *one) for one in zip(*sets, strict=True)]
+            member_costs = np.asarray(costs, float)[list(members)]
+            sets = _try_thresholds(scores[list(members)], labels, member_costs, measure)
+            tried += [(members, *row) for row in zip(*sets, strict=True)]
     members, accuracy, cost, thresholds = zip(*tried, strict=True)
     return Candidates(
         list(members), list(thresholds), np.array(accuracy), np.array(cost), measure
@@ -278,7 +279,7 @@ def _try_thresholds(scores, labels, costs, measure):
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """T for which softmax(logits / T) has the least cross entropy (Guo et al. 2017).
 
-    The loss is convex in 1 / T; its slope is bisected between T = 0.1 and T = 10.
+    The loss is convex in 1 / T; the root of its slope is sought between T = 0.1 and 10.
 
     Args:
       logits: [n, classes], on validation.
@@ -287,13 +288,15 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     logits = np.asarray(logits, np.float64)
     wanted = logits[np.arange(len(labels)), labels]
 
-    def slope(inverse):
+    def slope(log_inverse):
+        inverse = np.exp(log_inverse)
         powers = np.exp(inverse * (logits - logits.max(axis=-1, keepdims=True)))
         expected = (powers * logits).sum(axis=-1) / powers.sum(axis=-1)
         return (expected - wanted).mean()
 
     low, high = np.log(0.1), np.log(10.0)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
-    return float(np.exp(-low))
+    if slope(low) >= 0:
+        return 10.0
+    if slope(high) <= 0:
+        return 0.1
+    return float(np.exp(-optimize.brentq(slope, low, high, xtol=1e-14)))

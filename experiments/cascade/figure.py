@@ -32,7 +32,7 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
       runs: one per seed, each with "points": dicts with "kind" (a key of `KINDS`), "name",
-        "error" (a fraction), "macs" and "milliseconds" (both an image, on average), the
+        "error" (a fraction), "macs" and "milliseconds" (both per image, on average), the
         same kinds and names in each run.
 
     Returns:

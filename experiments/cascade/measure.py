@@ -12,6 +12,7 @@ import numpy as np
 from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
 from cvjax.evaluation.predictions import load_data
+from cvjax.report.statistics import spread
 from experiments.cascade import early_exit
 from experiments.cascade.early_exit import Plan
 from experiments.cascade.members import (
@@ -107,7 +108,7 @@ def measure(
 
 def _standard_error(values: np.ndarray) -> float:
     """Of the mean of independent values."""
-    return float(values.std(ddof=1) / len(values) ** 0.5)
+    return spread(values)["std"] / len(values) ** 0.5
 
 
 def _choose(candidates, macs, target_accuracy, target_cost) -> Plan:
@@ -137,7 +138,10 @@ def _check_that_it_pays(
         return plan, "No cascade reaches the target for less than the largest net.", None
     images = dataset.val.images[: _whole_batches(len(dataset.val.labels), batch_size)]
     seconds = median_seconds(
-        [partial(run_plan, members, one, images, batch_size) for one in (largest, plan)]
+        [
+            partial(run_plan, members, choice, images, batch_size)
+            for choice in (largest, plan)
+        ]
     )
     ratio = seconds[1] / seconds[0]
     names = ", ".join(members[number].name for number in plan.members)
@@ -171,7 +175,10 @@ def _points(
     timed = dataset.test.images[: _whole_batches(len(labels), batch_size)]
     singles = [Plan((number,), (), plan.measure) for number in range(count)]
     seconds = median_seconds(
-        [partial(run_plan, members, one, timed, batch_size) for one in (*singles, plan)]
+        [
+            partial(run_plan, members, choice, timed, batch_size)
+            for choice in (*singles, plan)
+        ]
     )
     milliseconds = [1000 * value / len(timed) for value in seconds]
 
@@ -201,10 +208,12 @@ def _points(
             points.append(point("ensemble", name, mean, cost, time))
     for number, limit in enumerate(np.geomspace(macs[0], macs[-1], SWEEP)):
         # Rounding may take the first limit below the cheapest net.
-        one = early_exit.choose(candidates, max_cost=max(limit, macs[0]))
-        own = early_exit.decide(test[list(one.members)], one.thresholds, one.measure)
-        costs = (spent(one, each, own.exits) for each in (macs, milliseconds))
-        points.append(point("cascade", f"cascade {number + 1}", own.scores, *costs))
+        choice = early_exit.choose(candidates, max_cost=max(limit, macs[0]))
+        decided = early_exit.decide(
+            test[list(choice.members)], choice.thresholds, choice.measure
+        )
+        costs = (spent(choice, each, decided.exits) for each in (macs, milliseconds))
+        points.append(point("cascade", f"cascade {number + 1}", decided.scores, *costs))
     known = early_exit.decide(test[list(plan.members)], plan.thresholds, plan.measure)
     chosen = point(
         "chosen",

@@ -1,4 +1,4 @@
-"""Trained networks as a committee: what they say and cost, how they run as a cascade.
+"""Members of a cascade: what trained networks say and cost, and how they run together.
 
 `early_exit` has the rules and knows no networks; here are the networks of some workdirs,
 compiled for its few sizes of batches.
@@ -58,8 +58,8 @@ def load_members(places: Sequence[tuple[str, pathlib.Path, int]]) -> list[Member
     """
     check_places(places)
     members = []
-    for name, place, size in places:
-        network = load_network(place)
+    for name, run_dir, size in places:
+        network = load_network(run_dir)
         height, width, channels = network.image_shape
         if network.run.loss.name != "softmax":
             raise UserError(
@@ -90,10 +90,10 @@ def check_places(places: Sequence[tuple[str, pathlib.Path, int]]) -> None:
     """Raises UserError unless these are two workdirs or more, see `load_members`."""
     if len(places) < 2:
         raise UserError(f"a cascade takes two networks or more, got {len(places)}.")
-    for _, place, _ in places:
-        if not (place / "config.json").is_file():
+    for _, run_dir, _ in places:
+        if not (run_dir / "config.json").is_file():
             raise UserError(
-                f"{place} is no folder of a run: it has no config.json; name workdirs of "
+                f"{run_dir} is no folder of a run: it has no config.json; name workdirs of "
                 "train.py."
             )
 
@@ -154,8 +154,8 @@ def compute_probabilities(members: Sequence[Member], logits: np.ndarray) -> np.n
     """[members, n, classes], float64."""
     return np.stack(
         [
-            probabilities(own / member.temperature, "softmax")
-            for member, own in zip(members, logits, strict=True)
+            probabilities(values / member.temperature, "softmax")
+            for member, values in zip(members, logits, strict=True)
         ]
     )
 

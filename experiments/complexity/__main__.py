@@ -47,7 +47,7 @@ MODEL = flags.DEFINE_string("model", None, "One model instead of the zoo.")
 FIELDS = flags.DEFINE_list("fields", [], "Its fields, such as depth=16,head=small.")
 LAYERS = flags.DEFINE_bool("layers", False, "Its layers one by one.")
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Pixels a side instead of the zoo's.", lower_bound=1
+    "image_size", None, "Side in pixels instead of the zoo's.", lower_bound=1
 )
 NUM_CLASSES = flags.DEFINE_integer(
     "num_classes", None, "Classes instead of the zoo's.", lower_bound=1
@@ -67,7 +67,8 @@ COMPILED = """\
 XLA's FLOPs include elementwise operations and leave out products with the zeros of the \
 padding. Its memory is that of its plan for a batch of 1: weights and images, results \
 (logits, or the gradients), and the most that lies between at one time. Compiled for \
-{device}; with gradients: cross entropy in training mode and its gradient by the weights."""
+{device}; with gradients: cross entropy in training mode and its gradient with respect to \
+the weights."""
 
 LECTURE = """\
 The classic slide (CS231n) sums this column to "24M * 4 bytes ~= 93 MB": its own entries \

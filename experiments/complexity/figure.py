@@ -1,6 +1,6 @@
 """Accuracy against operations and parameters, in the manner of Canziani et al. 2017.
 
-That paper (arXiv:1605.07678, Figs. 2 and 10) gives no table, so that all is taken anew:
+That paper (arXiv:1605.07678, Figs. 2 and 10) gives no table, so that both are taken here:
 accuracies from `zoo`, operations and parameters from `accounting`.
 """
 

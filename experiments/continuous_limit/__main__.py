@@ -2,7 +2,7 @@
 
     python -m experiments.continuous_limit --preset=quick --workdir=runs/continuous_limit
 
-Solvers. An ODE-net with a smooth f is trained once a seed and then walked by Euler,
+Solvers. An ODE-net with a smooth f is trained once per seed and then integrated by Euler,
 midpoint, RK4 and Dopri5 with 1, 2, 4, ..., 64 fixed steps, and by Dopri5 with adaptive
 ones. Theory: the distance to the solution falls as steps**-p with p = 1, 2, 4, 5, once
 steps are small and as long as f is smooth (which it is not with relu). The solution is 128
@@ -26,14 +26,12 @@ it was stopped, and what is finished is not run again.
 """
 
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from configs import cifar10_odenet, cifar10_resnet, digits_odenet, digits_resnet
 from cvjax import cli
 from cvjax.data.normalize import normalize
 from cvjax.evaluation.predictions import first_examples
@@ -42,8 +40,9 @@ from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import load_network
 from cvjax.training.transfer import initial_variables
-from experiments import runner
+from experiments import runner, sharing
 from experiments.continuous_limit import blocks, convergence, figure, tables
+from experiments.continuous_limit.presets import PRESETS
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-6)
@@ -55,63 +54,14 @@ SOLVERS: tuple[dict[str, Any], ...] = (
     ),
 )
 REFERENCE = {"solver": "dopri5", "steps": 128}
-
-
-def quick_odenet() -> ml_collections.ConfigDict:
-    """The 1,797 bundled digits at their full size, so that the ODE does the work."""
-    config = digits_odenet.get_config()
-    config.train_eval_examples = 0
-    config.model.update(stem="none", width=16, activation="tanh")
-    config.optim.update(name="adam", learning_rate=0.01, weight_decay=0.0)
-    config.optim.schedule = "cosine"
-    return config
-
-
-def full_odenet() -> ml_collections.ConfigDict:
-    """CIFAR-10 with a smooth activation."""
-    config = cifar10_odenet.get_config()
-    config.model.activation = "softplus"
-    return config
-
-
-def quick_resnet() -> ml_collections.ConfigDict:
-    """The digits, narrow nets."""
-    config = digits_resnet.get_config()
-    config.total_steps = 240
-    config.eval_every = config.checkpoint_every = 120
-    config.train_eval_examples = 0
-    config.data.crop_padding = 0
-    config.optim.schedule = "cosine"
-    config.model.walk = "rolled"  # short runs: compilation would take most of the time
-    return config
-
-
-def full_resnet() -> ml_collections.ConfigDict:
-    """CIFAR-10, nets of the paper's width."""
-    config = cifar10_resnet.get_config()
-    config.optim.schedule = "cosine"
-    return config
-
-
-class Preset(NamedTuple):
-    """What a preset trains, and how many test images are looked at in float64."""
-
-    odenet: Callable[[], ml_collections.ConfigDict]
-    resnet: Callable[[], ml_collections.ConfigDict]
-    blocks: tuple[int, ...]
-    examples: int
-
-
-PRESETS = {
-    "quick": Preset(quick_odenet, quick_resnet, (2, 4, 8), 60),
-    "full": Preset(full_odenet, full_resnet, (2, 4, 8, 16), 250),
-}
+Runs = dict[pathlib.Path, ml_collections.ConfigDict]
 EVERYTHING = 1_000_000  # more test images than there are
 
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS, steps_of=" of all nets")
+    sharing.define_flags()
 
 
 def main(arguments):
@@ -122,6 +72,11 @@ def main(arguments):
     configs = preset.odenet(), preset.resnet()
     for config in configs:
         config.total_steps = values.steps or config.total_steps
+    phases = plan_nets(*configs, preset.blocks, values.seeds, folder)
+    for nets in phases:
+        trained = runner.train_all(nets, shared=sharing.from_flags())
+        if len(trained) < len(nets):
+            return  # whoever trains the others has the results
     results = compare(*configs, preset.blocks, preset.examples, values.seeds, folder)
     parts = ("solvers", "orders", "blocks")
     runner.write_results(
@@ -140,6 +95,33 @@ def main(arguments):
     print(f"Figure:  {folder / 'continuous_limit.png'}")
 
 
+def plan_nets(
+    odenet: ml_collections.ConfigDict,
+    resnet: ml_collections.ConfigDict,
+    lengths: tuple[int, ...],
+    seeds: int,
+    folder: pathlib.Path,
+) -> tuple[Runs, Runs]:
+    """All that `compare` needs to be trained: what others start from, and the others."""
+    first, others = {}, {}
+    for seed in range(seeds):
+        others[folder / "runs" / f"odenet-seed{seed}"] = with_seed(odenet, seed)
+        for start in tables.STARTS:
+            for n in lengths:
+                run_dir = folder / "runs" / f"{start}-{n}-seed{seed}"
+                *seedlings, last = create_plan(resnet, n, start, seed, run_dir)
+                first |= {where: config for config, where in seedlings}
+                others[last[1]] = last[0]
+    return first, others
+
+
+def with_seed(config: ml_collections.ConfigDict, seed: int) -> ml_collections.ConfigDict:
+    """The config with this seed."""
+    seeded = config.copy_and_resolve_references()
+    seeded.seed = seed
+    return seeded
+
+
 def compare(
     odenet: ml_collections.ConfigDict,
     resnet: ml_collections.ConfigDict,
@@ -151,12 +133,12 @@ def compare(
     """Trains and measures all nets, seed by seed; tables and what they are made of."""
     odenets, resnets = [], []
     for seed in range(seeds):
-        place = folder / "runs" / f"odenet-seed{seed}"
-        odenets.append(measure_solvers(odenet, seed, examples, place))
+        run_dir = folder / "runs" / f"odenet-seed{seed}"
+        odenets.append(measure_solvers(odenet, seed, examples, run_dir))
         for start in tables.STARTS:
             for n in lengths:
-                place = folder / "runs" / f"{start}-{n}-seed{seed}"
-                run = measure_resnet(resnet, n, start, seed, examples, place)
+                run_dir = folder / "runs" / f"{start}-{n}-seed{seed}"
+                run = measure_resnet(resnet, n, start, seed, examples, run_dir)
                 resnets.append(run)
     rows = tables.tabulate_solvers(odenets)
     table = tables.tabulate_blocks(resnets)
@@ -171,31 +153,31 @@ def compare(
 
 
 def measure_solvers(
-    config: ml_collections.ConfigDict, seed: int, examples: int, place: pathlib.Path
+    config: ml_collections.ConfigDict, seed: int, examples: int, run_dir: pathlib.Path
 ) -> dict[str, Any]:
-    """Trains an ODE-net, or finds it trained, and walks it by each of `SOLVERS`."""
-    config = config.copy_and_resolve_references()
-    config.seed = seed
-    train_and_evaluate(config, place)
+    """Trains an ODE-net, or finds it trained, and solves it by each of `SOLVERS`."""
+    train_and_evaluate(with_seed(config, seed), run_dir)
 
     def measure() -> list[dict[str, Any]]:
-        logging.info("Other solvers for %s.", place.name)
-        network = load_network(place)
+        logging.info("Other solvers for %s.", run_dir.name)
+        network = load_network(run_dir)
         test = first_examples(network, EVERYTHING)
-        few = test.images[:examples]
+        images = test.images[:examples]
         rolled = {"walk": "rolled"}
-        exact = convergence.solve(network, few, {**REFERENCE, **rolled})
+        exact = convergence.solve(network, images, {**REFERENCE, **rolled})
         found = []
         for fields in SOLVERS:
-            near = convergence.solve(network, few, {**fields, **rolled})
+            approximate = convergence.solve(network, images, {**fields, **rolled})
             usual = convergence.solve(
                 network, test.images, {**fields, **rolled}, np.float32
             )
             wrong = usual.logits.argmax(axis=-1) != test.labels
             row = {
-                "features": along_depth.relative_distance(near.features, exact.features),
-                "logits": along_depth.relative_distance(near.logits, exact.logits),
-                "taken": float(near.steps.mean()),
+                "features": along_depth.relative_distance(
+                    approximate.features, exact.features
+                ),
+                "logits": along_depth.relative_distance(approximate.logits, exact.logits),
+                "taken": float(approximate.steps.mean()),
                 "nfe": float(usual.evaluations.mean()),
                 "test/error": float(wrong.mean()),
             }
@@ -203,8 +185,8 @@ def measure_solvers(
         return found
 
     key = {"examples": examples, "solvers": SOLVERS, "steps": config.total_steps}
-    solvers = runner.cached(place / "solvers.json", key, measure)
-    return {"seed": seed, **read_run(place), "solvers": solvers}
+    solvers = runner.cached(run_dir / "solvers.json", key, measure)
+    return {"seed": seed, **read_run(run_dir), "solvers": solvers}
 
 
 def measure_resnet(
@@ -213,18 +195,18 @@ def measure_resnet(
     start: str,
     seed: int,
     examples: int,
-    place: pathlib.Path,
+    run_dir: pathlib.Path,
 ) -> dict[str, Any]:
     """Trains a residual net, or finds it trained, and compares its blocks."""
-    for own, where in create_plan(config, n, start, seed, place):
-        train_and_evaluate(own, where)
+    for run_config, where in create_plan(config, n, start, seed, run_dir):
+        train_and_evaluate(run_config, where)
 
     def measure() -> dict[str, dict[str, float]]:
-        network = load_network(place)
+        network = load_network(run_dir)
         images = first_examples(network, examples).images
         images = normalize(images, network.statistics)
         states = {
-            "initial": initial_variables(network, place, place / "one"),
+            "initial": initial_variables(network, run_dir, run_dir / "one"),
             "trained": network.variables,
         }
         found, thetas = {}, {}
@@ -242,40 +224,40 @@ def measure_resnet(
         return found
 
     key = {"examples": examples, "steps": config.total_steps}
-    stages = runner.cached(place / "blocks.json", key, measure)
+    stages = runner.cached(run_dir / "blocks.json", key, measure)
     keys = stages[min(stages)]
     return {
         **{"blocks": n, "start": start, "seed": seed},
         **{key: float(np.mean([row[key] for row in stages.values()])) for key in keys},
         "stages": stages,
-        **read_run(place),
+        **read_run(run_dir),
     }
 
 
 def create_plan(
-    config: ml_collections.ConfigDict, n: int, start: str, seed: int, place: pathlib.Path
+    config: ml_collections.ConfigDict, n: int, start: str, seed: int, run_dir: pathlib.Path
 ) -> list[tuple[ml_collections.ConfigDict, pathlib.Path]]:
     """The config and the workdir of each run: one, or two for blocks that start equal."""
     plan = []
     for count in (n,) if start == "independent" else (1, n):
-        own = config.copy_and_resolve_references()
-        own.seed = seed
+        variant = config.copy_and_resolve_references()
+        variant.seed = seed
         # A stage's first block may halve the image and is no step.
         stages = (count, count + 1, count + 1)
-        own.model.update(blocks=stages, depth=2 * sum(stages) + 2, step_size=1 / count)
-        own.model.pre_activation = True
-        plan.append((own, place))
+        variant.model.update(blocks=stages, depth=2 * sum(stages) + 2, step_size=1 / count)
+        variant.model.pre_activation = True
+        plan.append((variant, run_dir))
     if start == "equal":
-        seedling, where = plan[0][0], place / "one"
+        seedling, where = plan[0][0], run_dir / "one"
         seedling.total_steps = 1
         plan[0] = (seedling, where)
         plan[1][0].init_from, plan[1][0].init_refine = str(where), n
     return plan
 
 
-def read_run(place: pathlib.Path) -> dict[str, Any]:
+def read_run(run_dir: pathlib.Path) -> dict[str, Any]:
     """As `runner.read_run`, with a folder of this experiment by its name."""
-    run = runner.read_run(place)
+    run = runner.read_run(run_dir)
     if run["config"]["init_from"]:
         run["config"]["init_from"] = pathlib.Path(run["config"]["init_from"]).name
     errors = {"test/error": run["summary"]["test/error"]}

@@ -43,10 +43,10 @@ def _measure_blocks(variables, images, *, model):
     def measure(call, arguments, settings, context):
         stage = context.module
         if isinstance(stage, depth.Stage) and context.method_name == "__call__":
-            own = {kind: tree[stage.name] for kind, tree in variables.items()}
-            stacked = {kind: tree[depth.BLOCKS] for kind, tree in own.items()}
+            of_stage = {kind: tree[stage.name] for kind, tree in variables.items()}
+            stacked = {kind: tree[depth.BLOCKS] for kind, tree in of_stage.items()}
             block = stage.block(parent=None)
-            found[stage.name] = _walk_measured(block, stacked, arguments[0])
+            found[stage.name] = _apply_measured(block, stacked, arguments[0])
         return call(*arguments, **settings)
 
     with nn.intercept_methods(measure):
@@ -54,13 +54,13 @@ def _measure_blocks(variables, images, *, model):
     return found
 
 
-def _walk_measured(block: nn.Module, stacked, x: jax.Array):
+def _apply_measured(block: nn.Module, stacked, x: jax.Array):
     """For each block its move, and but for the last the change of f to the next one."""
 
     def norm(x):
         return jnp.sqrt((x**2).sum(axis=range(1, x.ndim)))
 
-    def one(x, pair):
+    def apply_pair(x, pair):
         here, there = (
             block.apply(variables, x, mutable=["batch_stats"])[0] for variables in pair
         )
@@ -69,5 +69,5 @@ def _walk_measured(block: nn.Module, stacked, x: jax.Array):
         return here, ((move / norm(x)).mean(), change)
 
     following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), stacked)
-    _, (moves, changes) = jax.lax.scan(one, x, (stacked, following))
+    _, (moves, changes) = jax.lax.scan(apply_pair, x, (stacked, following))
     return moves, changes[:-1]

@@ -48,9 +48,9 @@ def draw_limit(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def _draw_distances(panel, rows, orders) -> None:
     for order in orders:
         method, color = order["method"], METHOD_COLORS[order["method"]]
-        own = [row for row in rows if row["method"] == method and row["steps"]]
-        steps = np.array([row["steps"] for row in own])
-        y = np.array([row["features"]["mean"] for row in own])
+        group = [row for row in rows if row["method"] == method and row["steps"]]
+        steps = np.array([row["steps"] for row in group])
+        y = np.array([row["features"]["mean"] for row in group])
         label = f"{method}, theory {order['theory']}"
         if order["features"]:
             first, last = order["range"]
@@ -79,15 +79,15 @@ def _draw_errors(panel, rows, trained_nfe: float) -> None:
     panel.axvline(trained_nfe, color=GREY, lw=0.8, ls="--", label="NFE in training")
     for method, color in METHOD_COLORS.items():
         for adaptive in (False, True):
-            own = [
+            group = [
                 r for r in rows if r["method"] == method and adaptive != bool(r["steps"])
             ]
-            if not own:
+            if not group:
                 continue
             panel.errorbar(
-                [row["nfe"] for row in own],
-                [100 * row["test/error"]["mean"] for row in own],
-                yerr=[100 * (row["test/error"]["std"] or 0) for row in own],
+                [row["nfe"] for row in group],
+                [100 * row["test/error"]["mean"] for row in group],
+                yerr=[100 * (row["test/error"]["std"] or 0) for row in group],
                 color=color,
                 marker="*" if adaptive else "o",
                 ms=9 if adaptive else 5,
@@ -102,19 +102,19 @@ def _draw_errors(panel, rows, trained_nfe: float) -> None:
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.legend(fontsize=8, frameon=False)
-    _label(panel, "evaluations of f (NFE) an image", "test error (%)")
+    _label(panel, "evaluations of f (NFE) per image", "test error (%)")
     panel.set_title("the same parameters, no further training", fontsize=10)
 
 
 def _draw_changes(panel, rows) -> None:
     for start, color in START_COLORS.items():
-        own = [row for row in rows if row["start"] == start]
+        group = [row for row in rows if row["start"] == start]
         for key, line, what in (("change", "-", "weights"), ("change_f", ":", "f")):
             label = f"{start} start, {what}"
-            _draw_by_depth(panel, own, f"trained/{key}", color, line, label)
+            _draw_by_depth(panel, group, f"trained/{key}", color, line, label)
         if start == "independent":
             label = "the same at initialisation, weights"
-            _draw_by_depth(panel, own, "initial/change", GREY, "-", label)
+            _draw_by_depth(panel, group, "initial/change", GREY, "-", label)
     panel.axhline(np.sqrt(2), color=GREY, lw=0.8, ls="--")
     counts = sorted({row["blocks"] for row in rows})
     panel.text(
@@ -127,10 +127,10 @@ def _draw_changes(panel, rows) -> None:
 
 def _draw_moves(panel, rows) -> None:
     for start, color in START_COLORS.items():
-        own = [row for row in rows if row["start"] == start]
+        group = [row for row in rows if row["start"] == start]
         for key, line in (("initial", ":"), ("trained", "-")):
             label = f"{start} start, {key}"
-            _draw_by_depth(panel, own, f"{key}/move", color, line, label)
+            _draw_by_depth(panel, group, f"{key}/move", color, line, label)
     _draw_inverse(panel, rows, "trained/move", "independent")
     counts = sorted({row["blocks"] for row in rows})
     _finish_depth(panel, counts, "|h f(x)| / |x| of one block")
@@ -153,8 +153,8 @@ def _draw_by_depth(panel, rows, key, color, line, label) -> None:
 
 
 def _draw_inverse(panel, rows, key: str, start: str) -> None:
-    own = sorted((r["blocks"], r[key]["mean"]) for r in rows if r["start"] == start)
-    counts, values = np.array(own).T
+    points = sorted((r["blocks"], r[key]["mean"]) for r in rows if r["start"] == start)
+    counts, values = np.array(points).T
     guide = values[0] * counts[0] / counts
     panel.plot(counts, guide, color="black", lw=0.8, ls="--", label="1/n")
 

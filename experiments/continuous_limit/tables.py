@@ -21,17 +21,19 @@ EXPONENTS += ("trained/move", "trained/moved")
 
 
 def tabulate_solvers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a solver: "method", "steps" (0: adaptive), "rtol", "n" and means over seeds."""
+    """A row per solver: "method", "steps" (0: adaptive), "rtol", "n", means over seeds."""
     table = []
     for i, fields in enumerate(runs[0]["solvers"]):
-        own = [run["solvers"][i] for run in runs]
+        group = [run["solvers"][i] for run in runs]
         table.append(
             {
                 **{"method": fields["solver"], "steps": fields["steps"]},
-                **{"rtol": fields.get("rtol"), "n": len(own)},
-                **{key: float(np.mean([r[key] for r in own])) for key in ("taken", "nfe")},
+                **{"rtol": fields.get("rtol"), "n": len(group)},
                 **{
-                    key: spread([row[key] for row in own])
+                    key: float(np.mean([r[key] for r in group])) for key in ("taken", "nfe")
+                },
+                **{
+                    key: spread([row[key] for row in group])
                     for key in ("features", "logits", "test/error")
                 },
             }
@@ -40,7 +42,7 @@ def tabulate_solvers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tabulate_orders(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a method: order of theory, and as measured of features and of logits.
+    """A row per method: order of theory, and as measured of features and of logits.
 
     The spread is that over the nets, each fitted alone; None if one could not be fitted.
     """
@@ -50,9 +52,9 @@ def tabulate_orders(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in ("logits", "features"):
             fits = []
             for run in runs:
-                own = [r for r in run["solvers"] if r["solver"] == method and r["steps"]]
-                distances = [r[key] for r in own]
-                fits.append(convergence.fit_order([r["steps"] for r in own], distances))
+                group = [r for r in run["solvers"] if r["solver"] == method and r["steps"]]
+                distances = [r[key] for r in group]
+                fits.append(convergence.fit_order([r["steps"] for r in group], distances))
             row[key] = spread([fit["order"] for fit in fits]) if all(fits) else None
             ranges = [fit["range"] for fit in fits if fit]
             # What all fits have in common.
@@ -67,10 +69,10 @@ def tabulate_blocks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each start and number of blocks: means and spreads over the seeds."""
     table = []
     for start, n in dict.fromkeys((run["start"], run["blocks"]) for run in runs):
-        own = [run for run in runs if (run["start"], run["blocks"]) == (start, n)]
-        keys = [key for key in own[0] if "/" in key]
-        row = {key: spread([run[key] for run in own]) for key in keys}
-        table.append({"start": start, "blocks": n, "n": len(own), **row})
+        group = [run for run in runs if (run["start"], run["blocks"]) == (start, n)]
+        keys = [key for key in group[0] if "/" in key]
+        row = {key: spread([run[key] for run in group]) for key in keys}
+        table.append({"start": start, "blocks": n, "n": len(group), **row})
     return table
 
 
@@ -106,8 +108,8 @@ def contrasts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     found = [{**names, "against": "as trained", **paired_difference(exact, trained)}]
     for n in dict.fromkeys(run["blocks"] for run in resnets):
         independent, equal = (
-            [run["test/error"] for run in resnets if (run["blocks"], run["start"]) == own]
-            for own in ((n, start) for start in STARTS)
+            [run["test/error"] for run in resnets if (run["blocks"], run["start"]) == pair]
+            for pair in ((n, start) for start in STARTS)
         )
         names = {"part": "blocks", "error": "test/error", "blocks": n}
         names |= dict(zip(("start", "against"), STARTS, strict=True))

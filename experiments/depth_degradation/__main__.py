@@ -111,7 +111,7 @@ def plan(create_config, depths, seeds, steps: int | None):
     between, and last those deeper still. Longer runs come before shorter ones, so that
     several processes end together.
     """
-    shared = set.intersection(*(set(own) for own in depths.values()))
+    shared = set.intersection(*(set(lengths) for lengths in depths.values()))
     ends = (min(shared), max(shared)) if shared else (0, 0)
 
     def place(run: tuple[str, int, int]):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report.figures import label_axes, save_figure
+from cvjax.report.statistics import spread, spread_of_columns
 
 NETS = ("plain", "residual")
 TITLES = {"val": "validation", "test": "test"}
@@ -67,10 +68,9 @@ def _draw_curves(panel, runs, colors: dict[int, Any], shown: str) -> None:
             (f"{shown}/error", {"linewidth": 1.8, "label": f"{depth} layers"}),
         ):
             errors = 100 * np.array([[row[key] for row in curve] for curve in curves])
-            mean = errors.mean(axis=0)
+            mean, std = spread_of_columns(errors)
             panel.plot(steps, mean, color=colors[depth], **style)
             if len(curves) > 1 and key == f"{shown}/error":
-                std = errors.std(axis=0, ddof=1)
                 band = (np.clip(mean - std, 0, None), mean + std)
                 panel.fill_between(steps, *band, color=colors[depth], alpha=0.15, lw=0)
     label_axes(panel, "step", "error (%)")
@@ -99,8 +99,8 @@ def _draw_final(panel, runs: list[dict[str, Any]], depths: list[int]) -> None:
                 if (run["net"], run["depth"]) == (net, depth)
             ]
             if errors:
-                std = np.std(errors, ddof=1) if len(errors) > 1 else 0.0
-                points.append((depth, np.mean(errors), std))
+                final = spread(errors)
+                points.append((depth, final["mean"], final["std"] or 0.0))
         if points:
             x, mean, std = zip(*points, strict=True)
             style = {"marker": "o", "markersize": 5, "capsize": 3, **styles[net]}

@@ -33,7 +33,7 @@ from experiments import runner, sharing
 from experiments.depth_degradation.presets import PRESETS
 
 RATES = (0.01, 0.03, 0.1, 0.3)
-WARM_UP = 0.05  # part of all steps, for the runs that have one
+WARM_UP = 0.05  # fraction of all steps, for the runs that have one
 ERRORS = {"train_eval/error": "training", "test/error": "test"}
 
 
@@ -132,8 +132,8 @@ def find_best(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each depth at its best: "depth", "rate", "warm_up" and training "error" there."""
     best = []
     for depth in sorted({row["depth"] for row in table}):
-        own = [row for row in table if row["depth"] == depth]
-        row = min(own, key=lambda row: row["train_eval/error"]["mean"])
+        group = [row for row in table if row["depth"] == depth]
+        row = min(group, key=lambda row: row["train_eval/error"]["mean"])
         keys = {key: row[key] for key in ("depth", "rate", "warm_up")}
         best.append({**keys, "error": row["train_eval/error"]["mean"]})
     return best

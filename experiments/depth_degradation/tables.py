@@ -38,13 +38,13 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
       and 95 % "interval" (None for a single seed), and "seconds" (mean).
     """
     table = []
-    for (net, depth), own in _groups(runs).items():
-        summaries = [run["summary"] for run in own]
+    for (net, depth), group in _groups(runs).items():
+        summaries = [run["summary"] for run in group]
         row = {"net": net, "depth": depth, "parameters": summaries[0]["parameters"]}
-        row["n"] = len(own)
+        row["n"] = len(group)
         for key in ERRORS:
             row[key] = spread([summary[key] for summary in summaries])
-        row["seconds"] = float(np.mean([run["seconds"] for run in own]))
+        row["seconds"] = float(np.mean([run["seconds"] for run in group]))
         table.append(row)
     return table
 

@@ -136,9 +136,9 @@ def take_blocks(variables: Variables, stage: int, rows: np.ndarray) -> Variables
     changed = {}
     for collection, tree in variables.items():
         tree = dict(tree)
-        own = tree.pop(name)
+        blocks = tree.pop(name)
         if len(rows):
-            rest = jax.tree.map(lambda leaf: leaf[rows], own[depth.BLOCKS])
+            rest = jax.tree.map(lambda leaf: leaf[rows], blocks[depth.BLOCKS])
             tree[name] = {depth.BLOCKS: rest}
         changed[collection] = tree
     return changed
@@ -213,9 +213,9 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
             "label": f"{run['net']}, {run['depth']} layers",
         }
         for panel, change in zip(panels, ("deleted", "swapped"), strict=False):
-            own = [row for row in run["changes"] if row["change"] == change]
-            places = [f"{row['stage']}.{row['block']}" for row in own]
-            errors = [100 * row["error"] for row in own]
+            group = [row for row in run["changes"] if row["change"] == change]
+            places = [f"{row['stage']}.{row['block']}" for row in group]
+            errors = [100 * row["error"] for row in group]
             ticks = range(len(places))
             panel.plot(ticks, errors, marker="o", markersize=5, linestyle="none", **style)
             panel.set_xticks(ticks, places)

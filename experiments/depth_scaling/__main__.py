@@ -48,6 +48,7 @@ has a folder of its own under WORKDIR/runs; the same command goes on where it wa
 and what is finished is not run again.
 """
 
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -60,12 +61,13 @@ from cvjax import cli, data
 from cvjax.data.normalize import compute_statistics, normalize
 from cvjax.evaluation.predictions import first_examples
 from cvjax.nn import along_depth
+from cvjax.storage import divergence
 from cvjax.storage import workdir as workdirs
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
 from cvjax.training.state import create_train_state, initial_rng
 from cvjax.training.trained_network import draw_variables, load_network
-from experiments import runner
+from experiments import runner, sharing
 from experiments.depth_scaling import tables
 from experiments.depth_scaling.figure import draw_scaling
 from experiments.depth_scaling.presets import PRESETS, Preset
@@ -73,23 +75,28 @@ from experiments.depth_scaling.states import measure_states
 
 BETAS = (0, 0.5, 1)
 STARTS = ("independent", "smooth")
+Planned = tuple[pathlib.Path, ml_collections.ConfigDict, dict[str, Any]]
 TRANSFERS = {0.5: "independent", 1: "smooth"}  # whose best learning rate is looked for
 
 
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS, steps_of=" of all runs")
+    sharing.define_flags()
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     folder = workdirs.check_writable(values.workdir)
     preset = PRESETS[values.preset]
     config = preset.config()
     config.total_steps = values.steps or config.total_steps
     rate_steps = values.steps or preset.rate_steps
-    parts, runs = measure(config, preset, rate_steps, range(values.seeds), folder)
+    measured = measure(config, preset, rate_steps, range(values.seeds), folder, shared)
+    if measured is None:
+        return  # whoever trains the other nets has the results
+    parts, runs = measured
     results = runner.write_results(
         folder,
         "depth_scaling",
@@ -112,13 +119,28 @@ def measure(
     rate_steps: int,
     seeds: range,
     folder: pathlib.Path,
-) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """Trains and measures all nets: rows of each part of `tables.KEYS`, and the runs."""
+    shared: sharing.Sharing = sharing.ALONE,
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]] | None:
+    """Trains and measures all nets.
+
+    Returns:
+      Rows of each part of `tables.KEYS`, and the runs; None while other processes still
+      train some of them.
+    """
+    nets = plan_nets(config, preset, seeds, folder)
+    rates = plan_rates(config, preset, rate_steps, seeds, folder)
+    runner.train_all({run_dir: variant for run_dir, variant, _ in nets}, shared=shared)
+    configs = {run_dir: variant for run_dir, variant, _ in rates}
+    trained = runner.train_all(configs, shared=shared, may_diverge=True)
+    # The nets again: others may have trained them meanwhile.
+    whole = all(runner.is_finished(run_dir) for run_dir, _, _ in nets)
+    if not whole or len(trained) < len(rates):
+        return None
     parts = {
         "initial": list(measure_initial(config, preset, seeds, folder)),
-        "trained": list(train_nets(config, preset, seeds, folder)),
+        "trained": [measure_net(*net, preset.examples) for net in nets],
     }
-    searched = list(search_rates(config, preset, rate_steps, seeds, folder))
+    searched = [{**names, **read_rate(run_dir)} for run_dir, _, names in rates]
     parts["rates"] = tables.find_best_rates(searched)
     return parts, runner.join_parts({"trained": parts["trained"], "rates": searched})
 
@@ -128,7 +150,7 @@ def summarize(parts: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str
     table = {part: tables.tabulate(part, rows) for part, rows in parts.items()}
     fits = [tables.fit_exponents(part, rows) for part, rows in parts.items()]
     table["exponents"] = [row for rows, _ in fits for row in rows]
-    claims = [claim for _, own in fits for claim in own]
+    claims = [claim for _, of_part in fits for claim in of_part]
     return {"table": runner.join_parts(table), "claims": claims}
 
 
@@ -136,11 +158,11 @@ def create_config(
     config: ml_collections.ConfigDict, beta: float, start: str, depth: int, seed: int
 ) -> ml_collections.ConfigDict:
     """The config of one net of `depth` blocks x + depth**-beta f(x)."""
-    own = config.copy_and_resolve_references()
-    own.seed = seed
-    own.log_every = own.eval_every = own.checkpoint_every = own.total_steps
-    own.model.update(length=depth, step_size=float(depth) ** -beta, depth_init=start)
-    return own
+    variant = config.copy_and_resolve_references()
+    variant.seed = seed
+    variant.log_every = variant.eval_every = variant.checkpoint_every = variant.total_steps
+    variant.model.update(length=depth, step_size=float(depth) ** -beta, depth_init=start)
+    return variant
 
 
 def measure_initial(
@@ -149,18 +171,18 @@ def measure_initial(
     """A row per start, depth, beta and seed: `states.measure_states` before training."""
     dataset = data.load(**parse_config(config).data.source)
     statistics = compute_statistics(dataset.train.images, config.data.normalization)
-    few = dataset.test.first(preset.examples).images
-    images = normalize(few, statistics)
+    raw = dataset.test.first(preset.examples).images
+    images = normalize(raw, statistics)
     (folder / "initial").mkdir(exist_ok=True)
     for start in STARTS:
         for depth in preset.initial:
             for beta in BETAS:
                 for seed in seeds:
-                    own = create_config(config, beta, start, depth, seed)
+                    variant = create_config(config, beta, start, depth, seed)
                     name = f"{start}-{beta:g}-{depth}-seed{seed}.json"
 
-                    def measure(own=own, seed=seed):
-                        recipe = create_recipe(parse_config(own), dataset.num_classes)
+                    def measure(variant=variant, seed=seed):
+                        recipe = create_recipe(parse_config(variant), dataset.num_classes)
                         shape = dataset.image_shape
                         state = create_train_state(
                             initial_rng(seed), recipe=recipe, image_shape=shape
@@ -169,45 +191,44 @@ def measure_initial(
                             recipe.model, {"params": state.params}, images
                         )
 
-                    key = {"config": own.to_dict(), "examples": preset.examples}
+                    key = {"config": variant.to_dict(), "examples": preset.examples}
                     path = folder / "initial" / name
                     names = {"beta": beta, "start": start, "depth": depth, "seed": seed}
                     yield {**names, **runner.cached(path, key, measure)}
     logging.info("The nets are measured at initialisation.")
 
 
-def train_nets(
+def plan_nets(
     config: ml_collections.ConfigDict, preset: Preset, seeds: range, folder: pathlib.Path
-) -> Iterator[dict[str, Any]]:
-    """Trains all nets, or finds them trained: a row each, with `measure_trained`."""
-    plan = {
-        folder / "runs" / f"{start}-{beta:g}-{depth}-seed{seed}": (beta, start, depth, seed)
-        for depth in preset.trained
-        for start in STARTS
-        for beta in BETAS
-        for seed in seeds
-    }
-    configs = {place: create_config(config, *names) for place, names in plan.items()}
-    runner.train_all(configs)
-    for place, (beta, start, depth, seed) in plan.items():
-        key = {"config": configs[place].to_dict(), "examples": preset.examples}
-        measured = runner.cached(
-            place / "depth.json",
-            key,
-            lambda place=place: measure_trained(place, preset.examples),
-        )
-        run = runner.read_run(place)
-        yield {
-            **{"beta": beta, "start": start, "depth": depth, "seed": seed},
-            **measured,
-            **{fit: run["summary"][f"train_eval/{fit}"] for fit in tables.FITS},
-            **run,
-        }
+) -> list[Planned]:
+    """The nets that are trained: each start and exponent at each depth."""
+    plan = []
+    for depth, start, beta, seed in itertools.product(preset.trained, STARTS, BETAS, seeds):
+        run_dir = folder / "runs" / f"{start}-{beta:g}-{depth}-seed{seed}"
+        names = {"beta": beta, "start": start, "depth": depth, "seed": seed}
+        plan.append((run_dir, create_config(config, beta, start, depth, seed), names))
+    return plan
 
 
-def measure_trained(place: pathlib.Path, examples: int) -> dict[str, float]:
+def measure_net(
+    run_dir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    names: dict[str, Any],
+    examples: int,
+) -> dict[str, Any]:
+    """The row of a net that is trained, with `measure_trained`."""
+    key = {"config": config.to_dict(), "examples": examples}
+    measured = runner.cached(
+        run_dir / "depth.json", key, lambda: measure_trained(run_dir, examples)
+    )
+    run = runner.read_run(run_dir)
+    fits = {fit: run["summary"][f"train_eval/{fit}"] for fit in tables.FITS}
+    return {**names, **measured, **fits, **run}
+
+
+def measure_trained(run_dir: pathlib.Path, examples: int) -> dict[str, float]:
     """`KEYS["trained"]` of a trained net: weights along depth, and where it takes x."""
-    network = load_network(place)
+    network = load_network(run_dir)
     images = normalize(first_examples(network, examples).images, network.statistics)
     trained, initial = (
         along_depth.stage_kernels(variables["params"])["stage"]
@@ -222,34 +243,33 @@ def measure_trained(place: pathlib.Path, examples: int) -> dict[str, float]:
     }
 
 
-def search_rates(
+def plan_rates(
     config: ml_collections.ConfigDict,
     preset: Preset,
     steps: int,
     seeds: range,
     folder: pathlib.Path,
-) -> Iterator[dict[str, Any]]:
-    """Trains each net at each rate: rows with "rate" and "loss", None if it diverged."""
-    for depth in preset.searched:
-        for beta, start in TRANSFERS.items():
-            for rate in preset.rates:
-                for seed in seeds:
-                    short = config.copy_and_resolve_references()
-                    short.total_steps = steps
-                    short.optim.update(name="sgd", momentum=0.9, learning_rate=rate)
-                    own = create_config(short, beta, start, depth, seed)
-                    name = f"rate{rate:g}-{start}-{beta:g}-{depth}-seed{seed}"
-                    place = folder / "runs" / name
-                    diverged = runner.train_or_diverge(own, place)
-                    names = {"beta": beta, "start": start, "depth": depth, "seed": seed}
-                    if diverged:
-                        manifest = workdirs.read_manifest(place)
-                        kept = {key: manifest[key] for key in runner.PROVENANCE}
-                        run = {"summary": None, **kept, "seconds": None}
-                    else:
-                        run = runner.read_run(place)
-                    loss = None if diverged else run["summary"]["train_eval/loss"]
-                    yield {**names, "rate": rate, "loss": loss, **run}
+) -> list[Planned]:
+    """The nets whose best learning rate is looked for, at each rate."""
+    plan = []
+    transfers = TRANSFERS.items()
+    each = itertools.product(preset.searched, transfers, preset.rates, seeds)
+    for depth, (beta, start), rate, seed in each:
+        short = config.copy_and_resolve_references()
+        short.total_steps = steps
+        short.optim.update(name="sgd", momentum=0.9, learning_rate=rate)
+        run_dir = folder / "runs" / f"rate{rate:g}-{start}-{beta:g}-{depth}-seed{seed}"
+        names = {"beta": beta, "start": start, "depth": depth, "seed": seed, "rate": rate}
+        plan.append((run_dir, create_config(short, beta, start, depth, seed), names))
+    return plan
+
+
+def read_rate(run_dir: pathlib.Path) -> dict[str, Any]:
+    """A run of `plan_rates` that is trained: its "loss", None if it diverged."""
+    if divergence.read(run_dir):
+        return {"loss": None, "summary": None, **runner.read_started(run_dir)}
+    run = runner.read_run(run_dir)
+    return {"loss": run["summary"]["train_eval/loss"], **run}
 
 
 if __name__ == "__main__":

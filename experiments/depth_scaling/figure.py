@@ -53,8 +53,8 @@ def draw_scaling(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     searched = [row for row in table if row["part"] == "rates"]
     groups = dict.fromkeys((row["beta"], row["start"]) for row in searched)
     for panel, (beta, start) in zip(panels.flat[len(PANELS) :], groups, strict=False):
-        own = [row for row in searched if (row["beta"], row["start"]) == (beta, start)]
-        _draw_losses(panel, own)
+        group = [row for row in searched if (row["beta"], row["start"]) == (beta, start)]
+        _draw_losses(panel, group)
         label_axes(panel, "learning rate", "training loss after a short run")
         panel.set_title(f"beta = {beta:g}, {start} start; stars: best rate", fontsize=10)
     seeds = table[0]["n"]
@@ -68,10 +68,10 @@ def draw_scaling(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def _draw_measure(panel, rows, key: str) -> None:
     for beta, start in dict.fromkeys((row["beta"], row["start"]) for row in rows):
-        own = [row for row in rows if (row["beta"], row["start"]) == (beta, start)]
-        depths = [row["depth"] for row in own]
-        means = np.array([row[key]["mean"] for row in own])
-        ends = np.array([row[key]["interval"] or [row[key]["mean"]] * 2 for row in own])
+        group = [row for row in rows if (row["beta"], row["start"]) == (beta, start)]
+        depths = [row["depth"] for row in group]
+        means = np.array([row[key]["mean"] for row in group])
+        ends = np.array([row[key]["interval"] or [row[key]["mean"]] * 2 for row in group])
         # An interval may reach below zero, where a logarithmic axis has no place.
         bars = np.abs(np.clip(ends, means[:, None] / 10, None) - means[:, None])
         panel.errorbar(

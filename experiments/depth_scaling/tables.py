@@ -90,14 +90,14 @@ def tabulate(part: str, rows: Rows) -> Rows:
     for names, group in _groups(rows, ("beta", "start", "depth")):
         row = {**names, "n": len(group)}
         if part == "rates":
-            row["log10_best"] = spread([math.log10(one["best"]) for one in group])
-            row["inside"] = sum(one["inside"] for one in group)
+            row["log10_best"] = spread([math.log10(search["best"]) for search in group])
+            row["inside"] = sum(search["inside"] for search in group)
             row["rates"] = group[0]["rates"]
-            columns = zip(*(one["losses"] for one in group), strict=True)
+            columns = zip(*(search["losses"] for search in group), strict=True)
             row["losses"] = [None if None in c else spread(c) for c in columns]
         else:
             keys = KEYS[part] + (FITS if part == "trained" else ())
-            row |= {key: spread([one[key] for one in group]) for key in keys}
+            row |= {key: spread([search[key] for search in group]) for key in keys}
         table.append(row)
     return table
 
@@ -114,10 +114,10 @@ def fit_exponents(part: str, rows: Rows) -> tuple[Rows, Rows]:
     for names, group in _groups(rows, ("beta", "start")):
         for key in KEYS[part]:
             exponents = []
-            for _, own in _groups(group, ("seed",)):
-                own = sorted(own, key=lambda row: row["depth"])
-                depths = [row["depth"] for row in own]
-                exponents.append(fit_exponent(depths, [row[key] for row in own]))
+            for _, points in _groups(group, ("seed",)):
+                points = sorted(points, key=lambda row: row["depth"])
+                depths = [row["depth"] for row in points]
+                exponents.append(fit_exponent(depths, [row[key] for row in points]))
             predicted = PREDICTED.get((part, key, names["start"], names["beta"]))
             row = {"of": part, "key": key, **names, "depths": depths}
             table.append(

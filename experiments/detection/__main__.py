@@ -42,6 +42,7 @@ PRESETS = {
     "medium": (voc_centernet, voc_yolo),
 }
 MEASURED = ("ap50", "ap", "recall", "precision", "recall_alone", "recall_sharing")
+DRAWN = ("scenes", "grid")
 HEADINGS = ("AP at 0.5", "AP", "recall", "precision", "alone", "sharing a cell")
 
 
@@ -73,18 +74,19 @@ def main(arguments):
         for module in PRESETS[values.preset]:
             config = create_config(module, seed, values.steps, values.data_dir)
             configs[folder / "runs" / f"{config.model.name}-seed{seed}"] = config
-    runs = []
     stride = PRESETS[values.preset][1].get_config().model.stride
-    for run in runner.train_all(configs, shared=shared):
-        config = configs[run]
-        kept = runner.read_run(run)
-        key = {"step": kept["summary"]["step"], "stride": stride}
-        measured = runner.cached(
-            run / "detections.json", key, lambda run=run: measure(run, stride)
-        )
-        about = {"network": config.model.name, "seed": config.seed}
-        runs.append({**about, "measured": measured, **kept})
-    report(runs, folder, values.preset)
+    with runner.trained(configs, shared=shared) as finished:
+        runs = [read_run(run, configs[run], stride) for run in finished]
+        report(runs, folder, values.preset)
+
+
+def read_run(run: pathlib.Path, config, stride: int) -> dict[str, Any]:
+    """What the results keep of a finished run."""
+    kept = runner.read_run(run)
+    key = {"step": kept["summary"]["step"], "stride": stride, "grid": True}
+    measured = runner.cached(run / "detections.json", key, lambda: measure(run, stride))
+    about = {"network": config.model.name, "seed": config.seed}
+    return {**about, "measured": measured, **kept}
 
 
 def report(runs: list[dict[str, Any]], folder: pathlib.Path, preset: str) -> None:
@@ -96,21 +98,22 @@ def report(runs: list[dict[str, Any]], folder: pathlib.Path, preset: str) -> Non
     table = [
         {
             **{"network": name, "n": len(measured)},
-            **{key: spread([one[key] for one in measured]) for key in MEASURED},
+            **{key: spread([scores[key] for scores in measured]) for key in MEASURED},
         }
         for name, measured in by_name.items()
     ]
     claims = []
     for name, measured in by_name.items():
         kinds = [
-            [one[f"recall_{kind}"] for one in measured] for kind in ("sharing", "alone")
+            [scores[f"recall_{kind}"] for scores in measured]
+            for kind in ("sharing", "alone")
         ]
         claim = {"network": name, "what": "recall of objects that share a cell, less alone"}
         claims.append({**claim, **paired_difference(*kinds)})
     bound = runs[0]["measured"]["bound"]
     # Without the boxes, which stand in detections.json of each run.
     kept = [
-        {**run, "measured": {k: v for k, v in run["measured"].items() if k != "scenes"}}
+        {**run, "measured": {k: v for k, v in run["measured"].items() if k not in DRAWN}}
         for run in runs
     ]
     runner.write_results(
@@ -124,9 +127,10 @@ def report(runs: list[dict[str, Any]], folder: pathlib.Path, preset: str) -> Non
     for claim in claims:
         print(f"{claim['network']}: {claim['what']}: {tables.difference(claim, 3)}")
     print(f"A grid of YOLO's cells can have a recall of {bound:.3f} at most.")
-    paths = folder / "detection.png", folder / "scenes.png"
+    paths = [folder / f"{name}.png" for name in ("detection", "scenes", "grid")]
     figure.draw_recalls(by_name, bound, paths[0])
     figure.draw_scenes({name: by_name[name][0] for name in names}, paths[1])
+    figure.draw_grid(by_name[names[0]][0]["grid"], paths[2])
     for path in (folder / "results.json", *paths):
         print(path)
 

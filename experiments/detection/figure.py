@@ -1,4 +1,4 @@
-"""The figures: recall against the number of objects; scenes with what was found on them."""
+"""The figures: recall by number of objects; what was found; what a grid cannot find."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -33,18 +33,18 @@ def draw_recalls(
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     for name, seeds in measured.items():
         counts = list(seeds[0]["recall_by_count"])
-        rows = [spread([one["recall_by_count"][c] for one in seeds]) for c in counts]
+        rows = [spread([scores["recall_by_count"][c] for scores in seeds]) for c in counts]
         style = {"capsize": 2, "linewidth": 1.4, "markersize": 4, **STYLES[name]}
         _plot(left, [int(count) for count in counts], rows, style)
         kinds = [f"recall_{kind}" for kind in ("alone", "sharing")]
-        rows = [spread([one[kind] for one in seeds]) for kind in kinds]
+        rows = [spread([scores[kind] for scores in seeds]) for kind in kinds]
         _plot(right, [0, 1], rows, style)
     line = {"color": "0.4", "linewidth": 0.9, "linestyle": (0, (4, 3))}
     left.axhline(bound, label="most that YOLO's cells allow, all images", **line)
     for panel in (left, right):
         panel.set_ylim(top=1.005)
     label_axes(left, "objects on the image", "recall")
-    left.legend(fontsize=7, frameon=False, loc="lower left")
+    left.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(0, 0.62))
     label_axes(right, "objects in a cell of YOLO's grid", "recall")
     right.set_xlim(-0.4, 1.4)
     right.set_xticks([0, 1], ["one", "several"])
@@ -71,8 +71,8 @@ def draw_scenes(measured: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -
     """
     figure = Figure(figsize=(7.2, 5.6), dpi=200, layout="constrained")
     panels = figure.subplots(len(measured), 1, squeeze=False)[:, 0]
-    for panel, (name, one) in zip(panels, measured.items(), strict=True):
-        pictures = [np.asarray(_draw(scene)) / 255 for scene in one["scenes"]]
+    for panel, (name, example) in zip(panels, measured.items(), strict=True):
+        pictures = [np.asarray(_draw(scene)) / 255 for scene in example["scenes"]]
         panel.imshow(tile(pictures, 6, 1), interpolation="nearest")
         panel.set_axis_off()
         panel.set_title(STYLES[name]["label"], fontsize=9, loc="left")
@@ -80,6 +80,41 @@ def draw_scenes(measured: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -
         (("right", RIGHT), ("missed", MISSED), ("false", FALSE))
     ):
         figure.text(0.62 + 0.11 * k, 0.985, f"■ {text}", color=color, fontsize=9, va="top")
+    save_figure(figure, path)
+
+
+def draw_grid(grid: Mapping[str, Any], path: pathlib.Path) -> None:
+    """An image under YOLO's grid, with the objects that it cannot name.
+
+    Args:
+      grid: see `measure.most_shared`.
+      path: the PNG.
+    """
+    first, later, (across, down) = grid["first"], grid["later"], grid["cells"]
+    image = np.array(grid["image"], np.uint8)
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(5.2, 0.6 + 5.2 * height / width), dpi=150)
+    panel = figure.add_axes((0, 0, 1, 1 - 0.6 / figure.get_figheight()))
+    rgb = np.broadcast_to(image, (height, width, 3))
+    panel.imshow(rgb, extent=(0, width, height, 0), interpolation="nearest")
+    for x in np.linspace(0, width, across + 1):
+        panel.axvline(x, color="white", linewidth=0.6, alpha=0.6)
+    for y in np.linspace(0, height, down + 1):
+        panel.axhline(y, color="white", linewidth=0.6, alpha=0.6)
+    for boxes, color in ((first, RIGHT), (later, FALSE)):
+        for left, top, right, bottom in boxes:
+            x, y = [left, right, right, left, left], [top, top, bottom, bottom, top]
+            panel.plot(x, y, color=color, linewidth=1.2)
+            panel.plot((left + right) / 2, (top + bottom) / 2, "o", color=color, ms=4)
+    panel.set_xlim(0, width)
+    panel.set_ylim(height, 0)
+    panel.set_axis_off()
+    figure.suptitle(
+        f"{across}x{down} cells name one object each: of {len(first) + len(later)} objects "
+        f"here, {len(later)} (orange) come second\nto their cell, and cannot be found; of "
+        f"those on all test images {1 - grid['bound']:.1%}",
+        **{"fontsize": 8.5, "y": 1 - 0.08 / figure.get_figheight()},
+    )
     save_figure(figure, path)
 
 

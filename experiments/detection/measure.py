@@ -16,6 +16,7 @@ from cvjax.evaluation.detection import Found, average_precisions, true_boxes
 from cvjax.training.trained_network import Network, apply_model, load_network
 
 OVERLAP = 0.5
+CELLS = 7  # in each direction, of YOLO's first version
 SHOWN = 12  # test images whose boxes are kept for the figure
 
 
@@ -61,12 +62,14 @@ def best_threshold(found: dict[str, np.ndarray]) -> float:
     return float(scores[order][f1.argmax()])
 
 
-def later_in_cell(targets: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def later_in_cell(
+    targets: np.ndarray, stride: int | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Which boxes share the cell of their centre, and which are not its first.
 
     Args:
       targets: [n, max_boxes, 5].
-      stride: pixels of a cell.
+      stride: pixels of a cell, or its width and height.
 
     Returns:
       bool [n, max_boxes], both.
@@ -77,6 +80,30 @@ def later_in_cell(targets: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndar
     same &= there[:, :, None] & there[:, None]
     same &= ~np.eye(targets.shape[1], dtype=bool)
     return same.any(axis=-1), np.tril(same, -1).any(axis=-1)
+
+
+def most_shared(split: Split, stride: int) -> dict[str, Any]:
+    """The image on which most objects come second to their cell.
+
+    The grid is that of the network here or that of the paper, 7x7: the coarser one.
+
+    Returns:
+      "image", "cells" in each direction (across, down), and the boxes of the
+      objects that are "first" in their cell and that come "later"; "bound", the recall that
+      these cells allow on all images.
+    """
+    targets = np.asarray(split.labels)
+    there = targets[..., 4] > 0
+    height, width = split.images.shape[1:3]
+    cells = [min(CELLS, side // stride) for side in (width, height)]
+    _, later = later_in_cell(targets, np.array([width, height]) / cells)
+    k = int(later.sum(axis=1).argmax())
+    return {
+        **{"image": split.images[k].tolist(), "cells": cells},
+        "first": targets[k][there[k] & ~later[k], :4].tolist(),
+        "later": targets[k][later[k], :4].tolist(),
+        "bound": float(1 - later.sum() / there.sum()),
+    }
 
 
 def measure(run: pathlib.Path, stride: int) -> dict[str, Any]:
@@ -90,7 +117,7 @@ def measure(run: pathlib.Path, stride: int) -> dict[str, Any]:
       COCO's "ap" and "ap50"; "threshold", and from that score on "recall" and "precision",
       the recall of objects "recall_alone" in their cell and "recall_sharing" one, and
       "recall_by_count": of images with 1, 2, ... objects; "bound": the recall that cells
-      allow; "scenes": boxes of the first test images.
+      allow; "grid": see `most_shared`; "scenes": boxes of the first test images.
     """
     network = load_network(run)
     dataset = data.load(**network.run.data.source)
@@ -104,8 +131,8 @@ def measure(run: pathlib.Path, stride: int) -> dict[str, Any]:
     precisions = average_precisions(images, true_boxes(test["targets"]), classes)
 
     there = test["targets"][..., 4] > 0
-    sure = test["mask"] & (test["scores"] >= threshold)
-    hits = sure & (test["which"] >= 0)
+    confident = test["mask"] & (test["scores"] >= threshold)
+    hits = confident & (test["which"] >= 0)
     got = np.zeros_like(there)
     image, detection = np.nonzero(hits)
     got[image, test["which"][image, detection]] = True
@@ -114,7 +141,7 @@ def measure(run: pathlib.Path, stride: int) -> dict[str, Any]:
     return {
         **{"ap": precisions.ap, "ap50": precisions.ap50, "threshold": threshold},
         "recall": float(got[there].mean()),
-        "precision": float(hits.sum() / max(sure.sum(), 1)),
+        "precision": float(hits.sum() / max(confident.sum(), 1)),
         "recall_alone": float(got[there & ~sharing].mean()),
         "recall_sharing": float(got[sharing].mean()) if sharing.any() else None,
         "recall_by_count": {
@@ -122,13 +149,14 @@ def measure(run: pathlib.Path, stride: int) -> dict[str, Any]:
             for number in np.unique(count[count > 0])
         },
         "bound": float(1 - later.sum() / there.sum()),
+        "grid": most_shared(dataset.test, stride),
         "scenes": [
             {
                 "image": dataset.test.images[k].tolist(),
                 "found": [
                     [*test["corners"][k, i].tolist(), int(test["classes"][k, i]), bool(hit)]
                     for i, hit in enumerate(hits[k])
-                    if sure[k, i]
+                    if confident[k, i]
                 ],
                 "missed": test["targets"][k][there[k] & ~got[k]].tolist(),
             }

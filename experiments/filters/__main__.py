@@ -2,6 +2,7 @@
 
     python -m experiments.filters --preset=quick --workdir=runs/filters
     python -m experiments.filters --run=runs/cifar10_resnet --workdir=runs/filters
+    python -m experiments.filters --run=pretrained:cifar10_resnet20 --workdir=runs/filters
 
 Shown are the kernels that read the images, and of deeper layers, for some channels (evenly
 spaced, not chosen), the nine patches of validation images that excite them most, each
@@ -28,52 +29,30 @@ from functools import partial
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from configs import cifar10_resnet, digits_resnet
 from cvjax import cli
 from cvjax.data.dataset import ArraySplit
 from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.predictions import load_data
+from cvjax.files import is_pretrained
 from cvjax.report import tables
 from cvjax.report.statistics import spread
 from cvjax.report.tables import percent, percent_interval
+from cvjax.storage import pretrained
 from cvjax.storage import workdir as workdirs
 from cvjax.training import train_and_evaluate
 from cvjax.training.trained_network import Network, draw_variables, load_network
 from experiments import runner
 from experiments.filters import feature_maps, figure, top_patches
 from experiments.filters.guided_backprop import RULES
+from experiments.filters.presets import PRESETS
 
 COUNT = figure.SIDE**2
 DEFAULT_LAYERS = 4
 BATCH = 250
-
-
-def quick() -> ml_collections.ConfigDict:
-    """The 1,797 bundled digits, a residual net of 8 layers."""
-    config = digits_resnet.get_config()
-    config.total_steps = 300
-    config.optim.schedule = "cosine"
-    config.model.depth = 8
-    return config
-
-
-def medium() -> ml_collections.ConfigDict:
-    """CIFAR-10, a residual net of 8 layers, 38,400 images."""
-    config = cifar10_resnet.get_config()
-    config.total_steps = config.eval_every = 300
-    config.checkpoint_every = 100
-    config.train_eval_examples = 0
-    config.optim.schedule = "cosine"
-    config.model.depth = 8
-    return config
-
-
-PRESETS = {"quick": quick, "medium": medium}
 
 
 def define_flags() -> None:
@@ -100,13 +79,13 @@ def main(arguments):
     cli.refuse_arguments(arguments)
     values = flags.FLAGS
     fields = cli.parse_fields(values.fields)
-    place = check_run(values.run) if values.run else None
+    run_dir = check_run(values.run) if values.run else None
     folder = workdirs.check_writable(values.workdir)
-    if place is None:
-        place = folder / "run"
-        train_and_evaluate(PRESETS[values.preset](), place)
+    if run_dir is None:
+        run_dir = folder / "run"
+        train_and_evaluate(PRESETS[values.preset](), run_dir)
     examine(
-        place,
+        run_dir,
         folder,
         preset=None if values.run else values.preset,
         checkpoint=values.checkpoint,
@@ -120,19 +99,21 @@ def main(arguments):
     )
 
 
-def check_run(run: str) -> pathlib.Path:
-    """The folder of a run, or UserError."""
-    place = pathlib.Path(run).absolute()
-    if not (place / "config.json").exists():
+def check_run(run: str) -> pathlib.Path | str:
+    """The folder of a run, or a network that comes with cvjax; else UserError."""
+    if is_pretrained(run):
+        return run
+    run_dir = pathlib.Path(run).absolute()
+    if not (run_dir / "config.json").exists():
         raise UserError(
-            f"{place} holds no run; --run takes the workdir of a run of train.py, finished "
-            "or going on, or leave it out for the preset's own."
+            f"{run_dir} holds no run; --run takes the workdir of a run of train.py, "
+            "finished or going on, or pretrained:NAME; without it the preset trains one."
         )
-    return place
+    return run_dir
 
 
 def examine(
-    place: pathlib.Path,
+    run_dir: pathlib.Path | str,
     folder: pathlib.Path,
     *,
     preset: str | None = None,
@@ -146,7 +127,7 @@ def examine(
     cache_dir: str = "",
 ) -> None:
     """Looks at the network of the run in `place`; writes to `folder`, draws and prints."""
-    network = load_network(place, checkpoint, fields)
+    network = load_network(run_dir, checkpoint, fields)
     check_finite(network)
     model = feature_maps.prepare(network.recipe.model)
     known = feature_maps.list_layers(model, network.variables, network.image_shape)
@@ -160,7 +141,6 @@ def examine(
         row, pictures[name] = look_at(network, name, examples, channels, rule)
         rows.append(row)
     kernel = feature_maps.first_kernel(known, network.variables["params"])
-    manifest = workdirs.read_manifest(place)
     results = runner.write_results(
         folder,
         "filters",
@@ -173,7 +153,7 @@ def examine(
         runs=[
             {
                 **{"seed": network.run.seed, "step": network.step},
-                **{key: manifest.get(key) for key in runner.PROVENANCE},
+                **read_provenance(run_dir),
             }
         ],
     )
@@ -181,6 +161,15 @@ def examine(
     show(results)
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {folder / 'filters.png'}")
+
+
+def read_provenance(run_dir: pathlib.Path | str) -> dict[str, Any]:
+    """As `runner.read_started`, of a network that comes with cvjax too."""
+    if not is_pretrained(run_dir):
+        return runner.read_started(run_dir)
+    found = pretrained.read(str(run_dir))
+    known = {"config": found.config, **found.made_by}
+    return {**{key: known.get(key) for key in runner.PROVENANCE}, "seconds": None}
 
 
 def load_examples(
@@ -222,7 +211,7 @@ def look_at(
     ]
     top = top_patches.find_top(apply, batches, COUNT)
     spans = top_patches.receptive_spans(apply, shape)
-    active = np.flatnonzero(~top.silent)
+    active = np.flatnonzero(~top.dead)
     shown = active[
         np.linspace(0, len(active) - 1, min(channels, len(active))).round().astype(int)
     ]
@@ -243,7 +232,7 @@ def look_at(
         "field": [int(span.field) for span in spans],
         "image": list(shape[:2]),
         "channels": len(top.values),
-        "silent": int(top.silent.sum()),
+        "silent": int(top.dead.sum()),
         "shown": shown.tolist(),
         "trained": agreement(top, examples.labels),
         "untrained": untrained,
@@ -254,7 +243,7 @@ def look_at(
 
 def agreement(top: top_patches.Top, labels: np.ndarray) -> dict[str, float | None] | None:
     """`class_agreement` over the channels that are active."""
-    labels = labels[top.images[~top.silent]]
+    labels = labels[top.images[~top.dead]]
     return spread(top_patches.class_agreement(labels)) if len(labels) else None
 
 
@@ -285,7 +274,7 @@ def show(results: dict[str, Any]) -> None:
         f"Of the {COUNT} images that excite a channel most, those of one class in %, by "
         f"chance {100 * results['chance']:.0f}\n(mean ± standard deviation over channels)"
     )
-    headings = ("layer", "sees, pixels", "channels", "silent", "trained", "95 %")
+    headings = ("layer", "sees, pixels", "channels", "dead", "trained", "95 %")
     headings += ("untrained", "95 %")
     rows = [
         [

@@ -2,7 +2,7 @@
 
 A layer is any module that gives a map [batch, height, width, channels]: a convolution, its
 BatchNorm, a residual block, an inception module. Names are those of `accounting`; the
-blocks of a stacked stage are walked one by one here, rolled or not, and are
+blocks of a stacked stage are applied one by one here, rolled or not, and are
 stage1/block1, stage1/block2, ... What a solver or a weight-tied stage evaluates again and
 again is no layer, its result is one.
 """
@@ -140,7 +140,7 @@ def _run(model, variables, images, kinds: dict[str, type] | None = None):
             return call(*arguments, **settings)
         name = "/".join([*within[-1:], *module.path])
         if isinstance(module, depth.Stage):
-            return _walk_blocks(module, arguments[0], name, within)
+            return _apply_blocks(module, arguments[0], name, within)
         if kinds is not None:
             kinds[name] = type(module)
         if isinstance(module, REPEATED):
@@ -158,7 +158,7 @@ def _run(model, variables, images, kinds: dict[str, type] | None = None):
     return found
 
 
-def _walk_blocks(stage: depth.Stage, x, name: str, within: list[str]):
+def _apply_blocks(stage: depth.Stage, x, name: str, within: list[str]):
     stacked = {kind: tree[depth.BLOCKS] for kind, tree in stage.variables.items()}
     block = stage.block(parent=None)
     for number in range(stage.length):

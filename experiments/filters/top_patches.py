@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from cvjax.costs.jaxpr_counter import Flow, Scope, Walk
+from cvjax.costs.jaxpr_counter import Counter, Flow, Scope
 from cvjax.costs.receptive_field import Span
 from experiments.filters.guided_backprop import with_rule
 
@@ -38,7 +38,7 @@ class Top:
     places: np.ndarray
 
     @property
-    def silent(self) -> np.ndarray:
+    def dead(self) -> np.ndarray:
         """bool [channels]: those that no image makes positive, so that ReLU stops them."""
         return self.values[:, 0] <= 0
 
@@ -48,7 +48,7 @@ def receptive_spans(apply: MapOf, image_shape: tuple[int, int, int]) -> tuple[Sp
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     jaxpr = jax.make_jaxpr(apply)(image).jaxpr
     flow = Flow(layer=0, spans=(Span(0, 0, 1, 1), Span(0, 0, 1, 2)))
-    (result,) = Walk(image, [flow], "").run(jaxpr, [flow], Scope((), ()))
+    (result,) = Counter(image, [flow], "").run(jaxpr, [flow], Scope((), ()))
     return result.spans
 
 
@@ -58,7 +58,7 @@ def find_top(apply: MapOf, batches: Sequence[np.ndarray], count: int) -> Top:
     Args:
       apply: images -> map [n, height, width, channels]; jitted here.
       batches: of images, [n, height, width, channels] each.
-      count: responses a channel; fewer if there are fewer images.
+      count: responses per channel; fewer if there are fewer images.
     """
 
     @jax.jit
@@ -83,7 +83,7 @@ def project(
     places: np.ndarray,
     rule: str,
 ) -> np.ndarray:
-    """What goes back to the pixels from one unit an image.
+    """What goes back to the pixels from one unit per image.
 
     Args:
       apply: images -> map [n, height, width, channels]; jitted here.

@@ -37,11 +37,10 @@ from ml_collections import config_flags
 
 from configs import cifar10_resnet, digits_mlp
 from cvjax import cli
-from cvjax.comparison.runs import training_seconds
 from cvjax.errors import DivergedError, UserError
-from cvjax.storage import metrics_log
+from cvjax.storage import divergence, metrics_log
 from cvjax.storage import workdir as workdirs
-from experiments import runner
+from experiments import runner, sharing
 from experiments.learning_rates import figure, range_test, tables
 
 Config = ml_collections.ConfigDict
@@ -130,6 +129,7 @@ PRESETS = {"quick": quick, "full": full}
 def define_flags() -> None:
     """The command line; not at import, as other experiments have flags of these names."""
     runner.define_flags(PRESETS, "setting", steps_of=" of all runs but the range test")
+    sharing.define_flags()
     config_flags.DEFINE_config_file(
         "config", None, "A file of configs/: the range test of this config alone."
     )
@@ -140,12 +140,21 @@ def define_flags() -> None:
 
 def main(arguments):
     cli.refuse_arguments(arguments)
-    values = flags.FLAGS
+    values, shared = flags.FLAGS, sharing.from_flags()
     ends = values.lowest, values.highest
     if values.config:
         config = range_config(values.config, *ends, values.range_steps)
         folder = workdirs.check_writable(values.workdir)
-        tests = [measure_range(config, seed, folder) for seed in range(values.seeds)]
+        configs = {
+            folder / "runs" / f"range-seed{seed}": changed(config, {}, seed)
+            for seed in range(values.seeds)
+        }
+        trained = runner.train_all(configs, shared=shared, may_diverge=True)
+        if len(trained) < len(configs):
+            return
+        tests = [
+            measure_range(run_dir, {"seed": seed}) for seed, run_dir in enumerate(configs)
+        ]
         title = f"{config.model.name} on {config.data.name}, {config.optim.name}"
         runs = runner.join_parts({"range": tests})
         runner.write_results(folder, "learning_rates", None, table=[], runs=runs)
@@ -158,7 +167,12 @@ def main(arguments):
             config.total_steps = values.steps or config.total_steps
         ranged = range_config(preset.config, *ends, values.range_steps)
         folder = workdirs.check_writable(values.workdir)
-        results = compare(preset, ranged, values.seeds, folder)
+        plan = create_plan(preset, ranged, values.seeds, folder / "runs")
+        configs = {run_dir: config for part in plan.values() for run_dir, config, _ in part}
+        trained = runner.train_all(configs, shared=shared, may_diverge=True)
+        if len(trained) < len(configs):
+            return  # whoever trains the others has the results
+        results = compare(preset, plan)
         parts = ("rates", "capacity", "regularisation")
         runner.write_results(
             folder,
@@ -177,29 +191,39 @@ def main(arguments):
     print(f"Figure:  {path}")
 
 
-def compare(
+def create_plan(
     preset: Preset, ranged: Config, seeds: int, folder: pathlib.Path
-) -> dict[str, Any]:
-    """Trains all nets; tables and what they are made of."""
-    runs: dict[str, list[dict[str, Any]]] = {"rates": []}
+) -> dict[str, list[tuple[pathlib.Path, Config, dict[str, Any]]]]:
+    """By part, all runs: workdir, config, and what distinguishes it."""
+    plan: dict[str, list] = {"rates": [], "range": [], "capacity": [], "regularisation": []}
     for rate in preset.rates:
         for seed in range(seeds):
             config = changed(preset.config, {"optim.learning_rate": rate}, seed)
-            run = train(config, folder / "runs" / f"rate-{rate:g}-seed{seed}")
-            runs["rates"].append({"rate": rate, "seed": seed, **run})
-    tests = [measure_range(ranged, seed, folder) for seed in range(seeds)]
+            run_dir = folder / f"rate-{rate:g}-seed{seed}"
+            plan["rates"].append((run_dir, config, {"rate": rate, "seed": seed}))
+    for seed in range(seeds):
+        run_dir = folder / f"range-seed{seed}"
+        plan["range"].append((run_dir, changed(ranged, {}, seed), {"seed": seed}))
     for part in ("capacity", "regularisation"):
-        runs[part] = []
         for number, (setting, keys) in enumerate(getattr(preset, part).items()):
             for seed in range(seeds):
                 config = changed(preset.few, keys, seed)
-                run = train(config, folder / "runs" / f"{part}-{number}-seed{seed}")
-                runs[part].append({"setting": setting, "seed": seed, **run})
+                run_dir = folder / f"{part}-{number}-seed{seed}"
+                plan[part].append((run_dir, config, {"setting": setting, "seed": seed}))
+    return plan
+
+
+def compare(preset: Preset, plan: dict[str, list]) -> dict[str, Any]:
+    """Tables and what they are made of, from runs that are trained."""
+    runs = {
+        part: [{**about, **read(run_dir)} for run_dir, _, about in plan[part]]
+        for part in ("rates", "capacity", "regularisation")
+    }
     return {
         "data": preset.config.data.name,
         "names": preset.names,
         "rates": tables.tabulate_rates(runs["rates"]),
-        "range": tests,
+        "range": [measure_range(run_dir, about) for run_dir, _, about in plan["range"]],
         "capacity": tables.tabulate_fits(runs["capacity"]),
         "regularisation": tables.tabulate_fits(runs["regularisation"]),
         "runs": runs,
@@ -208,9 +232,9 @@ def compare(
 
 def changed(config: Config, keys: dict[str, Any], seed: int) -> Config:
     """The config with other values for some keys, such as "optim.weight_decay"."""
-    own = config.copy_and_resolve_references()
-    own.update_from_flattened_dict({**keys, "seed": seed})
-    return own
+    variant = config.copy_and_resolve_references()
+    variant.update_from_flattened_dict({**keys, "seed": seed})
+    return variant
 
 
 def range_config(config: Config, lowest: float, highest: float, steps: int) -> Config:
@@ -233,11 +257,10 @@ def range_config(config: Config, lowest: float, highest: float, steps: int) -> C
     return changed(config, keys, config.seed)
 
 
-def measure_range(config: Config, seed: int, folder: pathlib.Path) -> dict[str, Any]:
+def measure_range(run_dir: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
     """One range test: "rates" and "losses" of its steps, and what they suggest."""
-    place = folder / "runs" / f"range-seed{seed}"
-    run = train(changed(config, {}, seed), place)
-    rows = metrics_log.read_metrics(place / "metrics.jsonl")
+    run = read(run_dir)
+    rows = metrics_log.read_metrics(run_dir / "metrics.jsonl")
     steps = [row for row in rows if "train/loss" in row]
     tried, losses = (
         [row[f"train/{key}"] for row in steps] for key in ("learning_rate", "loss")
@@ -246,27 +269,25 @@ def measure_range(config: Config, seed: int, folder: pathlib.Path) -> dict[str, 
         message = run["diverged"]["message"]
         raise DivergedError(f"The range test gave no finite loss at all. {message}")
     suggestion = range_test.suggest(tried, losses)
-    found = {"seed": seed, "suggested": suggestion.rate, "least": suggestion.least}
-    return {**found, "rates": tried, "losses": losses, **run}
+    found = {"suggested": suggestion.rate, "least": suggestion.least}
+    return {**about, **found, "rates": tried, "losses": losses, **run}
 
 
-def train(config: Config, place: pathlib.Path) -> dict[str, Any]:
-    """A run, or what is there of it already; that it diverges is no error here.
+def read(run_dir: pathlib.Path) -> dict[str, Any]:
+    """A run that is trained; that it has diverged is no error here.
 
     Returns:
       "curve" ([step, training loss] at the log points while it was finite), "diverged"
       ("step" and "message", or None), "summary" (None if it diverged), and provenance.
     """
-    diverged = runner.train_or_diverge(config, place)
-    manifest = workdirs.read_manifest(place)
-    rows = metrics_log.read_metrics(place / "metrics.jsonl")
-    summary = None if diverged else workdirs.read_summary(place)
-    return {
-        "curve": [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row],
-        **{"diverged": diverged, "summary": summary},
-        **{key: manifest[key] for key in runner.PROVENANCE},
-        "seconds": training_seconds(rows),
-    }
+    diverged = divergence.read(run_dir)
+    if diverged:
+        run = {"summary": None, **runner.read_started(run_dir)}
+    else:
+        run = runner.read_run(run_dir)
+    rows = metrics_log.read_metrics(run_dir / "metrics.jsonl")
+    curve = [[row["step"], row["train/loss"]] for row in rows if "train/loss" in row]
+    return {"curve": curve, "diverged": diverged, **run}
 
 
 if __name__ == "__main__":

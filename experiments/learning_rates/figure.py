@@ -62,13 +62,13 @@ def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
     top = 50 * min(run["curve"][0][1] for run in runs if run["curve"])
     for i, rate in enumerate(rates):
         style = {"color": RATE_COLORS[i % 5], "lw": 1.5}
-        own = [run for run in runs if run["rate"] == rate]
-        broken = [run for run in own if run["diverged"]]
-        for run in own:
+        group = [run for run in runs if run["rate"] == rate]
+        broken = [run for run in group if run["diverged"]]
+        for run in group:
             steps, losses = np.array(run["curve"]).T
-            first = run is own[0]
+            first = run is group[0]
             label = f"{rate:g}" + (
-                f", diverged: {len(broken)} of {len(own)}" * bool(broken)
+                f", diverged: {len(broken)} of {len(group)}" * bool(broken)
             )
             mark = {"marker": RATE_MARKERS[i % 5], "markersize": 4, "markevery": 10}
             panel.plot(steps, losses, alpha=0.9, **style, **mark, label=label * first)
@@ -80,7 +80,7 @@ def _draw_rates(panel, runs: list[dict[str, Any]]) -> None:
     panel.set_ylim(top=top)  # what diverges leaves the panel
     panel.legend(fontsize=8, frameon=False, title="learning rate", title_fontsize=8)
     label_axes(panel, "step", "training loss (batches)")
-    panel.set_title("from low to very high; a line a seed, × not finite", fontsize=10)
+    panel.set_title("from low to very high; one line per seed, × not finite", fontsize=10)
 
 
 def _draw_range(panel, tests: list[dict[str, Any]], marks: Sequence[float]) -> None:

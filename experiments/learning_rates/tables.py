@@ -22,12 +22,12 @@ def tabulate_rates(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     table = []
     for rate in dict.fromkeys(run["rate"] for run in runs):
-        own = [run for run in runs if run["rate"] == rate]
-        ended = [run["curve"][-1][1] for run in own if not run["diverged"]]
-        broken = [run["diverged"] for run in own if run["diverged"]]
+        group = [run for run in runs if run["rate"] == rate]
+        ended = [run["curve"][-1][1] for run in group if not run["diverged"]]
+        broken = [run["diverged"] for run in group if run["diverged"]]
         table.append(
             {
-                **{"rate": rate, "n": len(own), "diverged": len(broken)},
+                **{"rate": rate, "n": len(group), "diverged": len(broken)},
                 "steps": min((one["step"] for one in broken), default=None),
                 "loss": spread(ended) if ended else None,
             }
@@ -43,12 +43,12 @@ def tabulate_fits(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     table = []
     for setting in dict.fromkeys(run["setting"] for run in runs):
-        own = [run["summary"] for run in runs if run["setting"] == setting]
-        if not all(own):
+        summaries = [run["summary"] for run in runs if run["setting"] == setting]
+        if not all(summaries):
             continue
-        row = {"setting": setting, "n": len(own)}
+        row = {"setting": setting, "n": len(summaries)}
         for key in (*FITS, "gap"):
-            row[key] = spread([measured(summary, key) for summary in own])
+            row[key] = spread([measured(summary, key) for summary in summaries])
         table.append(row)
     return table
 
@@ -76,7 +76,7 @@ def contrasts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         groups: dict[str, list[Any]] = {}
         for run in runs[part]:
             groups.setdefault(run["setting"], []).append(run["summary"])
-        settings = [setting for setting, own in groups.items() if all(own)]
+        settings = [setting for setting, values in groups.items() if all(values)]
         before = settings if part == "capacity" else settings[:1] * len(settings)
         for setting, other in zip(settings[1:], before, strict=False):
             for key in ("gap", "val/loss", "val/error"):

@@ -148,9 +148,9 @@ def train_method(
     method: str, config: ml_collections.ConfigDict, seed: int, folder: pathlib.Path
 ) -> dict[str, Any]:
     """Trains one net by one method, or finds it trained: what the results keep."""
-    place = folder / "runs" / f"{METHODS[method]}-seed{seed}"
+    run_dir = folder / "runs" / f"{METHODS[method]}-seed{seed}"
     logging.info("%s, seed %d.", method, seed)
-    plan = create_plan(method, config, seed, place)
+    plan = create_plan(method, config, seed, run_dir)
     levels = []
     for level_config, level_dir in plan:
         jumped = measure_refined(level_config, level_dir)
@@ -160,7 +160,7 @@ def train_method(
 
 
 def create_plan(
-    method: str, config: ml_collections.ConfigDict, seed: int, place: pathlib.Path
+    method: str, config: ml_collections.ConfigDict, seed: int, run_dir: pathlib.Path
 ) -> list[tuple[ml_collections.ConfigDict, pathlib.Path]]:
     """The config and the workdir of each run of a method; a single one but for multi-level.
 
@@ -168,7 +168,7 @@ def create_plan(
       method: one of `METHODS`.
       config: of the shallow net, for the whole length.
       seed: of the first level. The others draw other batches, by seeds of their own.
-      place: the folder of the method and seed.
+      run_dir: the folder of the method and seed.
     """
     nets = [dict(config.model)]
     for _ in PARTS[1:]:
@@ -181,19 +181,19 @@ def create_plan(
         single.model.update(nets[0] if method == "shallow" else nets[-1])
         if method == "deep, h=1":
             single.model.step_size = 1.0
-        return [(single, place)]
+        return [(single, run_dir)]
     plan = []
     ends = [
         round(total * sum(PARTS[:level]) / sum(PARTS)) for level in range(len(PARTS) + 1)
     ]
     for level, net in enumerate(nets):
-        own = copy.deepcopy(config)
-        own.seed = seed + 1000 * level
-        own.total_steps = own.checkpoint_every = ends[level + 1] - ends[level]
-        own.model.update(net)
+        variant = copy.deepcopy(config)
+        variant.seed = seed + 1000 * level
+        variant.total_steps = variant.checkpoint_every = ends[level + 1] - ends[level]
+        variant.model.update(net)
         if level:
-            own.init_from, own.init_refine = str(plan[-1][1]), 2
-        plan.append((own, place / f"level{level + 1}"))
+            variant.init_from, variant.init_refine = str(plan[-1][1]), 2
+        plan.append((variant, run_dir / f"level{level + 1}"))
     return plan
 
 

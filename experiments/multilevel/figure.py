@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report.figures import label_axes, save_figure
-from cvjax.report.statistics import difference, spread
+from cvjax.report.statistics import difference, spread, spread_of_columns
 
 REFERENCE = "deep, h=1/4"  # the method that times are compared with
 ERRORS = ("val/error", "test/error")
@@ -84,9 +84,9 @@ def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             **{"method": method, "against": REFERENCE, "error": "test/error"},
-            **difference(own, errors[REFERENCE]),
+            **difference(values, errors[REFERENCE]),
         }
-        for method, own in errors.items()
+        for method, values in errors.items()
         if method != REFERENCE
     ]
 
@@ -100,7 +100,7 @@ def draw_multilevel(
 
     Args:
       runs: each with "method", "seed" and "levels", see experiments/multilevel.
-      table: a row a method, see there.
+      table: a row per method, see there.
       path: the PNG, replaced when it is complete.
     """
     # Imported here: matplotlib needs a second that training would have to wait for.
@@ -162,9 +162,8 @@ def _draw_curve(panel, members: list[dict[str, Any]], color: str) -> None:
             points += [row["val/error"] for row in run["levels"][number]["curve"]]
         before += level["macs"]
     x, values = np.array(work) / 1e9, 100 * np.array(errors)
-    mean = values.mean(axis=0)
+    mean, std = spread_of_columns(values)
     panel.plot(x, mean, color=color, label=members[0]["method"], lw=1.6)
     if len(members) > 1:
-        std = values.std(axis=0, ddof=1)
         band = (np.clip(mean - std, 0, None), mean + std)
         panel.fill_between(x, *band, color=color, alpha=0.15, lw=0)

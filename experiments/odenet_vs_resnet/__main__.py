@@ -28,10 +28,8 @@ net has learnt an ODE; if it does not, it has learnt the steps that it was train
 
 Memory is what XLA plans for one training step beyond its arguments; time is the median of
 training steps of all rows, interleaved. Presets: quick (digits), medium (MNIST, 300
-steps of 128 images), mnist (three epochs; with --seeds=5 at least 190 minutes on one CPU
-core, estimated: three timed steps of each row make 38 minutes of steps for a seed, 12 of
-them Dopri5's, whose NFE may grow; evaluations come on top), full (MNIST, 160 epochs, and
-CIFAR-10 as He et al.; for a GPU).
+steps of 128 images), mnist (three epochs; some 50 minutes per seed on one CPU core, 18 of
+them Dopri5's), full (MNIST, 160 epochs, and CIFAR-10 as He et al.; for a GPU).
 
 Each run has a folder of its own under WORKDIR/runs; the same command goes on where it was
 stopped.
@@ -70,23 +68,42 @@ def main(arguments):
     preset = PRESETS[values.preset]
     rows = choose_rows(values.row or preset.rows)
     folder = workdirs.check_writable(values.workdir)
-    parts = []
-    for base in preset.configs:
-        configs = {row: create_config(base, row, values.steps) for row in rows}
-        runs = train_all(configs, values.seeds, preset.swap_examples, folder, shared)
-        name = configs[rows[0]].data.name
-        costs = measure_steps(configs, folder / f"costs_{name}.json", values.rounds)
-        parts.append(
-            {
-                "name": name,
-                "swap_examples": preset.swap_examples,
-                "table": tables.tabulate(runs, costs["rows"]),
-                "swap_table": tables.tabulate_swaps(runs),
-                "claims": tables.contrasts(runs),
-                "costs": costs,
-                "runs": runs,
-            }
-        )
+    bases = [
+        {row: create_config(base, row, values.steps) for row in rows}
+        for base in preset.configs
+    ]
+    plans = [create_plan(configs, values.seeds, folder) for configs in bases]
+    train = {where: config for plan in plans for where, (config, _) in plan.items()}
+    with runner.trained(train, shared=shared) as finished:
+        parts = []
+        for configs, plan in zip(bases, plans, strict=True):
+            runs = [
+                {**run, **read_run(where), "swaps": swap(where, preset.swap_examples)}
+                for where, (_, run) in plan.items()
+                if where in finished
+            ]
+            if not runs:
+                continue
+            name = configs[rows[0]].data.name
+            costs = measure_steps(configs, folder / f"costs_{name}.json", values.rounds)
+            parts.append(
+                {
+                    "name": name,
+                    "swap_examples": preset.swap_examples,
+                    "table": tables.tabulate(runs, costs["rows"]),
+                    "swap_table": tables.tabulate_swaps(runs),
+                    "claims": tables.contrasts(runs),
+                    "costs": costs,
+                    "runs": runs,
+                }
+            )
+        report(parts, values.preset, preset.swap_examples, folder)
+
+
+def report(
+    parts: list[dict[str, Any]], preset: str, swap_examples: int, folder: pathlib.Path
+) -> None:
+    """Writes, draws and prints what the runs on each data set have given."""
     by_name = {part["name"]: part for part in parts}
     tables_of = {
         key: runner.join_parts({name: part[key] for name, part in by_name.items()})
@@ -95,8 +112,8 @@ def main(arguments):
     runner.write_results(
         folder,
         "odenet_vs_resnet",
-        values.preset,
-        swap_examples=preset.swap_examples,
+        preset,
+        swap_examples=swap_examples,
         costs={name: part["costs"] for name, part in by_name.items()},
         runs=[run for part in parts for run in part["runs"]],
         **tables_of,
@@ -124,26 +141,18 @@ def choose_rows(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def train_all(
-    configs: dict[str, ml_collections.ConfigDict],
-    seeds: int,
-    swap_examples: int,
-    folder: pathlib.Path,
-    shared: sharing.Sharing,
-) -> list[dict[str, Any]]:
-    """Trains all rows on one data set, seed by seed, and reads what came out."""
-    plan, found = {}, {}
+def create_plan(
+    configs: dict[str, ml_collections.ConfigDict], seeds: int, folder: pathlib.Path
+) -> dict[pathlib.Path, tuple[ml_collections.ConfigDict, dict[str, Any]]]:
+    """By workdir the config of each run, seed by seed, and what distinguishes it."""
+    plan = {}
     for seed in range(seeds):
         for row, base in configs.items():
             config = base.copy_and_resolve_references()
             config.seed = seed
             run = {"data": config.data.name, "row": row, "seed": seed}
-            where = run_folder(folder, run)
-            plan[where], found[where] = config, run
-    return [
-        {**found[where], **read_run(where), "swaps": swap(where, swap_examples)}
-        for where in runner.train_all(plan, shared=shared)
-    ]
+            plan[run_folder(folder, run)] = config, run
+    return plan
 
 
 def run_folder(folder: pathlib.Path, run: dict[str, Any]) -> pathlib.Path:

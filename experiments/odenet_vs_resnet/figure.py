@@ -49,7 +49,7 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
         mean = 100 * error["mean"]
         panels[0].errorbar(nfe["mean"], mean, label=row["row"], **style)
         panels[1].errorbar(row["step_ms"], mean, **style)
-    label_axes(panels[0], "evaluations of f (NFE) an image", "test error (%)")
+    label_axes(panels[0], "evaluations of f (NFE) per image", "test error (%)")
     panels[0].set_title("trained so", fontsize=10)
     label_axes(panels[1], "time of a training step (ms)", "test error (%)")
     panels[1].set_xlim(left=0)
@@ -59,8 +59,11 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
     for row, color in colors.items():
         swaps = [s for s in part["swap_table"] if s["row"] == row and s["error"]]
         for method, line in lines.items():
-            own = [s for s in swaps if s["solver"].startswith(f"{method}, ")]
-            nfe, error = [s["nfe"] for s in own], [100 * s["error"]["mean"] for s in own]
+            group = [s for s in swaps if s["solver"].startswith(f"{method}, ")]
+            nfe, error = (
+                [s["nfe"] for s in group],
+                [100 * s["error"]["mean"] for s in group],
+            )
             style = {"color": color, "linestyle": line, "linewidth": 1.3}
             panels[2].plot(nfe, error, marker=".", **style)
         for s in swaps:
@@ -79,7 +82,7 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
         panels[2].yaxis.set_minor_formatter("")
     legend = {"title": "tested with", "title_fontsize": 8, "fontsize": 8}
     panels[2].legend(framealpha=0.8, edgecolor="none", **legend)
-    label_axes(panels[2], "NFE an image at test time", "test error (%)")
+    label_axes(panels[2], "NFE per image at test time", "test error (%)")
     panels[2].set_title("the same nets, other solvers (colour: net)", fontsize=10)
     seeds = part["table"][0]["n"]
     figure.suptitle(
@@ -116,7 +119,7 @@ def draw_dynamics(
         panels[0].plot(steps, nfe, color=color, label=label, linewidth=1.3)
     panels[0].legend(fontsize=8, frameon=False)
     label_axes(panels[0], "training step", "NFE, forward")
-    panels[0].set_title("evaluations of f in training, a line a seed", fontsize=10)
+    panels[0].set_title("evaluations of f in training, one line per seed", fontsize=10)
 
     network = load_network(folder, fields={"solver": "rk4", "steps": 32})
     examples = first_examples(network, 60)

@@ -16,8 +16,9 @@ from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
-from cvjax.training.config import RunConfig, parse_config
+from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
+from cvjax.training.settings import RunConfig
 from cvjax.training.state import TrainState, create_train_state
 from experiments import runner
 

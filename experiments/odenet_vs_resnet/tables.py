@@ -37,13 +37,13 @@ def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """A row each: mean and sample standard deviation over the seeds, and the costs.
 
     Returns:
-      "row", "n" (seeds), "parameters", "nfe" (forward, an image, in evaluation), each
+      "row", "n" (seeds), "parameters", "nfe" (forward, per image, in evaluation), each
       error's "mean" and "std" (None for one seed), and of one training step "step_ms",
       "step_ratio" (to the first row's), "memory_mb".
     """
     table = []
-    for row, own in _groups(runs):
-        summaries = [run["summary"] for run in own]
+    for row, group in _groups(runs):
+        summaries = [run["summary"] for run in group]
         nfe = [s["test/nfe"] for s in summaries if "test/nfe" in s]
         errors = {
             key: spread([summary[key] for summary in summaries])
@@ -52,9 +52,9 @@ def tabulate(runs, costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
         table.append(
             {
                 "row": row,
-                "n": len(own),
+                "n": len(group),
                 "parameters": summaries[0]["parameters"],
-                "nfe": spread(nfe or [steps_of(own[0]["config"]["model"])]),
+                "nfe": spread(nfe or [steps_of(group[0]["config"]["model"])]),
                 **errors,
                 **costs[row],
             }
@@ -70,14 +70,14 @@ def steps_of(model: dict[str, Any]) -> int:
 def tabulate_swaps(runs) -> list[dict[str, Any]]:
     """Rows "row", "solver", "nfe", "error" over the seeds; failed solves have None."""
     table = []
-    for row, own in _groups(runs):
-        for swaps in zip(*(run["swaps"] for run in own), strict=True):
+    for row, group in _groups(runs):
+        for swaps in zip(*(run["swaps"] for run in group), strict=True):
             entry = {"row": row, "solver": swaps[0]["solver"], "n": len(swaps)}
-            if any("failure" in one for one in swaps):
+            if any("failure" in swap for swap in swaps):
                 table.append({**entry, "nfe": None, "error": None})
                 continue
-            nfe = float(np.mean([one["test/nfe"] for one in swaps]))
-            error = spread([one["test/error"] for one in swaps])
+            nfe = float(np.mean([swap["test/nfe"] for swap in swaps]))
+            error = spread([swap["test/error"] for swap in swaps])
             table.append({**entry, "nfe": nfe, "error": error})
     return table
 

@@ -15,7 +15,7 @@ sigmoid   plain net without normalisation. Kernels have variance 2 / fan-in and 
 relu      the same with ReLU: He et al. 2015b (arXiv:1502.01852) chose that variance so
           that the factor is 1. It is less on small images, as zero padding loses what
           falls on it (`tables.padding_factor`; the factor of sigmoid
-          nets falls likewise): 0.8 a layer at 8x8 pixels, 0.95 at 32x32.
+          nets falls likewise): 0.8 per layer at 8x8 pixels, 0.95 at 32x32.
 plain     with BatchNorm. The paper: backward signals have healthy norms. Yang et al. 2019
           (arXiv:1902.08129): at initialisation they explode towards the image, in the limit
           of wide nets and large batches by sqrt(pi / (pi - 1)) = 1.21 per layer, and much
@@ -108,21 +108,29 @@ def main(arguments):
         config.seed = seed
         config.total_steps = values.steps or config.total_steps
         configs[run_dir] = with_net(config, net)
-    runs = [
-        {
-            **dict(zip(("net", "depth", "seed"), plan[run_dir], strict=True)),
-            **measure(run_dir),
-        }
-        for run_dir in runner.train_all(configs, shared=shared)
-    ]
+    with runner.trained(configs, shared=shared) as finished:
+        runs = [
+            {
+                **dict(zip(("net", "depth", "seed"), plan[run_dir], strict=True)),
+                **measure(run_dir),
+            }
+            for run_dir in finished
+        ]
+        report(runs, values.preset, config.data.name, folder)
+
+
+def report(
+    runs: list[dict[str, Any]], preset: str, data_name: str, folder: pathlib.Path
+) -> None:
+    """Writes, draws and prints what runs have given."""
     table = tables.tabulate(runs)
     claims = tables.contrasts(runs)
     runner.write_results(
-        *(folder, "vanishing_gradients", values.preset),
+        *(folder, "vanishing_gradients", preset),
         **{"table": table, "claims": claims, "runs": runs},
     )
     path = folder / "vanishing_gradients.png"
-    figure.draw_gradients(runs, table, config.data.name, path)
+    figure.draw_gradients(runs, table, data_name, path)
     tables.show(table)
     print(f"Results: {folder / 'results.json'}")
     print(f"Figure:  {path}")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report.figures import label_axes, save_figure
+from cvjax.report.statistics import spread_of_columns
 
 # net: label, colour, marker
 STYLES = {
@@ -44,9 +45,9 @@ def draw_gradients(
     last = runs[0]["gradients"][-1]["step"]
     for column, (at, when) in enumerate(((0, "at initialisation"), (-1, f"step {last}"))):
         for net in STYLES:
-            own = [r for r in runs if (r["net"], r["depth"]) == (net, deepest)]
-            _draw_along(panels[0, column], net, own, at, "states")
-            _draw_along(panels[1, column], net, own, at, "kernels")
+            group = [r for r in runs if (r["net"], r["depth"]) == (net, deepest)]
+            _draw_along(panels[0, column], net, group, at, "states")
+            _draw_along(panels[1, column], net, group, at, "kernels")
         panels[0, column].set_title(f"backward signal, {when}", fontsize=10)
         panels[1, column].set_title(
             f"gradients of the layers' kernels, {when}", fontsize=10
@@ -80,11 +81,10 @@ def _draw_along(panel, net: str, runs: list[dict[str, Any]], at: int, key: str) 
         norms, layers = norms / np.maximum(norms[:, -1:], TINY), 2 * layers - 1
     label, color, marker = STYLES[net]
     logs = np.log10(np.where(norms > 0, norms, np.nan))  # zero has no place on the axis
-    mean = logs.mean(axis=0)
+    mean, std = spread_of_columns(logs)
     style = {"color": color, "marker": marker, "markersize": 4, "lw": 1.6, "label": label}
     panel.plot(layers, 10**mean, markevery=max(1, len(layers) // 8), **style)
     if len(runs) > 1:
-        std = logs.std(axis=0, ddof=1)
         band = (10 ** (mean - std), 10 ** (mean + std))
         panel.fill_between(layers, *band, color=color, alpha=0.18, lw=0)
     panel.set_yscale("log")
@@ -97,13 +97,13 @@ def _draw_along(panel, net: str, runs: list[dict[str, Any]], at: int, key: str) 
 
 def _draw_ratios(panel, table: list[dict[str, Any]]) -> None:
     for net, (_, color, marker) in STYLES.items():
-        own = [row for row in table if row["net"] == net]
-        depths = [row["depth"] for row in own]
+        group = [row for row in table if row["net"] == net]
+        depths = [row["depth"] for row in group]
         style = {"color": color, "marker": marker, "markersize": 5}
-        panel.plot(depths, [row["ratio/initial"] for row in own], lw=1.6, **style)
+        panel.plot(depths, [row["ratio/initial"] for row in group], lw=1.6, **style)
         # What is at most, or about, some number to the power of the number of layers.
-        if own and own[0]["theory"][0] != "near":
-            powers = [row["theory"][1] ** (row["depth"] - 2) for row in own]
+        if group and group[0]["theory"][0] != "near":
+            powers = [row["theory"][1] ** (row["depth"] - 2) for row in group]
             panel.plot(depths, powers, color=color, lw=1, ls="--")
     panel.plot([], [], color="0.4", lw=1, ls="--", label="theory")
     panel.set_yscale("log")
@@ -115,10 +115,10 @@ def _draw_ratios(panel, table: list[dict[str, Any]]) -> None:
 
 def _draw_errors(panel, table: list[dict[str, Any]], step: int) -> None:
     for net, (_, color, marker) in STYLES.items():
-        own = [row for row in table if row["net"] == net]
-        errors = [row["train/error"] for row in own]
+        group = [row for row in table if row["net"] == net]
+        errors = [row["train/error"] for row in group]
         panel.errorbar(
-            [row["depth"] for row in own],
+            [row["depth"] for row in group],
             [100 * error["mean"] for error in errors],
             yerr=[100 * (error["std"] or 0) for error in errors],
             color=color,

@@ -11,10 +11,10 @@ from cvjax.report.tables import interval, mean_std, percent
 
 
 def padding_factor(side: int, depth: int) -> float:
-    """What zero padding takes of a backward signal a layer, the geometric mean of all.
+    """What zero padding leaves of a backward signal per layer, the geometric mean of all.
 
     A convolution spreads the gradient of a pixel over 3x3 taps, and what falls on the
-    padding is lost: of the squared norm the part of the taps that lie on the image is left.
+    padding is lost: of the squared norm the fraction of the taps on the image is left.
 
     Args:
       side: of the images, in pixels; it halves twice.
@@ -52,7 +52,7 @@ def ratio(states: list[float]) -> float:
 
 
 def factor(states: list[float]) -> float:
-    """By what |dL/dx| is multiplied a layer, on its way from the last to the first state.
+    """By what |dL/dx| is multiplied per layer, on its way from the last to the first state.
 
     The geometric mean over two layers per block.
     """
@@ -69,16 +69,16 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     table = []
     for net, depth in dict.fromkeys((run["net"], run["depth"]) for run in runs):
-        own = [run for run in runs if (run["net"], run["depth"]) == (net, depth)]
-        row = {"net": net, "depth": depth, "n": len(own)}
-        row["theory"] = theory(net, own[0]["side"], depth)
+        group = [run for run in runs if (run["net"], run["depth"]) == (net, depth)]
+        row = {"net": net, "depth": depth, "n": len(group)}
+        row["theory"] = theory(net, group[0]["side"], depth)
         for when, at in (("initial", 0), ("trained", -1)):
-            states = [run["gradients"][at]["states"] for run in own]
-            row[f"factor/{when}"] = spread([factor(one) for one in states])
-            ratios = [ratio(one) for one in states]
-            logs = [math.log(one) if one else -math.inf for one in ratios]
+            states = [run["gradients"][at]["states"] for run in group]
+            row[f"factor/{when}"] = spread([factor(norms) for norms in states])
+            ratios = [ratio(norms) for norms in states]
+            logs = [math.log(value) if value else -math.inf for value in ratios]
             row[f"ratio/{when}"] = math.exp(np.mean(logs))
-        row["train/error"] = spread([run["train/error"] for run in own])
+        row["train/error"] = spread([run["train/error"] for run in group])
         table.append(row)
     return table
 

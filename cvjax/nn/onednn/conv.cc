@@ -201,7 +201,7 @@ Product Create(Wanted wanted, const Shape& s) {
   dnnl::convolution_forward::primitive_desc forward(
       Engine(),
       wanted == kY ? dnnl::prop_kind::forward_inference : dnnl::prop_kind::forward_training,
-      algorithm, x, any, y, strides, low, high, attr);
+      algorithm, x, memory::desc(kernel_dims, type, Tag::any), y, strides, low, high, attr);
   if (wanted == kY) {
     product.convolve = dnnl::convolution_forward(forward);
     product.kernel = forward.weights_desc();

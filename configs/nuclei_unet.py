@@ -1,0 +1,48 @@
+"""Nuclei of cells under the microscope: U-Net on your own pictures with label pictures.
+
+The settings suit some hundred pictures of 256x256 pixels and more, with many small objects
+that touch, such as the Data Science Bowl's nuclei (bbbc.broadinstitute.org/BBBC038).
+
+Paper:    Ronneberger et al. 2015 (arXiv:1505.04597), a quarter as wide
+Command:  python train.py --config=configs/nuclei_unet.py --workdir=runs/nuclei
+          and --config.data.data_dir=DIR
+Cost:     eleven minutes on two CPU cores of an Intel Xeon (AVX-512)
+Expected: on the Bowl's 65 test pictures (one run) a Dice coefficient of the foreground of
+          0.81, the Bowl's score 0.35
+"""
+
+from cvjax.training import default_config
+
+
+def get_config():
+    config = default_config("unet")
+    config.total_steps = 2800
+    config.log_every = 25
+    config.eval_every = 1400
+    config.checkpoint_every = 700
+    config.train_eval_examples = 0
+
+    config.data.name = "mask_folder/instances"
+    config.data.val_examples = 100  # of 664; evenly by kind
+    config.data.image_size = 128
+    config.data.batch_size = 8
+    config.data.eval_batch_size = 32
+    config.data.scale_min = 128
+    config.data.scale_max = 144
+    config.data.flip = True
+    config.data.vertical_flip = True
+    config.data.brightness = 0.7
+    config.data.contrast = 0.5
+    config.data.lighting = 0.1
+
+    config.model.width = 16
+
+    config.loss.dice_weight = 1.0
+
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 3e-3
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 100
+    config.optim.warmup_learning_rate = 3e-4
+    config.optim.weight_decay = 1e-3
+    return config
