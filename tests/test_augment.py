@@ -117,6 +117,38 @@ def test_each_color_setting_does_its_own_thing():
     assert not np.allclose(results[0], results[1])
 
 
+def test_hues_and_saturations_by_hand():
+    images = np.random.default_rng(0).random((50, 2, 3, 3)).astype(np.float32)
+
+    def parts(pixels):
+        grey = pixels @ np.float32([0.299, 0.587, 0.114])
+        away = pixels - grey[..., None]
+        # Along the axis of the greys, and the two coordinates of the hue's plane.
+        along = away.sum(axis=-1) / np.sqrt(3)
+        plane = away @ np.exp(2j * np.pi * np.arange(3) / 3) * np.sqrt(2 / 3)
+        return grey, along, plane
+
+    def changed(**settings):
+        return np.asarray(augment_colors(KEY, images, Augmentation(0, False, **settings)))
+
+    grey, along, plane = parts(images)
+    stronger = changed(saturation=0.9)
+    factors = (stronger - grey[..., None]) / (images - grey[..., None])
+    np.testing.assert_allclose(factors, factors[:, :1, :1, :1] + 0 * factors, rtol=1e-3)
+    assert 0.1 < factors.min() < 0.3 and 1.7 < factors.max() < 1.9
+    # A hue is an angle about the axis of the greys: its plane turns, nothing else moves.
+    away = changed(hue=0.1) - grey[..., None]
+    np.testing.assert_allclose(away.sum(axis=-1) / np.sqrt(3), along, atol=1e-5)
+    turned = away @ np.exp(2j * np.pi * np.arange(3) / 3) * np.sqrt(2 / 3)
+    np.testing.assert_allclose(abs(turned), abs(plane), atol=1e-5)
+    angles = np.angle(turned / plane) / (2 * np.pi)
+    np.testing.assert_allclose(angles, angles[:, :1, :1] + 0 * angles, atol=1e-3)
+    assert -0.1 <= angles.min() < -0.08 and 0.08 < angles.max() <= 0.1
+    single = images[..., :1]
+    same = augment_colors(KEY, single, Augmentation(0, False, saturation=1, hue=0.5))
+    np.testing.assert_array_equal(same, single)
+
+
 def test_scale_crops_only_when_asked_for():
     images = np.float32(IMAGES)
     scaled = augment(KEY, images, Augmentation(0, False, scale_min=4, scale_max=8))

@@ -54,7 +54,8 @@ def test_each_augmentation_is_alone():
         "crop and flip": {"crop_padding", "flip"},
     }
     covered = set().union(*changed.values())
-    assert covered == {field.name for field in dataclasses.fields(Augmentation)}
+    left = {"saturation", "hue"}  # digits have none
+    assert covered == {field.name for field in dataclasses.fields(Augmentation)} - left
 
 
 def test_training_sets_are_small():

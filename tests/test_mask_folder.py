@@ -57,6 +57,16 @@ def test_tiles_hold_the_pictures_and_their_labels(folder):
         )
 
 
+def test_pictures_are_stretched_whole(folder):
+    """Of a picture that is dark as a whole, not of each tile by itself."""
+    plain, stretched = load(folder), load(folder, stretch=True)
+    for split in ("train", "val", "test"):
+        before, after = (getattr(dataset, split).images for dataset in (plain, stretched))
+        # Values are 0, 80 and 160 in all pictures.
+        np.testing.assert_array_equal(after, np.round(before * (255 / 160)))
+    assert plain.fingerprint != stretched.fingerprint
+
+
 def test_each_pixel_of_a_test_picture_counts_once(folder):
     dataset = load(folder)
     for split, name in (("val", "c"), ("test", "d")):
@@ -86,7 +96,7 @@ def test_objects_are_inside_and_border(tmp_path):
     assert dataset.class_names == ("outside", "inside", "border")
     (one,) = dataset.test.pictures
     assert set(np.unique(one.read()[1])) == {0, 7, 300}
-    inner = dataset.test.labels[0, 5:11, 7:15, 0]
+    inner = dataset.test.labels[0, 6:10, 8:14, 0]
     assert (inner == 2).all() and dataset.test.labels[0, 4, 6, 0] == 3
 
 
@@ -262,11 +272,14 @@ def test_folders_that_are_refused(damage, words, folder):
         ({"resize": "squash"}, ["data.resize"]),
         ({"image_size": 0}, ["data.image_size", "1 or more"]),
         ({"image_size": -3}, ["data.image_size", "1 or more"]),
+        ({"name": "digits", "stretch": True}, ["data.stretch", "mask_folder", "'digits'"]),
     ],
 )
 def test_settings_that_do_not_fit(options, words, folder):
     with pytest.raises(UserError) as raised:
-        data.load("mask_folder", **{"data_dir": str(folder), "image_size": 32} | options)
+        data.load(
+            **{"name": "mask_folder", "data_dir": str(folder), "image_size": 32} | options
+        )
     for word in words:
         assert word in str(raised.value)
 

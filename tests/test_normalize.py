@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from cvjax.data.normalize import NORMALIZATIONS, compute_statistics, normalize
+from cvjax.data.normalize import (
+    NORMALIZATIONS,
+    compute_statistics,
+    normalize,
+    stretch_contrast,
+)
 from cvjax.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(256, size=(50, 4, 5, 3)).astype(np.uint8)
@@ -60,3 +65,16 @@ def test_a_constant_channel_has_no_deviation():
         "constant; use 'pixel_mean' or 'none'."
     )
     np.testing.assert_array_equal(normalized(images, "pixel_mean")[..., 1], 0)
+
+
+def test_contrast_is_stretched_by_hand():
+    picture = np.full((60, 50, 3), 10, np.uint8)
+    picture[:, :10] = 30
+    picture[:, 10:20] = 20, 10, 30  # of a colour
+    picture[0, 0] = 200  # one pixel of 3,000: does not decide
+    wanted = np.zeros((60, 50, 3), np.uint8)
+    wanted[:, :10] = 255
+    wanted[:, 10:20] = 128, 0, 255
+    np.testing.assert_array_equal(stretch_contrast(picture), wanted)
+    flat = np.full((4, 4, 1), 7, np.uint8)
+    np.testing.assert_array_equal(stretch_contrast(flat), flat)

@@ -177,9 +177,19 @@ def test_inside_and_border_of_objects():
     numbers[1:6, 4:8] = 9
     numbers[6, 8] = 12  # all border, so all inside
     classes = label_maps.classes_of_instances(numbers)
-    rows = ["000000000", "222222220", *["111221120"] * 3, "222222220", "000000001"]
+    # The object of 9 has but one row of pixels behind its outermost ones, that of 7 two.
+    edges, next_row, middle = "222222220", "222221120", "112221120"
+    rows = ["000000000", edges, next_row, middle, next_row, edges, "000000001"]
     wanted = np.array([[int(number) for number in row] for row in rows])
     np.testing.assert_array_equal(classes, wanted)
+    large = np.zeros((20, 30), np.int32)
+    large[2:18, 3:28] = 4
+    inside = np.zeros_like(large, bool)
+    inside[4:16, 5:26] = True
+    classes = label_maps.classes_of_instances(large)
+    np.testing.assert_array_equal(classes == label_maps.INSIDE, inside)
+    one = label_maps.classes_of_instances(np.full((3, 4), 5))
+    np.testing.assert_array_equal(one, label_maps.INSIDE)
 
 
 # Scenes

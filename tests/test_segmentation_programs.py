@@ -109,6 +109,23 @@ def test_a_picture_of_a_whole_size_is_seen_as_it_is(run):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_a_dark_picture_is_seen_as_a_bright_one(run):
+    """With data.stretch: it looks the same but for rounding."""
+    network = load_network(run[0])
+    bright = np.random.default_rng(0).integers(256, size=(64, 64, 3)).astype(np.uint8)
+    bright[:2, 0], bright[2:4, 0] = 0, 255
+    dark = 40 + bright // 5
+    answers = {}
+    for stretch in (False, True):
+        data = dataclasses.replace(network.run.data, stretch=stretch)
+        seen = dataclasses.replace(network, run=dataclasses.replace(network.run, data=data))
+        answers[stretch] = [
+            segmentation.class_probabilities(seen, picture) for picture in (bright, dark)
+        ]
+    away = {key: np.abs(a - b).max() for key, (a, b) in answers.items()}
+    assert away[True] < away[False] / 5
+
+
 def test_evaluation_of_whole_pictures(run, tmp_path):
     workdir, _, instances = run
     results = evaluate(workdir, output=tmp_path)

@@ -55,6 +55,7 @@ def load(
     shrink: int = 1,
     image_size: int = 224,
     resize: str = "crop",
+    stretch: bool = False,
     stream: StreamOptions | None = None,
 ) -> Dataset:
     """Loads a data set, fixed in its splits: all seeds and all users have the same ones.
@@ -77,6 +78,7 @@ def load(
       image_size, resize: of a folder in memory, see `data.folder.load_folder`; of pictures
         with boxes, streamed ones too, see `data.box_pictures.to_dataset`; of "mask_folder"
         the side of its tiles.
+      stretch: of "mask_folder", see `data.mask_folder.load_mask_folder`.
       stream: how the set is streamed, where nothing is cached; None for images in memory.
 
     Raises:
@@ -85,6 +87,11 @@ def load(
     """
     if image_size < 1:
         raise UserError(f"data.image_size must be 1 or more, got {image_size}.")
+    if stretch and name not in MASK_FOLDERS:
+        raise UserError(
+            f"data.stretch is for {' and '.join(MASK_FOLDERS)}, but data.name is {name!r}; "
+            "set it to false."
+        )
     if stream:
         for key, value, neutral in (
             ("train_examples", train_examples, -1),
@@ -118,7 +125,7 @@ def load(
         from cvjax.data.mask_folder import load_mask_folder  # Imports jax.
 
         instances = name.endswith("instances")
-        dataset = load_mask_folder(data_dir, image_size, val_examples, instances)
+        dataset = load_mask_folder(data_dir, image_size, val_examples, instances, stretch)
         return reduced(dataset, train_examples, shrink)
     if name == "npz":
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)

@@ -35,6 +35,10 @@ class Augmentation:
       contrast: most by which its contrast is made higher or lower, a fraction.
       lighting: standard deviation of the shift along the principal axes of colour, in
         units of their eigenvalues (Krizhevsky et al. 2012: 0.1).
+      saturation: most by which colours are made stronger or weaker, a fraction; 1 is from
+        grey to twice as strong.
+      hue: most by which the hues of an image are turned, a fraction of their circle; 0.5 is
+        any hue.
     """
 
     crop_padding: int
@@ -45,6 +49,8 @@ class Augmentation:
     contrast: float = 0.0
     lighting: float = 0.0
     vertical_flip: bool = False
+    saturation: float = 0.0
+    hue: float = 0.0
 
 
 def random_crop(rng: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -93,7 +99,7 @@ def augment_colors(
     augmentation: Augmentation,
     color_axes: jax.Array | None = None,
 ) -> jax.Array:
-    """Changes brightness, contrast and lighting, in this order, of images in [0, 1].
+    """Changes brightness, contrast, lighting and colours, in this order.
 
     Args:
       rng: the key of the draws.
@@ -108,6 +114,9 @@ def augment_colors(
         images = jitter_contrast(contrast_rng, images, augmentation.contrast)
     if augmentation.lighting:
         images = jitter_lighting(lighting_rng, images, color_axes, augmentation.lighting)
+    if augmentation.saturation or augmentation.hue:
+        most = augmentation.saturation, augmentation.hue
+        images = jitter_colors(jax.random.fold_in(rng, 1), images, *most)
     return images
 
 
@@ -217,11 +226,7 @@ def jitter_brightness(rng: jax.Array, images: jax.Array, most: float) -> jax.Arr
 
 def jitter_contrast(rng: jax.Array, images: jax.Array, most: float) -> jax.Array:
     """Each image's distance from its mean grey multiplied by 1 + u, u in [-most, most]."""
-    if images.shape[-1] == 3:
-        grey = (images * jnp.array(GREY).reshape(1, 1, 1, 3)).sum(axis=-1, keepdims=True)
-    else:
-        grey = images.mean(axis=-1, keepdims=True)
-    mean = grey.mean(axis=(1, 2), keepdims=True)
+    mean = to_grey(images).mean(axis=(1, 2), keepdims=True)
     return mean + (images - mean) * _factors(rng, images, most)
 
 
@@ -238,6 +243,37 @@ def jitter_lighting(
     """
     draws = spread * jax.random.normal(rng, (len(images), color_axes.shape[0]))
     return images + (draws @ color_axes)[:, None, None, :]
+
+
+def jitter_colors(
+    rng: jax.Array, images: jax.Array, saturation: float, hue: float
+) -> jax.Array:
+    """Each image's distance from its greys multiplied by 1 + u and turned about them.
+
+    Args:
+      rng: draws u in [-saturation, saturation], and an angle, in turns, in [-hue, hue].
+      images: [batch, height, width, channels]; of one channel they stay as they are.
+      saturation, hue: see `Augmentation`.
+    """
+    if images.shape[-1] != 3:
+        return images
+    saturation_rng, hue_rng = jax.random.split(rng)
+    grey = to_grey(images)
+    strength = _factors(saturation_rng, images, saturation)[..., 0]
+    angle = 2 * jnp.pi * (_factors(hue_rng, images, hue)[..., 0] - 1)
+    # Rotations about the axis of the greys, (1, 1, 1); Rodrigues' formula.
+    cross = np.float32([[[0, -1, 1], [1, 0, -1], [-1, 1, 0]]]) / np.sqrt(np.float32(3))
+    turns = jnp.cos(angle) * jnp.eye(3)[None] + jnp.sin(angle) * cross
+    turns += (1 - jnp.cos(angle)) / 3
+    colors = jnp.einsum("nhwc,ndc->nhwd", images - grey, strength * turns)
+    return grey + colors
+
+
+def to_grey(images: jax.Array) -> jax.Array:
+    """[batch, height, width, channels] -> [..., 1], by `GREY` of three, else their mean."""
+    if images.shape[-1] != 3:
+        return images.mean(axis=-1, keepdims=True)
+    return (images * jnp.array(GREY).reshape(1, 1, 1, 3)).sum(axis=-1, keepdims=True)
 
 
 def compute_color_axes(images: np.ndarray, examples: int = 5_000) -> jax.Array:

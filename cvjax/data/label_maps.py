@@ -11,12 +11,14 @@ inside, and the border of each object, which separates objects that touch.
 import jax
 import numpy as np
 from jax import numpy as jnp
+from scipy import ndimage
 
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation
 
 # The classes of instances.
 OUTSIDE, INSIDE, BORDER = range(3)
+WIDTH = 2  # pixels of the border of an object, on its own side
 
 
 def unpack(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,8 +47,9 @@ def move(
 def classes_of_instances(numbers: np.ndarray) -> np.ndarray:
     """Instance numbers [height, width] -> `OUTSIDE`, `INSIDE` and `BORDER`, uint8.
 
-    A pixel of an object is border if one of its eight neighbours is not of that object. An
-    object that would be all border is all inside.
+    A pixel of an object is border if it is less than `WIDTH` pixels from the outermost ones
+    of its object (those with a neighbour, of eight, that is not of it); in a small object,
+    less than half way to its innermost one. An object without a pixel inside is all inside.
     """
     height, width = numbers.shape
     padded = np.pad(numbers, 1, mode="edge")
@@ -54,7 +57,14 @@ def classes_of_instances(numbers: np.ndarray) -> np.ndarray:
     for row in range(3):
         for column in range(3):
             differs |= padded[row : row + height, column : column + width] != numbers
-    classes = np.where(numbers > 0, np.where(differs, BORDER, INSIDE), OUTSIDE)
-    thick = np.unique(numbers[classes == INSIDE])
-    classes[(classes == BORDER) & ~np.isin(numbers, thick)] = INSIDE
-    return classes.astype(np.uint8)
+    inner = ~(differs & (numbers > 0))
+    if inner.all():  # no outermost pixel: one object, or none
+        return np.where(numbers > 0, INSIDE, OUTSIDE).astype(np.uint8)
+    depths = ndimage.distance_transform_edt(inner)
+    kinds, index = np.unique(numbers, return_inverse=True)
+    index = index.reshape(numbers.shape)
+    deepest = ndimage.maximum(depths, index, np.arange(len(kinds)))
+    limits = np.minimum(WIDTH, (deepest + 1) / 2)
+    classes = np.where(depths < limits[index], BORDER, INSIDE)
+    classes[(deepest == 0)[index]] = INSIDE
+    return np.where(numbers > 0, classes, OUTSIDE).astype(np.uint8)

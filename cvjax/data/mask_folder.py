@@ -27,6 +27,7 @@ from absl import logging
 from cvjax import progress
 from cvjax.data.dataset import ArraySplit, Dataset, read_class_names
 from cvjax.data.mask_listing import CHANNELS, SPLITS, VOID, Labelled, list_pictures
+from cvjax.data.normalize import stretch_contrast
 from cvjax.data.tiles import enlarge, tiles
 from cvjax.errors import UserError
 from cvjax.files import user_path
@@ -43,7 +44,11 @@ class TiledSplit(ArraySplit):
 
 
 def load_mask_folder(
-    data_dir: str, side: int, val_examples: int = -1, instances: bool = False
+    data_dir: str,
+    side: int,
+    val_examples: int = -1,
+    instances: bool = False,
+    stretch: bool = False,
 ) -> Dataset:
     """Loads such a folder into memory.
 
@@ -54,6 +59,8 @@ def load_mask_folder(
       val_examples: pictures split off training, evenly by `kind`; -1 for a tenth. It must
         be -1 if the folder has some of its own.
       instances: whether the labels are numbers of objects instead of classes.
+      stretch: whether the contrast of each picture is stretched, see
+        `data.normalize.stretch_contrast`: of pictures that are dark as a whole.
 
     Raises:
       UserError: for what is missing or broken, or labels that are no classes.
@@ -66,6 +73,8 @@ def load_mask_folder(
     folder = user_path(data_dir, "data.data_dir")
     listed = list_pictures(folder, val_examples, instances)
     read = _read_all(folder, listed)
+    if stretch:
+        read = {path: (stretch_contrast(p), labels) for path, (p, labels) in read.items()}
     maps = _class_maps(folder, listed, read, instances)
     names = INSTANCE_CLASSES if instances else _class_names(folder, listed, maps)
     _check_memory(folder, read.values(), side)

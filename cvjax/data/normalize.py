@@ -7,6 +7,7 @@ from jax import numpy as jnp
 
 from cvjax.errors import UserError
 
+STRETCHED = (0.1, 99.9)  # percentiles: some bright pixels do not decide for a picture
 NORMALIZATIONS = ("pixel_mean", "channel", "none")
 
 
@@ -77,3 +78,19 @@ def standardize(images: jax.Array, statistics: Statistics) -> jax.Array:
 def normalize(images: jax.Array, statistics: Statistics) -> jax.Array:
     """uint8 [batch, height, width, channels] -> float32 of the same shape."""
     return standardize(to_unit(images), statistics)
+
+
+def stretch_contrast(picture: np.ndarray) -> np.ndarray:
+    """A picture whose darkest values are 0 and brightest 255, between them in proportion.
+
+    Args:
+      picture: uint8 [height, width, channels]; all channels are stretched alike, so that
+        grey stays grey. "Darkest" and "brightest" are the percentiles `STRETCHED`.
+
+    Returns:
+      uint8 of that shape; a picture of one value as it is.
+    """
+    low, high = np.percentile(picture, STRETCHED)
+    if not high > low:
+        return picture
+    return np.round((picture - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cvjax import progress
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.normalize import normalize
+from cvjax.data.normalize import normalize, stretch_contrast
 from cvjax.data.tiles import enlarge, tiles
 from cvjax.evaluation.instances import bowl_score, mask_precisions, separate
 from cvjax.report import tables
@@ -39,6 +39,8 @@ def class_probabilities(network: Network, picture: np.ndarray) -> np.ndarray:
       float32 [height, width, classes].
     """
     height, width = picture.shape[:2]
+    if network.run.data.stretch:
+        picture = stretch_contrast(picture)
     sides = tuple(min(SIDE, -(-length // STEP) * STEP) for length in (height, width))
     large = enlarge(picture, sides)
     # The same at all places, however large the images of the training were.

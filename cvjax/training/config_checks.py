@@ -144,6 +144,8 @@ def _check_ranges(run: RunConfig) -> None:
         "data.brightness": (run.data.brightness, 0),
         "data.contrast": (run.data.contrast, 0),
         "data.lighting": (run.data.lighting, 0),
+        "data.saturation": (run.data.saturation, 0),
+        "data.hue": (run.data.hue, 0),
         "optim.momentum": (run.optim.momentum, 0),
         "optim.weight_decay": (run.optim.weight_decay, 0),
         "optim.decay_factor": (run.optim.decay_factor, 0),
@@ -177,6 +179,12 @@ def _check_ranges(run: RunConfig) -> None:
     for key, value in below_one.items():
         if not value < 1:
             raise UserError(f"{key} must be below 1, got {value}.")
+    for key, value, most in (
+        ("data.saturation", run.data.saturation, 1),
+        ("data.hue", run.data.hue, 0.5),
+    ):
+        if value > most:
+            raise UserError(f"{key} must be {most} or less, got {value}.")
     if run.optim.warmup_steps >= run.total_steps:
         raise UserError(
             f"optim.warmup_steps ({run.optim.warmup_steps}) must be below total_steps "

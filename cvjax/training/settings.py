@@ -38,8 +38,10 @@ class DataConfig:
       eval_batch_size: of evaluation; it changes speed and memory, not results.
       normalization: see `data.normalize.compute_statistics`; or "init_from", the statistics
         of the run that this one starts from (see `training.transfer`).
+      stretch: whether the contrast of each picture of a mask_folder is stretched, see
+        `data.normalize.stretch_contrast`.
       crop_padding, flip, vertical_flip, scale_min, scale_max, brightness, contrast,
-        lighting: see `data.augment.Augmentation`.
+        lighting, saturation, hue: see `data.augment.Augmentation`.
     """
 
     name: str = "digits"
@@ -57,6 +59,7 @@ class DataConfig:
     batch_size: int = 128
     eval_batch_size: int = 500
     normalization: str = "pixel_mean"
+    stretch: bool = False
     crop_padding: int = 0
     flip: bool = False
     vertical_flip: bool = False
@@ -65,12 +68,14 @@ class DataConfig:
     brightness: float = 0.0
     contrast: float = 0.0
     lighting: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
 
     @property
     def source(self) -> dict[str, Any]:
         """The arguments of `data.load`."""
         names = ("name", "data_dir", "cache_dir", "val_examples", "train_examples")
-        names += ("shrink", "image_size", "resize")
+        names += ("shrink", "image_size", "resize", "stretch")
         return {name: getattr(self, name) for name in names} | {"stream": self.stream}
 
     @property
