@@ -14,6 +14,7 @@ from cvjax.data.image_files import FORMATS, quiet, read_picture
 from cvjax.data.label_maps import classes_of_instances
 from cvjax.data.splits import check_val_examples, stratified
 from cvjax.errors import UserError
+from cvjax.files import read_text
 
 CHANNELS = 3
 VOID = 255  # in a label picture of classes: does not count
@@ -112,7 +113,7 @@ def list_pictures(
 def _read_table(table: pathlib.Path) -> dict[tuple[str, str], str]:
     """(split, name) -> kind, as index.csv has them."""
     try:
-        reader = csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines())
+        reader = csv.DictReader(read_text(table).splitlines())
         lines = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
