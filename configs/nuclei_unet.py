@@ -16,10 +16,10 @@ from cvjax.training import default_config
 
 def get_config():
     config = default_config("unet")
-    config.total_steps = 2800
+    config.total_steps = 5000
     config.log_every = 25
-    config.eval_every = 1400
-    config.checkpoint_every = 700
+    config.eval_every = 2500
+    config.checkpoint_every = 500
     config.train_eval_examples = 0
 
     config.data.name = "mask_folder/instances"
@@ -29,11 +29,14 @@ def get_config():
     config.data.eval_batch_size = 32
     config.data.scale_min = 128
     config.data.scale_max = 144
+    config.data.stretch = True  # most pictures are dark, each in its own way
     config.data.flip = True
     config.data.vertical_flip = True
     config.data.brightness = 0.7
     config.data.contrast = 0.5
     config.data.lighting = 0.1
+    config.data.saturation = 1.0  # stains that training does not have
+    config.data.hue = 0.2
 
     config.model.width = 16
 

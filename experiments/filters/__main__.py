@@ -20,7 +20,8 @@ network before its first step, as what is seen grows with depth for any weights.
 Any run of train.py can be looked at, finished or going on, if its network has convolutions.
 An ODE-net with adaptive steps takes --fields=solver=rk4,steps=8. Without --run the preset's
 own small net is trained in WORKDIR/run, or found there: quick (digits, a minute), medium
-(CIFAR-10, four minutes of one CPU core).
+(CIFAR-10, four minutes of one CPU core), edges (CIFAR-10, a convnet with kernels of 7x7,
+which show edges and colours where those of 3x3 are too small).
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import cifar10_resnet, digits_resnet
+from configs import cifar10_convnet, cifar10_resnet, digits_resnet
 
 
 def quick() -> ml_collections.ConfigDict:
@@ -25,4 +25,18 @@ def medium() -> ml_collections.ConfigDict:
     return config
 
 
-PRESETS = {"quick": quick, "medium": medium}
+def edges() -> ml_collections.ConfigDict:
+    """CIFAR-10, 7x7 kernels first: large enough to show what they look for."""
+    config = cifar10_convnet.get_config()
+    config.total_steps = 7_000
+    config.optim.schedule = "cosine"
+    config.optim.weight_decay = 2e-3  # so that what does not help the kernels fades
+    config.data.crop_padding = 4
+    config.model.features = (32, 64, 64)
+    config.model.kernels = (7, 5, 3)
+    config.model.strides = (1, 2, 2)
+    config.model.paddings = (3, 2, 1)
+    return config
+
+
+PRESETS = {"quick": quick, "medium": medium, "edges": edges}
