@@ -15,13 +15,13 @@ labels).
 
 For medium U-Net was tried three times, enlarged to 168, 256 and 144 pixels: validation
 tiles had a mean IoU of 0.72, 0.70 (after 6,000 steps) and 0.72, the test pictures a score
-of 0.35, 0.33 and 0.35; colour and sizes that training does not have were the worst. A fourth
-run, with contrast stretched, had 0.36: touching nuclei were one object (its pictures with a
-Dice coefficient of 0.97 had a score of 0.40), as it saw no border, one pixel wide, where
-two touch. Seeds from smoothed depths instead of connected insides made 0.39 of that (on
-validation 0.53 became 0.57), and with each pixel of its foreground given to the right
-nucleus it would be 0.53. So borders are two pixels wide now, colours vary in training, and
-it has 5,000 steps instead of 2,800.
+of 0.35, 0.33 and 0.35; colour and sizes that training does not have were the worst. A
+fourth run, with contrast stretched, had 0.36: touching nuclei were one object (its
+pictures with a Dice coefficient of 0.97 had a score of 0.40), as it saw no border, one
+pixel wide, where two touch. Seeds from smoothed depths instead of connected insides made
+0.39 of that (on validation 0.53 became 0.57), and with each pixel of its foreground given
+to the right nucleus it would be 0.53. So borders are two pixels wide now, colours vary in
+training, and it has 5,000 steps instead of 2,800.
 
 Predicted for U-Net, before its seeds were run: on test a Dice coefficient of the foreground
 of 0.83 to 0.88, and a score of 0.42 to 0.48.
