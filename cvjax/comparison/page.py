@@ -10,10 +10,11 @@ from cvjax.comparison.rows import Row, essential
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 100rem;
        padding: 0 1rem; color: #1c2733; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #d9e0e7; text-align: right; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums;
+  font-size: .87rem; }
+th, td { padding: .35rem .45rem; border-bottom: 1px solid #d9e0e7; text-align: right; }
 td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 16rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 13rem; }
 th { cursor: pointer; vertical-align: bottom; background: #f3f6f9; }
 th[aria-sort=ascending]::after { content: " \\25B2"; }
 th[aria-sort=descending]::after { content: " \\25BC"; }

@@ -26,7 +26,7 @@ FREE_KEYS += ("data.num_workers", "data.eval_batch_size")
 # But for the gradient: that of the continuous adjoint trains another network.
 FREE_KEYS += tuple(f"model.{field}" for field in SAME_FUNCTION if field != "gradient")
 
-# Key in `Run.numbers`, heading, factor, digits, whether it is a measurement with a spread.
+# Key in `Run.numbers`, heading, factor, digits.
 METRICS = (
     ("parameters", "parameters", 1, 0),
     ("macs", "MACs per image (10^6)", 1e-6, 2),
@@ -36,7 +36,7 @@ METRICS = (
     ("best/test/error", "test error at best validation (%)", 100, 2),
     ("test/loss", "test loss", 1, 4),
     ("test/calibration", "calibration error (%)", 100, 2),
-    ("time/training_seconds", "training (minutes)", 1 / 60, 1),
+    ("time/training_seconds", "training (minutes)", 1 / 60, 2),
     ("time/step_ms", "step (ms)", 1, 1),
     ("memory/peak_bytes", "peak memory (GB)", 1e-9, 2),
 )
