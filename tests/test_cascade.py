@@ -37,9 +37,8 @@ def test_confidence():
         assert early_exit.confidence(scores, measure) == pytest.approx(wanted, abs=1e-12)
     with pytest.raises(UserError) as caught:
         early_exit.confidence(scores, "max")
-    assert str(caught.value) == (
-        "measure must be one of max_probability, margin, entropy, got 'max'."
-    )
+    for word in ("measure", "max_probability, margin, entropy", "'max'"):
+        assert word in str(caught.value)
 
 
 # Three nets, two classes, five examples; the probabilities of the first class.

@@ -42,6 +42,12 @@ def refusal(config):
     return str(caught.value)
 
 
+def check_words(text, *words):
+    """What is refused, the value given and the remedy are named, in whatever sentence."""
+    for word in words:
+        assert word in text
+
+
 def names(cls):
     return ", ".join(field.name for field in dataclasses.fields(cls))
 
@@ -216,17 +222,13 @@ def test_resumable_keys_exist():
 @pytest.mark.parametrize(("model", "key", "value"), TYPED)
 def test_every_key_refuses_another_type(model, key, value):
     wrong = {bool: 1, int: 1.5, float: "1", str: 1}[type(value)]
-    text = refusal(config_with({key: wrong}, model))
-    group, _, field = key.rpartition(".")
-    named = f"model field {field!r}" if group == "model" else key
+    named = key.removeprefix("model.")
     kind = type(value).__name__
-    assert text == f"{named} takes a value of type {kind}, got {wrong!r}."
+    check_words(refusal(config_with({key: wrong}, model)), named, kind, repr(wrong))
 
 
 def test_a_model_that_is_no_name():
-    assert refusal(config_with({"model.name": 1})) == (
-        f"model name must be one of {', '.join(MODELS)}, got 1."
-    )
+    check_words(refusal(config_with({"model.name": 1})), "name", "1", *MODELS)
 
 
 @pytest.mark.parametrize(
@@ -244,29 +246,24 @@ def test_a_model_that_is_no_name():
     ],
 )
 def test_several_values_of_another_type(key, value, kind):
-    named = "model field 'widths'" if key == "model.widths" else key
-    assert refusal(config_with({key: value}, "mlp")) == (
-        f"{named} takes several values of type {kind}, got {value!r}."
-    )
+    text = refusal(config_with({key: value}, "mlp"))
+    check_words(text, key.removeprefix("model."), "several", kind, repr(value))
 
 
 @pytest.mark.parametrize("value", [[20], None])
 def test_a_list_is_no_number(value):
-    assert refusal(config_with({"model.depth": value})) == (
-        f"model field 'depth' takes a value of type int, got {value!r}."
-    )
+    check_words(refusal(config_with({"model.depth": value})), "depth", "int", repr(value))
 
 
 @pytest.mark.parametrize("group", ["data", "model", "optim", "loss"])
 def test_a_group_that_is_none(group):
-    assert refusal(config_with({group: 3})) == f"{group} is a group of settings, got 3."
+    check_words(refusal(config_with({group: 3})), group, "group", "3")
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("key", ["optim.decay_factor", "optim.weight_decay"])
 def test_numbers_must_be_finite(key, value):
-    sentence = refusal(config_with({key: value}))
-    assert sentence == f"{key} must be a finite number, of float32, got {value}."
+    check_words(refusal(config_with({key: value})), key, "finite", str(value))
 
 
 @pytest.mark.parametrize(
@@ -289,33 +286,20 @@ def test_numbers_out_of_range(key, value):
 
 @pytest.mark.parametrize("key", ["seed", "data.crop_padding"])
 def test_true_is_no_number(key):
-    assert refusal(config_with({key: True})).endswith("a value of type int, got True.")
+    check_words(refusal(config_with({key: True})), key, "int", "True")
 
 
 @pytest.mark.parametrize(
-    ("key", "sentence"),
+    ("key", "words"),
     [
-        (
-            "sed",
-            f"sed is not a setting: config has {names(RunConfig)}; did you mean seed?",
-        ),
-        (
-            "loss.smoothing",
-            f"loss.smoothing is not a setting: loss has {names(LossConfig)}; did you mean "
-            "loss.label_smoothing?",
-        ),
-        (
-            "data.x",
-            f"data.x is not a setting: data has {names(DataConfig)}.",
-        ),
-        (
-            "model.width",
-            "model 'mlp' has no field 'width', only widths, dtype; did you mean 'widths'?",
-        ),
+        ("sed", ["sed", names(RunConfig), "mean seed?"]),
+        ("loss.smoothing", [names(LossConfig), "mean loss.label_smoothing?"]),
+        ("data.x", ["data.x", names(DataConfig)]),
+        ("model.width", ["'mlp'", "'width'", "widths, dtype", "mean 'widths'?"]),
     ],
 )
-def test_unknown_key(key, sentence):
-    assert refusal(config_with({key: 1}, "mlp")) == sentence
+def test_unknown_key(key, words):
+    check_words(refusal(config_with({key: 1}, "mlp")), *words)
 
 
 @pytest.mark.parametrize(
@@ -325,18 +309,15 @@ def test_missing_key(key):
     values = default_config("mlp").to_dict()
     *groups, last = key.split(".")
     del (values[groups[0]] if groups else values)[last]
-    assert refusal(ml_collections.ConfigDict(values)) == (
-        f"{key} is missing; start the config from cvjax.training.config.default_config, "
-        "which has every key."
-    )
+    text = refusal(ml_collections.ConfigDict(values))
+    check_words(text, f"{key} is missing", "cvjax.training.config.default_config")
 
 
 def test_missing_model_name():
     values = default_config("mlp").to_dict()
     del values["model"]["name"]
-    assert refusal(ml_collections.ConfigDict(values)) == (
-        f"model.name is missing; it is one of {', '.join(MODELS)}."
-    )
+    text = refusal(ml_collections.ConfigDict(values))
+    check_words(text, "model.name is missing", *MODELS)
 
 
 AT_LEAST = {
@@ -369,68 +350,51 @@ def test_too_little(key):
     below = least - 1
     if isinstance(dict(leaves(default_config("mlp").to_dict()))[key], float):
         below = float(below)
-    assert refusal(config_with({**constant, key: below})) == (
-        f"{key} must be {least} or more, got {below}."
-    )
+    text = refusal(config_with({**constant, key: below}))
+    check_words(text, key, f"{least} or more", str(below))
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "words"),
     [
-        ({"optim.learning_rate": 0.0}, "optim.learning_rate must be above 0, got 0.0."),
+        ({"optim.learning_rate": 0.0}, ["optim.learning_rate", "above 0", "0.0"]),
         (
             {"optim.schedule": "exponential", "optim.decay_factor": 0.0},
-            "optim.decay_factor must be above 0, got 0.0.",
+            ["optim.decay_factor", "above 0", "0.0"],
         ),
-        (
-            {"optim.learning_rate": float("inf")},
-            "optim.learning_rate must be a finite number, of float32, got inf.",
-        ),
-        (
-            {"optim.learning_rate": float("nan")},
-            "optim.learning_rate must be a finite number, of float32, got nan.",
-        ),
-        ({"optim.momentum": 1.0}, "optim.momentum must be below 1, got 1.0."),
-        ({"loss.label_smoothing": 1.0}, "loss.label_smoothing must be below 1, got 1.0."),
-        (
-            {"init_refine": 2},
-            "init_refine is 2, but init_from is empty; name the workdir of the network "
-            "that is to be refined there.",
-        ),
-        (
-            {"optim.warmup_steps": 1000},
-            "optim.warmup_steps (1000) must be below total_steps (1000).",
-        ),
+        ({"optim.learning_rate": float("inf")}, ["optim.learning_rate", "finite", "inf"]),
+        ({"optim.learning_rate": float("nan")}, ["optim.learning_rate", "finite", "nan"]),
+        ({"optim.momentum": 1.0}, ["optim.momentum", "below 1", "1.0"]),
+        ({"loss.label_smoothing": 1.0}, ["loss.label_smoothing", "below 1", "1.0"]),
+        ({"data.saturation": 1.5}, ["data.saturation", "1 or less", "1.5"]),
+        ({"data.hue": 0.6}, ["data.hue", "0.5 or less", "0.6"]),
+        ({"init_refine": 2}, ["init_refine is 2", "init_from", "empty", "workdir"]),
+        ({"optim.warmup_steps": 1000}, ["optim.warmup_steps", "below", "total_steps"]),
         (
             {"optim.boundaries": (0.5, 1000)},
-            "optim.boundaries (0.5, 1000) must lie between 0 and total_steps (1000); give "
-            "steps, or fractions of the run such as (0.5, 0.75).",
+            ["optim.boundaries (0.5, 1000)", "total_steps (1000)", "(0.5, 0.75)"],
         ),
         (
             {"data.normalization": "mean"},
-            "data.normalization must be one of pixel_mean, channel, none, init_from, got "
-            "'mean'.",
+            ["data.normalization", "pixel_mean, channel, none, init_from", "'mean'"],
         ),
         (
             {"optim.name": "adamax"},
-            "optim.name must be one of sgd, adam, adamw, got 'adamax'; did you mean "
-            "'adam'?",
+            ["optim.name", "sgd, adam, adamw", "'adamax'", "mean 'adam'?"],
         ),
         (
             {"optim.schedule": "steps"},
-            "optim.schedule must be one of constant, step, cosine, exponential, got "
-            "'steps'; did you mean 'step'?",
+            ["constant, step, cosine, exponential", "'steps'", "mean 'step'?"],
         ),
         (
             {"optim.decayed": "kernel"},
-            "optim.decayed must be one of kernels, all, got 'kernel'; did you mean "
-            "'kernels'?",
+            ["optim.decayed", "kernels, all", "'kernel'", "mean 'kernels'?"],
         ),
-        ({"loss.name": "l2"}, "loss.name must be one of softmax, sigmoid, got 'l2'."),
+        ({"loss.name": "l2"}, ["loss.name", "softmax, sigmoid", "'l2'"]),
     ],
 )
-def test_impossible_value(changes, sentence):
-    assert refusal(config_with(changes)) == sentence
+def test_impossible_value(changes, words):
+    check_words(refusal(config_with(changes)), *words)
 
 
 # What depends on the data
@@ -442,29 +406,23 @@ def test_what_fits_the_data():
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "words"),
     [
-        (
-            {"data.batch_size": 51},
-            "data.batch_size 51 is larger than the 50 training examples of digits; choose "
-            "50 or less.",
-        ),
+        ({"data.batch_size": 51}, ["data.batch_size 51", "50", "digits", "or less"]),
         (
             {"data.batch_size": 9, "train_eval_examples": 51},
-            "train_eval_examples 51 is more than the 50 training examples of digits; use "
-            "-1 for all.",
+            ["train_eval_examples 51", "50", "digits", "-1 for all"],
         ),
         (
             {"data.batch_size": 9, "data.crop_padding": 8},
-            "data.crop_padding 8 would let a crop miss a 9x8 image altogether; choose "
-            "less.",
+            ["data.crop_padding 8", "9x8", "less"],
         ),
     ],
 )
-def test_what_does_not_fit_the_data(changes, sentence):
+def test_what_does_not_fit_the_data(changes, words):
     with pytest.raises(UserError) as caught:
         check_data(parse_config(config_with(changes)), 50, (9, 8, 1))
-    assert str(caught.value) == sentence
+    check_words(str(caught.value), *words)
 
 
 def test_the_number_of_classes_is_the_data_sets():
