@@ -30,8 +30,9 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from cvjax import cli, command_line, compare, data
+from cvjax import cli, command_line, compare
 from cvjax.comparison.rows import MEASURED
+from cvjax.data.names import check_name
 from cvjax.errors import DivergedError, UserError
 from cvjax.files import user_path
 from cvjax.models import create_model
@@ -66,7 +67,7 @@ def main(arguments):
     if "data.name" in settings:  # before the others are trained
         for run in runs.values():
             source = run.data
-            data.check_name(source.name, source.data_dir, source.cache_dir)
+            check_name(source.name, source.data_dir, source.cache_dir)
     folder = user_path(values.workdir, "--workdir")
     configs = {user_path(folder / "runs" / name, "--set"): runs[name] for name in runs}
     failure = None

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from cvjax.data import augment as library
+from cvjax.data import colors
 from cvjax.data.augment import Augmentation
 
 augment = jax.jit(library.augment, static_argnums=2)
-augment_colors = jax.jit(library.augment_colors, static_argnums=2)
+augment_colors = jax.jit(colors.augment_colors, static_argnums=2)
 random_crop = jax.jit(library.random_crop, static_argnums=2)
 random_flip = jax.jit(library.random_flip)
 random_vertical_flip = jax.jit(library.random_vertical_flip)

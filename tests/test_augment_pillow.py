@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from cvjax.data import augment
+from cvjax.data import augment, colors
 
 KEY = jax.random.key(0)
 
 scale_crop = jax.jit(augment.scale_crop)
 random_scale_crop = jax.jit(augment.random_scale_crop, static_argnums=(2, 3))
-jitter_brightness = jax.jit(augment.jitter_brightness)
-jitter_contrast = jax.jit(augment.jitter_contrast)
+jitter_brightness = jax.jit(colors.jitter_brightness)
+jitter_contrast = jax.jit(colors.jitter_contrast)
 
 
 def random_images(count, height, width, channels=3, seed=0):
@@ -123,18 +123,18 @@ def test_color_axes_are_the_principal_components():
     axes = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6]])
     pixels = 128 + rng.normal(size=(4_000, 3)) * [30, 10, 2] @ axes
     images = np.round(pixels).astype(np.uint8).reshape(10, 20, 20, 3)
-    actual = np.asarray(augment.compute_color_axes(images))[::-1]
+    actual = np.asarray(colors.compute_color_axes(images))[::-1]
     variances = (np.array([30, 10, 2]) / 255) ** 2
     np.testing.assert_allclose(np.linalg.norm(actual, axis=1), variances, rtol=0.1)
     for row, axis in zip(actual, axes, strict=True):
         assert abs(row @ axis) / np.linalg.norm(row) > 0.99
-    assert augment.compute_color_axes(images[..., :1]).shape == (1, 1)
+    assert colors.compute_color_axes(images[..., :1]).shape == (1, 1)
 
 
 def test_lighting_adds_one_color_an_image_with_the_stated_spread():
     axes = np.diag(np.float32([0.2, 0.1, 0.05]))
     images = np.float32(random_images(2_000, 4, 4)) / np.float32(255)
-    shift = np.asarray(jax.jit(augment.jitter_lighting)(KEY, images, axes, 0.1)) - images
+    shift = np.asarray(jax.jit(colors.jitter_lighting)(KEY, images, axes, 0.1)) - images
     np.testing.assert_allclose(shift.std(axis=(1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(shift[:, 0, 0].std(axis=0), [0.02, 0.01, 0.005], rtol=0.06)
     np.testing.assert_allclose(shift[:, 0, 0].mean(axis=0), 0, atol=2e-3)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cvjax.data import augment
-from cvjax.data.augment import Augmentation, compute_color_axes
+from cvjax.data.augment import Augmentation
+from cvjax.data.colors import augment_colors, compute_color_axes
 from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
 from cvjax.report.tables import percent
@@ -103,7 +104,7 @@ def test_pictures_are_what_training_draws():
     axes = compute_color_axes(IMAGES)
     rng = jax.random.key(5)
     constants = steps.Constants(rng, statistics, axes)
-    images = augment.augment_colors(
+    images = augment_colors(
         jax.random.fold_in(rng, 3), IMAGES.astype(np.float32) / 255, augmentation, axes
     )
     images = (images - statistics.mean[None]) / statistics.std[None]

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from configs import digits_mlp, digits_resnet
-from cvjax import data
+from cvjax.data import names
 from cvjax.errors import UserError
 from cvjax.storage import workdir as workdirs
 from experiments import sweep
@@ -115,11 +115,11 @@ def test_what_cannot_be_swept_is_refused(texts):
 
 
 def test_names_of_data_are_checked_before_a_run_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_catalog", lambda: ["cifar10"])
+    monkeypatch.setattr(names, "_catalog", lambda: ["cifar10"])
     for name in ("digits", "cifar10", "npz"):
-        data.check_name(name, str(tmp_path), str(tmp_path / "cache"))
+        names.check_name(name, str(tmp_path), str(tmp_path / "cache"))
     with pytest.raises(UserError, match="no data set 'nosuch'"):
-        data.check_name("nosuch", str(tmp_path), str(tmp_path / "cache"))
+        names.check_name("nosuch", str(tmp_path), str(tmp_path / "cache"))
 
 
 def test_draws_without_a_range_are_refused():

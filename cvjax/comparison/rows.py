@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cvjax.comparison.runs import CURVE, Run
-from cvjax.data import OWN
+from cvjax.data.names import OWN
 from cvjax.errors import UserError
 from cvjax.models import SAME_FUNCTION
 from cvjax.report.statistics import difference, paired_difference, spread

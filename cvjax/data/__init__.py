@@ -17,10 +17,8 @@ A set that does not fit in memory, or whose images differ in size, is streamed, 
 """
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
-import pathlib
 import re
 
 from absl import logging
@@ -30,18 +28,21 @@ from cvjax.data.arrays import load_npz
 from cvjax.data.dataset import ArraySplit, Dataset, check_labels
 from cvjax.data.digits import load_digits
 from cvjax.data.folder import load_folder
-from cvjax.data.prepare import PREPARABLE, prepare
+from cvjax.data.names import (
+    BOX_FOLDERS,
+    BUNDLED,
+    MASK_FOLDERS,
+    OWN,
+    TFDS_NAME,
+    check_form,
+    find_or_prepare,
+)
 from cvjax.data.records import open_stream
 from cvjax.data.splits import check_val_examples, reduced, stratified
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
 
 # He et al. 2015 train on 45,000 of CIFAR's 50,000 images and validate on the others.
-BUNDLED = ("digits", "digit_scenes", "digit_scenes/masks")
-BOX_FOLDERS = ("voc", "coco")
-MASK_FOLDERS = ("mask_folder", "mask_folder/instances")
-OWN = ("folder", "npz", *BOX_FOLDERS, *MASK_FOLDERS)  # what data_dir names
-TFDS_NAME = r"\w+(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?"
 VAL_EXAMPLES = {"cifar10": 5_000, "cifar100": 5_000, "mnist": 5_000}
 
 
@@ -228,20 +229,15 @@ def load_stream(
         raise UserError(
             "pictures with label pictures cannot be streamed; set data.streaming=false."
         )
-    folder = tfds.resolve_data_dir(data_dir)
-    _check_name(name, folder)
-    source = tfds.find_source(name, folder)
-    if source is None:
-        source = _prepare(name, folder)
+    source = find_or_prepare(name, tfds.resolve_data_dir(data_dir))
     return open_stream(source, val_examples, options)
 
 
 def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
     folder = tfds.resolve_data_dir(data_dir)
     cache_folder = cache.resolve_cache_dir(cache_dir)
-    _check_name(name, folder)
-    source = tfds.find_source(name, folder)
-    if source is None:
+    check_form(name, folder)
+    if tfds.find_source(name, folder) is None:
         cached = cache.find_entry(name, cache_folder)
         if cached is not None:
             logging.info(
@@ -250,79 +246,5 @@ def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
                 *(name, folder, cache_folder),
             )
             return cached
-        source = _prepare(name, folder)
+    source = find_or_prepare(name, folder)
     return cache.read_or_decode(source, tfds.decode, cache_folder)
-
-
-def check_name(name: str, data_dir: str = "", cache_dir: str = "") -> None:
-    """Raises UserError if there is no data set of that name, here or in TFDS's catalog.
-
-    Args:
-      name, data_dir, cache_dir: as `load` takes them.
-    """
-    if name in (*BUNDLED, *OWN):
-        return
-    folder = tfds.resolve_data_dir(data_dir)
-    _check_name(name, folder)
-    base = name.partition(":")[0]
-    known = (
-        base in PREPARABLE
-        or tfds.find_source(name, folder)
-        or cache.find_entry(name, cache.resolve_cache_dir(cache_dir))
-        or base.partition("/")[0] in _catalog()
-    )
-    if not known:
-        raise _unknown(name, folder)
-
-
-def _check_name(name: str, folder: pathlib.Path) -> None:
-    if not re.fullmatch(TFDS_NAME, name):
-        raise _unknown(name, folder)
-
-
-def _prepare(name: str, folder: pathlib.Path) -> tfds.Source:
-    """Prepares the set, or raises UserError with the ways to get it."""
-    base, _, version = name.partition(":")
-    elsewhere = "name the folder where it is with --config.data.data_dir or TFDS_DATA_DIR"
-    if base not in PREPARABLE:
-        if base.partition("/")[0] not in _catalog():
-            raise _unknown(name, folder)
-        raise UserError(
-            f"{name} is not prepared in {folder}; {elsewhere}, or prepare it with `tfds "
-            f"build {base} --file_format=array_record`, which needs TensorFlow."
-        )
-    if version:
-        raise UserError(
-            f"{name} is not prepared in {folder}; {elsewhere}, or have the newest version "
-            f"prepared with --config.data.name={base}."
-        )
-    try:
-        prepare(name, folder)
-    except UserError as error:
-        raise UserError(
-            f"{name} is not prepared in {folder}: {error} Or {elsewhere}, or take "
-            "--config.data.name=digits, which needs no files."
-        ) from error
-    return tfds.find_source(name, folder)
-
-
-def _unknown(name: str, folder: pathlib.Path) -> UserError:
-    prepared = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    names = {*BUNDLED, *OWN, *_catalog(), *prepared} - {"downloads"}
-    closest = difflib.get_close_matches(name.lower(), sorted(names), n=1)
-    hint = (
-        f"did you mean {closest[0]}?"
-        if closest
-        else f"choose digits, {', '.join(PREPARABLE)}, or another image classification set "
-        "of https://www.tensorflow.org/datasets/catalog that is prepared; folder or npz "
-        "for your own."
-    )
-    return UserError(f"there is no data set {name!r}; {hint}")
-
-
-def _catalog() -> list[str]:
-    """The names that TFDS knows, prepared or not."""
-    # Imported here: it takes half a second, and only those who mistype need it.
-    import tensorflow_datasets
-
-    return tensorflow_datasets.list_builders(with_community_datasets=False)

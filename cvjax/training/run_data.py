@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from cvjax import data
-from cvjax.data.augment import compute_color_axes
+from cvjax.data.colors import compute_color_axes
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.data.streaming import StreamedSplit

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation
+from cvjax.data.colors import augment_colors
 from cvjax.data.dataset import Batch, Split
 from cvjax.data.normalize import Statistics, normalize, standardize, to_unit
 from cvjax.errors import DivergedError
@@ -62,7 +63,7 @@ def training_images(
       constants: its statistics and axes of colour are used.
       augmentation: what is drawn.
     """
-    images = augment.augment_colors(
+    images = augment_colors(
         jax.random.fold_in(rng, COLOR_DRAWS),
         to_unit(images),
         augmentation,

@@ -34,7 +34,7 @@ from absl import flags
 
 from configs import cifar10_convnet, cifar10_resnet, mnist_convnet
 from cvjax import cli, data
-from cvjax.data.augment import compute_color_axes
+from cvjax.data.colors import compute_color_axes
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
