@@ -78,6 +78,22 @@ def test_the_same_process_is_refused_too(tmp_path):
 # Folder and files
 
 
+def test_a_folder_among_the_files_of_a_run_is_refused(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    assert workdir.check_writable(run / "pictures") == run / "pictures"
+    for inside in ("checkpoints", "checkpoints/100", "tensorboard/other"):
+        with pytest.raises(errors.UserError, match=f"--output .*{inside} .*{run};"):
+            workdir.check_writable(run / inside, "--output")
+    assert not (run / "tensorboard").exists()
+    link = tmp_path / "link"
+    link.symlink_to(run / "checkpoints")
+    with pytest.raises(errors.UserError, match="among the files of the run"):
+        workdir.check_writable(link / "new")
+    assert workdir.check_writable(run) == run
+
+
 def test_check_writable_creates_parents_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = workdir.check_writable("a/b")

@@ -35,7 +35,6 @@ _DISTRIBUTIONS = {
 # What config.json may hold besides the config; older runs have not all of it.
 _KINDS = {"history": list, "imported": dict, "device": dict, "versions": dict}
 
-
 # What a run keeps in its folder, see `training.trainer`.
 _FILES = (
     *("config.json", "inputs.npz", "metrics.jsonl", "summary.json", "diverged.json"),
@@ -60,9 +59,15 @@ def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
       flag: by which another one can be chosen.
 
     Raises:
-      UserError: it cannot be created or written to.
+      UserError: it cannot be created or written to, or lies among a run's own files.
     """
     folder = files.user_path(workdir, flag)
+    real = pathlib.Path(os.path.realpath(folder))
+    run = _run_above(real)
+    if run is not None and real.relative_to(run).parts[0] in _FOLDERS:
+        raise errors.UserError(
+            f"{flag} {folder} lies among the files of the run {run}; choose another folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -92,7 +97,7 @@ def check_output(path: Path, flag: str, endings: Sequence[str] = ()) -> pathlib.
     file = files.user_path(path, flag)
     files.refuse_special(file)
     real = pathlib.Path(os.path.realpath(file))
-    run = next((folder for folder in real.parents if _is_run(folder)), None)
+    run = _run_above(real)
     if run is not None:
         name = real.relative_to(run).parts[0]
         taken = real.exists() and not real.name.endswith(tuple(endings))
@@ -103,6 +108,11 @@ def check_output(path: Path, flag: str, endings: Sequence[str] = ()) -> pathlib.
             )
     check_writable(file.parent, flag)
     return file
+
+
+def _run_above(path: pathlib.Path) -> pathlib.Path | None:
+    """The workdir of the run in which a path lies, if it does."""
+    return next((folder for folder in path.parents if _is_run(folder)), None)
 
 
 def _is_run(folder: pathlib.Path) -> bool:
