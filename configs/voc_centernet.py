@@ -7,8 +7,8 @@ Paper:    Zhou et al. 2019 (arXiv:1904.07850) on He et al. 2015's ResNet-18, hal
 Command:  python train.py --config=configs/voc_centernet.py --workdir=runs/boxes
           and --config.data.data_dir=DIR
 Cost:     BCCD: some 20 images/s, 20 minutes on one core of a shared CPU (AVX-512)
-Expected: BCCD: AP at 0.5 of 0.830 +- 0.005 on its 72 test pictures (n = 3, one H100); it
-          overfits: 0.836 at the best validation, 0.847 after 2,000 steps (one seed)
+Expected: BCCD: AP at 0.5 of 0.830 +- 0.005 on its 72 test pictures (n = 3, one H100);
+          perhaps it overfits: one seed had 0.847 after 2,000 steps
 """
 
 from cvjax.training import default_config
