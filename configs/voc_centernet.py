@@ -16,7 +16,7 @@ from cvjax.training import default_config
 
 def get_config():
     config = default_config("centernet")
-    config.total_steps = 3000
+    config.total_steps = 2000
     config.log_every = 50
     config.eval_every = 500
     config.checkpoint_every = 250
@@ -27,11 +27,14 @@ def get_config():
     config.data.eval_batch_size = 24
     config.data.normalization = "channel"
     config.data.scale_min = 240
-    config.data.scale_max = 300
+    config.data.scale_max = 320
     config.data.crop_padding = 0
     config.data.flip = True
-    config.data.brightness = 0.2
-    config.data.contrast = 0.2
+    config.data.vertical_flip = True  # a slide has no upper side
+    config.data.brightness = 0.3
+    config.data.contrast = 0.3
+    config.data.saturation = 0.3
+    config.data.hue = 0.05
 
     config.model.width = 32
 
