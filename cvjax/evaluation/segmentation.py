@@ -39,8 +39,7 @@ def class_probabilities(network: Network, picture: np.ndarray) -> np.ndarray:
       float32 [height, width, classes].
     """
     height, width = picture.shape[:2]
-    if network.run.data.stretch:
-        picture = stretch_contrast(picture)
+    picture = _as_seen(network, picture)
     sides = tuple(min(SIDE, -(-length // STEP) * STEP) for length in (height, width))
     large = enlarge(picture, sides)
     # The same at all places, however large the images of the training were.
@@ -59,13 +58,17 @@ def class_probabilities(network: Network, picture: np.ndarray) -> np.ndarray:
     return result[:height, :width]
 
 
+def _as_seen(network: Network, picture: np.ndarray) -> np.ndarray:
+    return stretch_contrast(picture) if network.run.data.stretch else picture
+
+
 @dataclasses.dataclass(frozen=True)
 class Segmented:
     """A picture, what is true of it, and what is found.
 
     Attributes:
       name, kind: of the picture; see `data.mask_listing.Labelled`.
-      picture: uint8 [height, width, channels].
+      picture: as the network sees it, uint8 [height, width, channels].
       classes, found: int32 [height, width]; true classes are -1 where none counts.
       objects: numbers of the true objects and of those found, int32 [height, width], and
         the scores of these; None where labels are classes.
@@ -104,7 +107,8 @@ def segment(network: Network, split: Split) -> Iterator[Segmented]:
                 objects = (labels, *separate(scores))
             classes = targets.astype(np.int32) - 1
             found = scores.argmax(axis=-1).astype(np.int32)
-            yield Segmented(name, kind, picture, classes, found, objects)
+            seen = _as_seen(network, picture)
+            yield Segmented(name, kind, seen, classes, found, objects)
             show(k + 1)
 
 
