@@ -11,7 +11,7 @@ from cvjax.errors import DivergedError, UserError
 from cvjax.models import create_model
 from cvjax.models.odenet_layers import Residual, groups_of
 from cvjax.nn import solver as solvers
-from cvjax.training import metrics, steps
+from cvjax.training import metrics
 
 MNIST, CIFAR, SMALL = (28, 28, 1), (32, 32, 3), (6, 6, 1)
 BLOCKS = {"conv": 132_874, "res": 157_578}  # without a block in the middle
@@ -338,7 +338,7 @@ def test_the_first_failure_in_time_is_told_whatever_its_block_is_called():
 def test_failures_are_described_with_advice(failure, fields, what):
     zero = jnp.zeros(())
     solves = metrics.Solves(zero, zero, zero, zero, failure, 256, 56)
-    text = steps.describe_failure(small(**fields), "ode2", solves)
+    text = metrics.describe_failure(small(**fields), "ode2", solves)
     with pytest.raises(DivergedError, match=what):
         raise DivergedError(text)
 

@@ -258,7 +258,7 @@ def _check_finite(
     )
     failure = metrics.first_failure([jax.device_get(state.monitor.sums)])
     if failure:
-        cause = steps.describe_failure(recipe.model, *failure)
+        cause = metrics.describe_failure(recipe.model, *failure)
         message = f"Stopped at step {bad_step}; {last}. {cause} {RESUME}"
         raise DivergedError(message, bad_step - 1)
     raise DivergedError(

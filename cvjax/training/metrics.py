@@ -241,3 +241,30 @@ def _solver_values(total: dict[str, Solves]) -> dict[str, float]:
     if len(total) > 1:
         values |= {f"nfe_{block}": solves.evaluations for block, solves in total.items()}
     return values
+
+
+def describe_failure(model: nn.Module, block: str, solves: Solves) -> str:
+    """What happened in an ODE block whose solver failed, and what may help."""
+    tried, rejected = int(solves.failed_steps), int(solves.failed_rejected)
+    kept = f"{tried - rejected} steps accepted, {rejected} rejected"
+    how = (
+        f"{model.steps} fixed steps of {model.solver}"
+        if model.steps
+        else f"{model.solver}, rtol {model.rtol:g}, atol {model.atol:g}"
+    )
+    if int(solves.failure) == solvers.MAX_STEPS:
+        what = f"did not reach the end of its time in max_steps {model.max_steps}"
+        advice = (
+            "raise model.max_steps, loosen model.rtol and model.atol, or take fixed steps "
+            "(model.steps=8)"
+        )
+    elif int(solves.failure) == solvers.UNDERFLOW:
+        what = "had to take steps too short for the type of its numbers"
+        advice = "loosen model.rtol and model.atol, or take fixed steps (model.steps=8)"
+    else:
+        what = "came to values that are not finite"
+        advice = (
+            "lower optim.learning_rate, or choose a smooth model.activation and "
+            "model.zero_init=true"
+        )
+    return f"The solver of {block} {what} ({kept}; {how}); {advice}."
