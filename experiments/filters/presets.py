@@ -28,7 +28,7 @@ def medium() -> ml_collections.ConfigDict:
 def edges() -> ml_collections.ConfigDict:
     """CIFAR-10, 7x7 kernels first: large enough to show what they look for."""
     config = cifar10_convnet.get_config()
-    config.total_steps = 7_000
+    config.total_steps = 4_000
     config.optim.schedule = "cosine"
     config.optim.weight_decay = 2e-3  # so that what does not help the kernels fades
     config.data.crop_padding = 4
