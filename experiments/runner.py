@@ -212,11 +212,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_started(folder: Path) -> dict[str, Any]:
-    """The same of a run that may not be finished, without its summary."""
-    manifest = workdirs.read_manifest(folder)
+    """The same of a run that may not be finished, or is imported, without its summary."""
+    manifest, log = workdirs.read_manifest(folder), folder / "metrics.jsonl"
     return {
         **{key: manifest[key] for key in PROVENANCE},
-        "seconds": training_seconds(metrics_log.read_metrics(folder / "metrics.jsonl")),
+        "seconds": training_seconds(metrics_log.read_metrics(log))
+        if log.exists()
+        else None,
     }
 
 

@@ -409,6 +409,11 @@ def test_experiment_measures_draws_and_does_nothing_twice(
     assert (tmp_path / "cascade.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"versions", "device", "git"} <= results["runs"][0].keys()
+    for (_, run_dir, _), member in zip(
+        places[:2], results["runs"][0]["members"], strict=True
+    ):
+        config = json.loads((run_dir / "config.json").read_text())["config"]
+        assert member["config"] == config and member["seconds"] > 0
     assert results["table"][1]["name"] == "large"
     measured = results["runs"][0]["chosen"]
     (claim,) = results["claims"]

@@ -237,7 +237,10 @@ def measure_once(
         measured = measure.measure(members, **settings)
         return {"seed": seed, **measured, **workdirs.provenance()}
 
-    return runner.cached(folder / f"measured-seed{seed}.json", key, measure_all)
+    measured = runner.cached(folder / f"measured-seed{seed}.json", key, measure_all)
+    started = {name: runner.read_started(run_dir) for name, run_dir, _ in members}
+    kept = [{**member, **started[member["name"]]} for member in measured["members"]]
+    return {**measured, "members": kept}
 
 
 def show(table: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
