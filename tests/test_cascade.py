@@ -413,7 +413,7 @@ def test_experiment_measures_draws_and_does_nothing_twice(
         places[:2], results["runs"][0]["members"], strict=True
     ):
         config = json.loads((run_dir / "config.json").read_text())["config"]
-        assert member["config"] == config and member["seconds"] > 0
+        assert member["config"] == config and member["seconds"] >= 0
     assert results["table"][1]["name"] == "large"
     measured = results["runs"][0]["chosen"]
     (claim,) = results["claims"]
