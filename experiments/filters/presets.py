@@ -28,9 +28,12 @@ def medium() -> ml_collections.ConfigDict:
 def edges() -> ml_collections.ConfigDict:
     """CIFAR-10, 7x7 kernels first: large enough to show what they look for."""
     config = cifar10_convnet.get_config()
-    config.total_steps = 4_000
+    config.total_steps = 3_000
     config.optim.schedule = "cosine"
-    config.optim.weight_decay = 2e-3  # so that what does not help the kernels fades
+    config.optim.learning_rate = 0.03
+    config.optim.warmup_steps = 200
+    config.optim.warmup_learning_rate = 0.003
+    config.optim.weight_decay = 5e-3  # in this time what is random in the kernels fades
     config.data.crop_padding = 4
     config.model.features = (32, 64, 64)
     config.model.kernels = (7, 5, 3)
