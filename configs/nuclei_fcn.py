@@ -16,11 +16,11 @@ from cvjax.training import default_config
 def get_config():
     config = default_config("fcn")
     other = nuclei_unet.get_config()
-    dtype = other.model.dtype
+    shared = {name: other.model[name] for name in ("dtype", "norm_momentum")}
     del other.model
     config.update(other)
     config.model.width = 16
     config.model.stem = "small"
     config.model.stride = 2
-    config.model.dtype = dtype
+    config.model.update(shared)
     return config
