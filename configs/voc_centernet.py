@@ -37,6 +37,7 @@ def get_config():
     config.data.hue = 0.05
 
     config.model.width = 32
+    config.model.norm_momentum = 0.99  # of small batches
 
     config.optim.name = "adamw"
     config.optim.learning_rate = 2e-3

@@ -20,6 +20,7 @@ def get_config():
     config.data, config.optim = other.data, other.optim
 
     config.model.width = 32
+    config.model.norm_momentum = other.model.norm_momentum
     config.model.stride = 16
     config.model.features = 128
     return config
