@@ -26,7 +26,7 @@ def medium() -> ml_collections.ConfigDict:
 
 
 def edges() -> ml_collections.ConfigDict:
-    """CIFAR-10, 7x7 kernels first: large enough to show what they look for."""
+    """CIFAR-10, 7x7 kernels first: large enough to show what they look for. Ten minutes."""
     config = cifar10_convnet.get_config()
     config.total_steps = 3_000
     config.optim.schedule = "cosine"
