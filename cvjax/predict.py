@@ -49,7 +49,7 @@ from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError, UserError
 from cvjax.evaluation.detection import Found, decode
 from cvjax.evaluation.instances import separate
-from cvjax.evaluation.segmentation import class_probabilities
+from cvjax.evaluation.segmentation import as_seen, class_probabilities
 from cvjax.files import Path, is_pretrained
 from cvjax.report.boxes import COLORS, draw_boxes
 from cvjax.report.drawings import Drawings, is_drawing
@@ -244,7 +244,7 @@ def _show_segments(network: Network, path: str, drawings: Drawings) -> str:
     with quiet():
         picture = np.asarray(read_picture(path, channels))
     picture = picture.reshape(*picture.shape[:2], channels)
-    scores = class_probabilities(network, picture)
+    scores = class_probabilities(network, as_seen(network, picture))
     numbers = scores.argmax(axis=-1)
     sizes = np.bincount(numbers.ravel(), minlength=len(network.class_names))
     said: dict[str, Any] = {

@@ -8,6 +8,7 @@ from absl import logging
 from cvjax.errors import DivergedError
 from cvjax.storage import divergence
 from cvjax.storage import workdir as workdirs
+from cvjax.training.config import complete_config
 from cvjax.training.trainer import train_and_evaluate
 
 
@@ -22,6 +23,7 @@ def train(config: ml_collections.ConfigDict, folder: Path) -> None:
 
 def is_known(config: ml_collections.ConfigDict, folder: Path) -> bool:
     """Whether it is known that this run diverges."""
-    return divergence.read(folder) is not None and not workdirs.config_differences(
-        workdirs.read_manifest(folder)["config"], config.to_dict()
-    )
+    if divergence.read(folder) is None:
+        return False
+    kept = complete_config(workdirs.read_manifest(folder)["config"])
+    return not workdirs.config_differences(kept.to_dict(), config.to_dict())

@@ -215,7 +215,7 @@ def read_started(folder: Path) -> dict[str, Any]:
     """The same of a run that may not be finished, or is imported, without its summary."""
     manifest, log = workdirs.read_manifest(folder), folder / "metrics.jsonl"
     return {
-        **{key: manifest[key] for key in PROVENANCE},
+        **{key: manifest.get(key) for key in PROVENANCE},
         "seconds": training_seconds(metrics_log.read_metrics(log))
         if log.exists()
         else None,

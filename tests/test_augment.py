@@ -118,6 +118,20 @@ def test_each_color_setting_does_its_own_thing():
     assert not np.allclose(results[0], results[1])
 
 
+def test_draws_of_hue_leave_the_other_draws_as_they_are():
+    """Contrast keeps the mean of the greys, and what it does to them is its draw."""
+    images = np.float32(IMAGES) / np.float32(255)
+    axes = np.eye(3, dtype=np.float32)
+    others = {"brightness": 0.3, "contrast": 0.3, "lighting": 0.1}
+    alone, both = (
+        np.asarray(augment_colors(KEY, images, Augmentation(0, False, **settings), axes))
+        for settings in (others, {**others, "saturation": 0.5})
+    )
+    weights = np.float32([0.299, 0.587, 0.114])
+    assert not np.allclose(alone, both)
+    np.testing.assert_allclose(both @ weights, alone @ weights, atol=1e-5)
+
+
 def test_hues_and_saturations_by_hand():
     images = np.random.default_rng(0).random((50, 2, 3, 3)).astype(np.float32)
 

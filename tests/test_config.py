@@ -286,7 +286,7 @@ def test_numbers_out_of_range(key, value):
 
 @pytest.mark.parametrize("key", ["seed", "data.crop_padding"])
 def test_true_is_no_number(key):
-    check_words(refusal(config_with({key: True})), key, "int", "True")
+    check_words(refusal(config_with({key: True})), key, "type int", "got True")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_too_little(key):
     if isinstance(dict(leaves(default_config("mlp").to_dict()))[key], float):
         below = float(below)
     text = refusal(config_with({**constant, key: below}))
-    check_words(text, key, f"{least} or more", str(below))
+    check_words(text, key, f"{least} or more", f"got {below}")
 
 
 @pytest.mark.parametrize(

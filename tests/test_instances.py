@@ -36,6 +36,42 @@ def test_noise_is_dropped_and_an_object_of_border_alone_is_kept():
     assert len(scores) == 1
 
 
+@pytest.mark.parametrize("size", [6, 8, 12])
+def test_a_small_object_beside_a_large_one_is_kept(size):
+    true = np.zeros((40, 60), int)
+    true[5:25, 5:25], true[10 : 10 + size, 25 : 25 + size] = 1, 2
+    found, scores = separate(one_hot(classes_of_instances(true)))
+    # Corners of the border may go to the neighbour.
+    assert len(scores) == 2 and (overlaps(true, found).max(axis=1) > 0.9).all()
+
+
+@pytest.mark.parametrize("angle", [0, 10, 33, 45, 80])
+@pytest.mark.parametrize("radii", [(18.3, 7.1), (20, 4)])
+def test_a_tilted_object_stays_one(angle, radii):
+    """With peaks of equal height along its ridge."""
+    rows, columns = np.mgrid[:60, :60] - 29.5
+    turn = np.deg2rad(angle)
+    along = np.cos(turn) * columns + np.sin(turn) * rows
+    across = np.cos(turn) * rows - np.sin(turn) * columns
+    ellipse = (along / radii[0]) ** 2 + (across / radii[1]) ** 2 < 1
+    rod = (abs(along) < radii[0]) & (abs(across) < radii[1])
+    for true in (ellipse.astype(int), rod.astype(int)):
+        found, _ = separate(one_hot(classes_of_instances(true)))
+        np.testing.assert_array_equal(found, true)
+
+
+def test_objects_without_a_border_between_them_come_apart_at_their_waist():
+    rows, columns = np.mgrid[:40, :60]
+    true = np.zeros((40, 60), int)
+    for number, column in ((1, 18), (2, 40)):
+        disc = (rows - 20) ** 2 + (columns - column) ** 2 < 12**2
+        true[disc & (true == 0)] = number
+    blind = np.where(true > 0, INSIDE, OUTSIDE)
+    found, scores = separate(one_hot(blind))
+    assert len(scores) == 2
+    assert (overlaps(true, found).max(axis=1) > 0.95).all()
+
+
 def test_nothing_is_found_in_nothing():
     found, scores = separate(one_hot(np.full((8, 8), OUTSIDE)))
     assert not found.any() and len(scores) == 0

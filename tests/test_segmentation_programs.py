@@ -120,7 +120,8 @@ def test_a_dark_picture_is_seen_as_a_bright_one(run):
         data = dataclasses.replace(network.run.data, stretch=stretch)
         seen = dataclasses.replace(network, run=dataclasses.replace(network.run, data=data))
         answers[stretch] = [
-            segmentation.class_probabilities(seen, picture) for picture in (bright, dark)
+            segmentation.class_probabilities(seen, segmentation.as_seen(seen, picture))
+            for picture in (bright, dark)
         ]
     away = {key: np.abs(a - b).max() for key, (a, b) in answers.items()}
     assert away[True] < away[False] / 5

@@ -81,7 +81,9 @@ def test_the_same_process_is_refused_too(tmp_path):
 def test_a_folder_among_the_files_of_a_run_is_refused(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text("{}")  # of something else
+    assert workdir.check_writable(run / "checkpoints/a") == run / "checkpoints/a"
+    (run / "config.json").write_text('{"config": {}}')
     assert workdir.check_writable(run / "pictures") == run / "pictures"
     for inside in ("checkpoints", "checkpoints/100", "tensorboard/other"):
         with pytest.raises(errors.UserError, match=f"--output .*{inside} .*{run};"):

@@ -36,7 +36,7 @@ def augment_colors(
         images = jitter_lighting(lighting_rng, images, color_axes, augmentation.lighting)
     if augmentation.saturation or augmentation.hue:
         most = augmentation.saturation, augmentation.hue
-        images = jitter_colors(jax.random.fold_in(rng, 1), images, *most)
+        images = jitter_colors(jax.random.fold_in(rng, 3), images, *most)
     return images
 
 

@@ -48,8 +48,9 @@ def classes_of_instances(numbers: np.ndarray) -> np.ndarray:
     """Instance numbers [height, width] -> `OUTSIDE`, `INSIDE` and `BORDER`, uint8.
 
     A pixel of an object is border if it is less than `WIDTH` pixels from the outermost ones
-    of its object (those with a neighbour, of eight, that is not of it); in a small object,
-    less than half way to its innermost one. An object without a pixel inside is all inside.
+    of its object (those with a neighbour, of eight, that is not of it). Where the innermost
+    pixel is d < 3 from these, the limit is (d + 1) / 2 instead. An object without a pixel
+    inside is all inside.
     """
     height, width = numbers.shape
     padded = np.pad(numbers, 1, mode="edge")

@@ -31,7 +31,7 @@ def separate(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     # Imported here: half a second, for the few who need it.
     from skimage.measure import label
-    from skimage.morphology import reconstruction
+    from skimage.morphology import local_maxima, reconstruction
     from skimage.segmentation import watershed
 
     foreground = probabilities[..., OUTSIDE] < 0.5
@@ -39,8 +39,10 @@ def separate(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Beyond the picture's edge is nothing.
     depths = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
     depths = ndimage.gaussian_filter(depths, SMOOTHING)
-    flooded = reconstruction(depths - HEIGHT, depths)
-    seeds = label(inside & (depths - flooded > 0.999 * HEIGHT), connectivity=1)
+    tops = inside & local_maxima(reconstruction(depths - HEIGHT, depths))
+    pieces = label(inside, connectivity=1)
+    low = inside & ~np.isin(pieces, pieces[tops])  # alone, but hardly deeper than nothing
+    seeds = label(tops | low, connectivity=2)
     numbers = watershed(-depths, seeds, mask=foreground)
     # What is border alone has no seed.
     rest = label(foreground & (numbers == 0), connectivity=1)

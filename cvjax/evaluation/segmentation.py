@@ -33,13 +33,12 @@ def class_probabilities(network: Network, picture: np.ndarray) -> np.ndarray:
 
     Args:
       network: of task "segmentation".
-      picture: uint8 [height, width, channels].
+      picture: uint8 [height, width, channels], see `as_seen`.
 
     Returns:
       float32 [height, width, classes].
     """
     height, width = picture.shape[:2]
-    picture = _as_seen(network, picture)
     sides = tuple(min(SIDE, -(-length // STEP) * STEP) for length in (height, width))
     large = enlarge(picture, sides)
     # The same at all places, however large the images of the training were.
@@ -58,7 +57,8 @@ def class_probabilities(network: Network, picture: np.ndarray) -> np.ndarray:
     return result[:height, :width]
 
 
-def _as_seen(network: Network, picture: np.ndarray) -> np.ndarray:
+def as_seen(network: Network, picture: np.ndarray) -> np.ndarray:
+    """A whole picture as the network takes it, with its contrast stretched if need be."""
     return stretch_contrast(picture) if network.run.data.stretch else picture
 
 
@@ -99,6 +99,7 @@ def segment(network: Network, split: Split) -> Iterator[Segmented]:
             if pictures:
                 name, kind = pictures[k].name, pictures[k].kind
                 picture, labels = pictures[k].read()
+                picture = as_seen(network, picture)
                 targets = pictures[k].targets(labels)
             else:
                 picture, targets = split.images[k], split.labels[k, ..., 0]
@@ -107,8 +108,7 @@ def segment(network: Network, split: Split) -> Iterator[Segmented]:
                 objects = (labels, *separate(scores))
             classes = targets.astype(np.int32) - 1
             found = scores.argmax(axis=-1).astype(np.int32)
-            seen = _as_seen(network, picture)
-            yield Segmented(name, kind, seen, classes, found, objects)
+            yield Segmented(name, kind, picture, classes, found, objects)
             show(k + 1)
 
 

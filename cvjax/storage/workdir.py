@@ -116,9 +116,13 @@ def _run_above(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _is_run(folder: pathlib.Path) -> bool:
-    return (folder / "config.json").is_file() and any(
-        (folder / name).exists() for name in (*_FILES[1:], *_FOLDERS)
-    )
+    # By os.path: a folder that may not be looked into is none.
+    if not any(os.path.exists(folder / name) for name in (*_FILES[1:], *_FOLDERS)):
+        return False
+    try:
+        return "config" in json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ from absl import flags
 from configs import digit_scenes_fcn, digit_scenes_unet, nuclei_fcn, nuclei_unet
 from cvjax import cli
 from cvjax.errors import UserError
+from cvjax.evaluation import instances
 from cvjax.evaluation.segmentation import NAMES
 from cvjax.report import tables
 from cvjax.report.statistics import difference, spread
@@ -100,7 +101,10 @@ def _gather(configs, folder: pathlib.Path, preset: str) -> None:
     runs = []
     for run in filter(runner.is_finished, configs):
         config, kept = configs[run], runner.read_run(run)
-        key = {"step": kept["summary"]["step"]}
+        key = {
+            "step": kept["summary"]["step"],
+            "separate": [instances.SMOOTHING, instances.HEIGHT, instances.SMALLEST],
+        }
         measured = runner.cached(
             run / "segments.json", key, functools.partial(measure, run)
         )
