@@ -14,13 +14,13 @@ Presets: quick (digit scenes), medium (pictures with boxes in the folders of PAS
 settings for BCCD's 364 photographs of blood cells, github.com/Shenggan/BCCD_Dataset, 240
 pixels high, 2,000 steps of 8 pictures).
 
-Predicted for medium on BCCD, three seeds, after one run of CenterNet of 2,000 steps (AP at
-0.5 of 0.847): CenterNet's AP at 0.5 is between 0.83 and 0.87; its worst kind is platelets
-or red cells, its best white cells; YOLO's AP at 0.5 is lower by more than 0.1. With 3,000
-steps it was 0.830 and 0.774. So steps are 2,000 now, and pictures are also mirrored upside
-down, enlarged by up to a third and varied in colour, and BatchNorm's running averages are
-taken over more batches. Predicted before these seeds:
-CenterNet's AP at 0.5 is between 0.84 and 0.87, YOLO's lower by 0.03 to 0.1.
+Predicted for medium on BCCD, three seeds, after one run of CenterNet of 2,000 steps (AP
+at 0.5 of 0.847): CenterNet's AP at 0.5 is between 0.83 and 0.87; its worst kind is
+platelets or red cells, its best white cells; YOLO's AP at 0.5 is lower by more than 0.1.
+With 3,000 steps it was 0.830 and 0.774. So steps are 2,000 now, and pictures are also
+mirrored upside down, enlarged by up to a third and varied in colour, and BatchNorm's
+running averages are taken over more batches. Predicted before these seeds: CenterNet's AP
+at 0.5 is between 0.84 and 0.87, YOLO's lower by 0.03 to 0.1.
 
 Detections count from the score on that gives the best F1 on the validation images, and are
 right at an overlap of 0.5. Average precisions are COCO's.
