@@ -26,16 +26,16 @@ vary in training. The first seed of these settings, 4,000 steps, had a Dice coef
 0.91 and 0.56 with BatchNorm's running averages taken over more batches. So
 `norm_momentum` is 0.99 now; and there are 2,400 steps, as more had not helped.
 
-Predicted for U-Net before that first seed, for test: a Dice coefficient of the foreground of
-0.83 to 0.88 and a score of 0.42 to 0.48, which it missed. Predicted before the seeds with a
-momentum of 0.99: 0.82 to 0.87, and 0.34 to 0.42.
+Predicted for U-Net before that first seed, for test: a Dice coefficient of the foreground
+of 0.83 to 0.88 and a score of 0.42 to 0.48, which it missed. Predicted before the seeds
+with a momentum of 0.99: 0.82 to 0.87, and 0.34 to 0.42.
 
-Predicted of both networks, before any settings were chosen: they err alike 6 pixels and more from
-an edge; next to an edge the FCN, whose finest map has half the resolution, errs more; so
-its mean IoU is lower, and on nuclei the Bowl's score, which asks for overlaps of up to
-0.95, is lower by more than 0.02. For quick each network was then tried with one seed to
-choose the number of steps: U-Net had a mean IoU of 0.904, the FCN of 0.902, so that this
-part of the prediction is in doubt.
+Predicted of both networks, before any settings were chosen: they err alike 6 pixels and
+more from an edge; next to an edge the FCN, whose finest map has half the resolution, errs
+more; so its mean IoU is lower, and on nuclei the Bowl's score, which asks for overlaps of
+up to 0.95, is lower by more than 0.02. For quick each network was then tried with one
+seed to choose the number of steps: U-Net had a mean IoU of 0.904, the FCN of 0.902, so
+that this part of the prediction is in doubt.
 """
 
 import functools
