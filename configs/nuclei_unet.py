@@ -7,8 +7,8 @@ Paper:    Ronneberger et al. 2015 (arXiv:1505.04597), a quarter as wide
 Command:  python train.py --config=configs/nuclei_unet.py --workdir=runs/nuclei
           and --config.data.data_dir=DIR
 Cost:     ten minutes on two CPU cores of an Intel Xeon with AMX
-Expected: on the Bowl's 65 test pictures (one run) a Dice coefficient of the foreground of
-          0.81, the Bowl's score 0.35
+Expected: on the Bowl's 65 test pictures (n = 3) a Dice coefficient of the foreground of
+          0.797 +- 0.006, the Bowl's score 0.374 +- 0.014
 """
 
 from cvjax.training import default_config

@@ -53,6 +53,8 @@ def draw_errors(
         places = [k + shift for k in range(len(scores))]
         _plot(right, places, rows, {**style, "linestyle": "none"})
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     texts = [
         str(least) if least == most else f"{least}–{most}" if most else f"{least} +"
         for least, most in DISTANCES
