@@ -133,7 +133,8 @@ def test_shared_adaptive_steps_know_their_batch():
     "name", ["config", "inputs.npz", "metrics.jsonl", "summary", "checkpoints/5/x", "notes"]
 )
 def test_files_of_a_run_are_not_replaced(name, tmp_path):
-    contents = {"config.json": b"{}", "inputs.npz": b"", "metrics.jsonl": b"", "notes": b""}
+    contents = {"config.json": b'{"config": {}}', "notes": b""}
+    contents |= {"inputs.npz": b"", "metrics.jsonl": b""}
     for file, content in contents.items():
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match="--output"):

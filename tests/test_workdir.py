@@ -83,6 +83,9 @@ def test_a_folder_among_the_files_of_a_run_is_refused(tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.json").write_text("{}")  # of something else
     assert workdir.check_writable(run / "checkpoints/a") == run / "checkpoints/a"
+    (run / "config.json").write_text('{"config": ')  # damaged
+    with pytest.raises(errors.UserError, match="among the files of the run"):
+        workdir.check_writable(run / "checkpoints/a")
     (run / "config.json").write_text('{"config": {}}')
     assert workdir.check_writable(run / "pictures") == run / "pictures"
     for inside in ("checkpoints", "checkpoints/100", "tensorboard/other"):

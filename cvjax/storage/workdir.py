@@ -121,7 +121,9 @@ def _is_run(folder: pathlib.Path) -> bool:
         return False
     try:
         return "config" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
+    except ValueError:  # damaged
+        return True
+    except (OSError, TypeError):
         return False
 
 
