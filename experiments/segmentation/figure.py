@@ -55,6 +55,7 @@ def draw_errors(
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
+    left.tick_params(axis="y", which="both", labelsize=8)
     texts = [
         str(least) if least == most else f"{least}–{most}" if most else f"{least} +"
         for least, most in DISTANCES
