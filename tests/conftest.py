@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,6 +12,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
     "CVJAX_TEST_CACHE", f"{tempfile.gettempdir()}/cvjax-test-xla"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# A shell has SIGINT ignored in what it starts in the background, and so in all processes
+# that these tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # As cvjax sets it; but a test may import diffrax first.
 os.environ.setdefault("EQX_ON_ERROR", "nan")
 
