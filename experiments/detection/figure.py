@@ -69,17 +69,32 @@ def draw_scenes(measured: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -
       measured: of each network what `measure` gives for one seed.
       path: the PNG.
     """
-    figure = Figure(figsize=(7.2, 5.6), dpi=200, layout="constrained")
-    panels = figure.subplots(len(measured), 1, squeeze=False)[:, 0]
-    for panel, (name, example) in zip(panels, measured.items(), strict=True):
+    blocks = []
+    for example in measured.values():
         pictures = [np.asarray(_draw(scene)) / 255 for scene in example["scenes"]]
-        panel.imshow(tile(pictures, 6, 1), interpolation="nearest")
+        columns = 6 if len(example["scenes"][0]["image"][0]) <= 128 else 3
+        blocks.append(tile(pictures, columns, 1))
+    heights = [7 * block.shape[0] / block.shape[1] for block in blocks]
+    size = (7.2, sum(heights) + 0.3 * len(blocks) + 0.2)
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    panels = figure.subplots(
+        len(measured), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    for panel, name, block in zip(panels, measured, blocks, strict=True):
+        panel.imshow(block, interpolation="antialiased")  # or thin boxes vanish
         panel.set_axis_off()
         panel.set_title(STYLES[name]["label"], fontsize=9, loc="left")
     for k, (text, color) in enumerate(
         (("right", RIGHT), ("missed", MISSED), ("false", FALSE))
     ):
-        figure.text(0.62 + 0.11 * k, 0.985, f"■ {text}", color=color, fontsize=9, va="top")
+        figure.text(
+            0.62 + 0.11 * k,
+            1 - 0.08 / size[1],
+            f"■ {text}",
+            color=color,
+            fontsize=9,
+            va="top",
+        )
     save_figure(figure, path)
 
 
