@@ -166,7 +166,8 @@ from cvjax import cli
 calls = []
 def callback(*arguments):
     if not calls:
-        calls.append(os.kill(os.getpid(), {number}))
+        calls.append(1)  # before the signal, whose handler ends this callback
+        os.kill(os.getpid(), {number})
         for _ in range(10):  # the handler is called here
             pass
 def main(arguments):
