@@ -237,7 +237,8 @@ def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
     folder = tfds.resolve_data_dir(data_dir)
     cache_folder = cache.resolve_cache_dir(cache_dir)
     check_form(name, folder)
-    if tfds.find_source(name, folder) is None:
+    source = tfds.find_source(name, folder)
+    if source is None:
         cached = cache.find_entry(name, cache_folder)
         if cached is not None:
             logging.info(
@@ -246,5 +247,5 @@ def _load_tfds(name: str, data_dir: str, cache_dir: str) -> tfds.Decoded:
                 *(name, folder, cache_folder),
             )
             return cached
-    source = find_or_prepare(name, folder)
+        source = find_or_prepare(name, folder)
     return cache.read_or_decode(source, tfds.decode, cache_folder)
