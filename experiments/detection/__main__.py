@@ -33,11 +33,9 @@ from absl import flags
 
 from configs import digit_scenes_centernet, digit_scenes_yolo, voc_centernet, voc_yolo
 from cvjax import cli
-from cvjax.errors import UserError
 from cvjax.report import tables
 from cvjax.report.statistics import paired_difference, spread
-from cvjax.storage import workdir as workdirs
-from experiments import runner, sharing
+from experiments import own_pictures, runner, sharing
 from experiments.detection import figure
 from experiments.detection.measure import measure
 
@@ -53,31 +51,16 @@ HEADINGS = ("AP at 0.5", "AP", "recall", "precision", "alone", "sharing a cell")
 def define_flags() -> None:
     runner.define_flags(PRESETS, "network")
     sharing.define_flags()
-    flags.DEFINE_string("data_dir", "", "Folder of the pictures, with preset medium.")
-
-
-def create_config(module, seed: int, total_steps: int | None, data_dir: str):
-    config = module.get_config()
-    config.seed = seed
-    config.data.data_dir = data_dir
-    config.total_steps = total_steps or config.total_steps
-    return config
+    own_pictures.define_flags()
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
     values, shared = flags.FLAGS, sharing.from_flags()
-    if bool(values.data_dir) != (values.preset == "medium"):
-        raise UserError(
-            "--data_dir names the folder of the pictures with --preset=medium, and goes "
-            "with no other preset."
-        )
-    folder = workdirs.check_writable(values.workdir)
-    configs = {}
-    for seed in range(values.seeds):
-        for module in PRESETS[values.preset]:
-            config = create_config(module, seed, values.steps, values.data_dir)
-            configs[folder / "runs" / f"{config.model.name}-seed{seed}"] = config
+    folder = own_pictures.check_folders()
+    modules, seeds = PRESETS[values.preset], range(values.seeds)
+    pairs = ((module, seed) for seed in seeds for module in modules)
+    configs = own_pictures.create_configs(pairs, folder)
     stride = PRESETS[values.preset][1].get_config().model.stride
     with runner.trained(configs, shared=shared) as finished:
         runs = [read_run(run, configs[run], stride) for run in finished]

@@ -39,6 +39,7 @@ that this part of the prediction is in doubt.
 """
 
 import functools
+import itertools
 import pathlib
 import shutil
 from typing import Any
@@ -47,13 +48,11 @@ from absl import flags
 
 from configs import digit_scenes_fcn, digit_scenes_unet, nuclei_fcn, nuclei_unet
 from cvjax import cli
-from cvjax.errors import UserError
 from cvjax.evaluation import instances
 from cvjax.evaluation.segmentation import NAMES
 from cvjax.report import tables
 from cvjax.report.statistics import difference, spread
-from cvjax.storage import workdir as workdirs
-from experiments import runner, sharing
+from experiments import own_pictures, runner, sharing
 from experiments.segmentation import figure
 from experiments.segmentation.measure import DISTANCES, measure
 
@@ -66,31 +65,15 @@ PRESETS = {
 def define_flags() -> None:
     runner.define_flags(PRESETS, "network")
     sharing.define_flags()
-    flags.DEFINE_string("data_dir", "", "Folder of the pictures, with preset medium.")
-
-
-def create_config(module, seed: int, total_steps: int | None, data_dir: str):
-    config = module.get_config()
-    config.seed = seed
-    config.data.data_dir = data_dir
-    config.total_steps = total_steps or config.total_steps
-    return config
+    own_pictures.define_flags()
 
 
 def main(arguments):
     cli.refuse_arguments(arguments)
     values, shared = flags.FLAGS, sharing.from_flags()
-    if bool(values.data_dir) != (values.preset == "medium"):
-        raise UserError(
-            "--data_dir names the folder of the pictures with --preset=medium, and goes "
-            "with no other preset."
-        )
-    folder = workdirs.check_writable(values.workdir)
-    configs = {}
-    for module in PRESETS[values.preset]:
-        for seed in range(values.seeds):
-            config = create_config(module, seed, values.steps, values.data_dir)
-            configs[folder / "runs" / f"{config.model.name}-seed{seed}"] = config
+    folder = own_pictures.check_folders()
+    pairs = itertools.product(PRESETS[values.preset], range(values.seeds))
+    configs = own_pictures.create_configs(pairs, folder)
     gather = functools.partial(_gather, configs, folder, values.preset)
     runner.train_all(configs, gather, shared)
     gather()
