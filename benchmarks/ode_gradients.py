@@ -26,6 +26,7 @@ from cvjax.models.odenet_layers import Residual
 from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.report import tables
+from cvjax.storage import provenance
 from cvjax.storage import workdir as workdirs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
@@ -106,8 +107,8 @@ def main(arguments):
     show(rows, shape)
     if folder:
         results = {"benchmark": "ode_gradients", "shape": shape, "rounds": ROUNDS.value}
-        provenance = {"measured_by": workdirs.provenance()}
-        write_json(folder / "results.json", {**results, "rows": rows, **provenance})
+        results |= {"rows": rows, "measured_by": provenance.current()}
+        write_json(folder / "results.json", results)
         write_bytes(folder / "table.md", markdown(rows, shape).encode())
 
 
@@ -140,11 +141,11 @@ def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
 
 def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
     """The table for reading on the web."""
-    provenance = workdirs.provenance()
-    commit = (provenance["git"] or {}).get("commit", "unknown")[:8]
+    found = provenance.current()
+    commit = (found["git"] or {}).get("commit", "unknown")[:8]
     head = (
         f"Forward and gradient of one ODE block, {shape} float32, on "
-        f"{provenance['device']['kind']}, JAX {provenance['versions']['jax']}, commit "
+        f"{found['device']['kind']}, JAX {found['versions']['jax']}, commit "
         f"{commit}; median of {ROUNDS.value} interleaved runs. Memory: XLA's plan for "
         "temporaries."
     )

@@ -7,7 +7,7 @@ from typing import Any
 from cvjax import files
 from cvjax.errors import UserError
 from cvjax.files import write_json
-from cvjax.storage import workdir as workdirs
+from cvjax.storage import provenance
 
 
 def import_torch():
@@ -23,9 +23,9 @@ def import_torch():
     return torch
 
 
-def provenance() -> dict[str, Any]:
-    """`workdir.provenance`, and what else speeds depend on: cores and PyTorch."""
-    found = workdirs.provenance()
+def measured_by() -> dict[str, Any]:
+    """`storage.provenance`, and what else speeds depend on: cores and PyTorch."""
+    found = provenance.current()
     found["cores"] = len(os.sched_getaffinity(0))
     try:
         import torch
@@ -35,15 +35,15 @@ def provenance() -> dict[str, Any]:
     return found
 
 
-def describe(measured_by: dict[str, Any]) -> str:
+def describe(found: dict[str, Any]) -> str:
     """One sentence for the table's foot: device, versions, commit."""
-    versions, device = measured_by["versions"], measured_by["device"]
+    versions, device = found["versions"], found["device"]
     where = device["kind"]
     if device["platform"] == "cpu":
-        where = f"{measured_by['cores']} core(s) of {processor()}"
+        where = f"{found['cores']} core(s) of {processor()}"
     names = ("jax", "torch")
     known = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
-    commit = (measured_by["git"] or {}).get("commit", "unknown")[:8]
+    commit = (found["git"] or {}).get("commit", "unknown")[:8]
     return f"Measured on {where}, {known}, commit {commit}."
 
 
@@ -59,6 +59,6 @@ def processor() -> str:
 
 def write(folder: pathlib.Path, results: dict[str, Any], text: str) -> None:
     """Writes results.json, and table.md with `text` and where it was measured."""
-    measured_by = provenance()
-    write_json(folder / "results.json", {**results, "measured_by": measured_by})
-    files.write_bytes(folder / "table.md", f"{text}\n{describe(measured_by)}\n".encode())
+    found = measured_by()
+    write_json(folder / "results.json", {**results, "measured_by": found})
+    files.write_bytes(folder / "table.md", f"{text}\n{describe(found)}\n".encode())

@@ -34,6 +34,7 @@ from cvjax.data.image_files import center_crop, scale_crop
 from cvjax.data.streaming import StreamOptions
 from cvjax.files import write_bytes, write_json
 from cvjax.report import tables
+from cvjax.storage import provenance
 from cvjax.storage import workdir as workdirs
 
 SETTLE_SECONDS = 3.0  # for the workers to fill their buffers
@@ -81,7 +82,7 @@ def main(arguments):
                 measure_pipeline(open_set(options(num_workers=int(n))), values.batch_size)
                 for n in values.workers
             ],
-            "measured_by": workdirs.provenance(),
+            "measured_by": provenance.current(),
         }
     tables.show(caption(results), HEADINGS, rows(results))
     if folder:

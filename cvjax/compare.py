@@ -38,6 +38,7 @@ from cvjax.comparison.runs import find_runs, read_run
 from cvjax.errors import UserError
 from cvjax.files import write_bytes, write_json
 from cvjax.report import tables
+from cvjax.storage import provenance
 from cvjax.storage import workdir as workdirs
 
 SECONDS_BETWEEN = 10  # of --watch
@@ -130,7 +131,7 @@ def to_json(rows: Sequence[Row], notes: Sequence[str], metric: str) -> dict[str,
             for row in rows
         ],
         "notes": list(notes),
-        "compared_by": workdirs.provenance(),
+        "compared_by": provenance.current(),
     }
 
 

@@ -39,6 +39,7 @@ from cvjax.evaluation.predictions import (
 )
 from cvjax.files import Path, write_json
 from cvjax.models import SAME_FUNCTION
+from cvjax.storage import provenance
 from cvjax.storage import workdir as workdirs
 from cvjax.training.trained_network import load_network
 
@@ -108,8 +109,8 @@ def evaluate(
         "examples": len(examples),
         "fields": dict(fields or {}),
     }
-    provenance = {
-        "evaluated_by": workdirs.provenance(),
+    made_by = {
+        "evaluated_by": provenance.current(),
         "trained_by": {key: manifest[key] for key in manifest if key != "config"},
     }
     title = f"{network.run.model['name']} on {dataset.name}, {split}"
@@ -120,14 +121,14 @@ def evaluate(
         measured, figures = REPORTS[task].report(*about)
         files |= figures
         written = {key: str(path) for key, path in files.items()}
-        results = {**source, "task": task, **measured, "files": written, **provenance}
+        results = {**source, "task": task, **measured, "files": written, **made_by}
         write_json(files["results"], results)
         return results
     about = (network, examples, views, batch_size, folder / name, title)
     measured, figures = class_report.report(*about)
     files |= figures
     written = {key: str(path) for key, path in files.items()}
-    results = {**source, **measured, "files": written, **provenance}
+    results = {**source, **measured, "files": written, **made_by}
     write_json(files["results"], results)
     return results
 

@@ -49,7 +49,7 @@ from cvjax.files import (
     write_json,
 )
 from cvjax.nn import onednn
-from cvjax.storage import pretrained
+from cvjax.storage import pretrained, provenance
 from cvjax.storage import workdir as workdirs
 from cvjax.training import network_flags
 from cvjax.training.trained_network import Network, apply_model, load_network
@@ -126,7 +126,7 @@ def write_export(
         "platforms": list(platforms),
         "step": network.step,
         "model": network.run.model,
-        "exported_by": workdirs.provenance(),
+        "exported_by": provenance.current(),
     }
     write_json(description, about)
     logging.info("Wrote %s, %.1f MB, and %s.json.", path, len(content) / 1e6, path.name)
@@ -169,7 +169,7 @@ def write_weights(workdir: Path, checkpoint: str, path: Path) -> None:
     found = pretrained.Pretrained(
         config=manifest["config"],
         measured=workdirs.read_summary(workdir),
-        made_by={key: manifest.get(key) for key in (*workdirs.provenance(), "imported")},
+        made_by={key: manifest.get(key) for key in (*provenance.current(), "imported")},
         **{name: getattr(network, name) for name in kept},
     )
     pretrained.write(found, path)

@@ -77,6 +77,17 @@ def user_path(given: Path, name: str) -> pathlib.Path:
     return path
 
 
+def may_exist(path: Path) -> bool:
+    """Whether something is there, or is where one may not look."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # to be told by who reads it
+        return True
+    return True
+
+
 def is_pretrained(source: Path) -> bool:
     """Whether this names a network that comes with cvjax, and not a run's folder."""
     return str(source).startswith(PRETRAINED)

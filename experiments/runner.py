@@ -40,7 +40,7 @@ from cvjax.errors import (
     WorkdirInUse,
 )
 from cvjax.files import read_json, write_json
-from cvjax.storage import metrics_log
+from cvjax.storage import metrics_log, provenance
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
 from cvjax.training.config import parse_config
@@ -271,7 +271,7 @@ def write_results(
     results = {
         **{"experiment": experiment, "preset": preset, **more},
         **{"table": table, "claims": list(claims), "runs": runs},
-        "provenance": workdirs.provenance(),
+        "provenance": provenance.current(),
     }
     write_json(folder / "results.json", results)
     return results

@@ -18,7 +18,7 @@ import pytest
 
 from cvjax import cli, errors
 from cvjax.files import write_json
-from cvjax.storage import workdir
+from cvjax.storage import provenance, workdir
 from cvjax.training import interrupt
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -161,8 +161,8 @@ def test_git_commit_of_this_checkout(tmp_path, monkeypatch):
             command, check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    monkeypatch.setattr(workdir.cvjax, "__file__", str(tmp_path / "cvjax/__init__.py"))
-    assert workdir._git() is None
+    monkeypatch.setattr(provenance.cvjax, "__file__", str(tmp_path / "cvjax/__init__.py"))
+    assert provenance._git() is None
     git("init")
     (tmp_path / "cvjax").mkdir()
     file = tmp_path / "cvjax" / "__init__.py"
@@ -170,14 +170,14 @@ def test_git_commit_of_this_checkout(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-m", "x")
     commit = git("rev-parse", "HEAD")
-    assert workdir._git() == {"commit": commit, "dirty": False}
+    assert provenance._git() == {"commit": commit, "dirty": False}
     file.write_text("x")
-    assert workdir._git() == {"commit": commit, "dirty": True}
+    assert provenance._git() == {"commit": commit, "dirty": True}
     # Installed into an environment within another project's checkout.
     installed = tmp_path / "venv" / "cvjax" / "__init__.py"
     installed.parent.mkdir(parents=True)
-    monkeypatch.setattr(workdir.cvjax, "__file__", str(installed))
-    assert workdir._git() is None
+    monkeypatch.setattr(provenance.cvjax, "__file__", str(installed))
+    assert provenance._git() is None
 
 
 @pytest.mark.parametrize("content", [None, "{"])

@@ -18,7 +18,7 @@ import numpy as np
 
 from cvjax.costs.accounting import account
 from cvjax.errors import UserError
-from cvjax.files import user_path
+from cvjax.files import may_exist, user_path
 from cvjax.models import create_model
 from cvjax.models.odenet import ODENet
 from cvjax.storage import divergence, metrics_log
@@ -72,9 +72,9 @@ def find_runs(places: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
     for place in places:
         user_path(place, "a place of runs")  # refused if it is none; shown as it is given
         literal = pathlib.Path(place).expanduser()
-        matches = [literal] if literal.exists() else sorted(glob.glob(str(literal)))
+        matches = [literal] if may_exist(literal) else sorted(glob.glob(str(literal)))
         for path in map(pathlib.Path, matches):
-            inner = [path] if (path / "config.json").exists() else _inner_runs(path)
+            inner = [path] if may_exist(path / "config.json") else _inner_runs(path)
             found |= {folder.resolve(): folder for folder in inner}
             if not inner:
                 empty.append(str(path))

@@ -50,7 +50,7 @@ from cvjax.interop.names import torch_names
 from cvjax.interop.tensors import load_tensors
 from cvjax.interop.torch_export import write_safetensors
 from cvjax.models import MODELS, SAME_EQUATION, create_model
-from cvjax.storage import checkpoint
+from cvjax.storage import checkpoint, provenance
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import write_inputs
 from cvjax.training import network_flags
@@ -159,7 +159,7 @@ def write_workdir(
             "std": inputs.std,
             "resize": inputs.resize,
         },
-        **workdirs.provenance(),
+        **provenance.current(),
     }
     with workdirs.lock(workdir):
         folder = pathlib.Path(workdir).absolute()

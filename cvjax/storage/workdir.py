@@ -1,37 +1,21 @@
 """The folder of a run: one process at a time in it, and a record of what it is."""
 
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
-import jax
 
-import cvjax
-from cvjax import cli, errors, files
+from cvjax import errors, files
 from cvjax.files import Path
-from cvjax.nn import onednn
+from cvjax.storage import provenance
 
-_DISTRIBUTIONS = {
-    "cvjax": "cvjax",
-    "jax": "jax",
-    "jaxlib": "jaxlib",
-    "flax": "flax",
-    "optax": "optax",
-    "orbax": "orbax-checkpoint",
-    "numpy": "numpy",
-}
 # What config.json may hold besides the config; older runs have not all of it.
 _KINDS = {"history": list, "imported": dict, "device": dict, "versions": dict}
 
@@ -70,8 +54,11 @@ def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        # A run that goes on writes there too, but much later.
+        inner = [path for path in (folder / "checkpoints",) if path.is_dir()]
+        for place in (folder, *inner):
+            with tempfile.TemporaryFile(dir=place):
+                pass
     except OSError as error:
         raise errors.UserError(
             f"The {flag.strip('-')} {folder} cannot be written to ({error.strerror}: "
@@ -144,7 +131,7 @@ def lock(workdir: Path, timeout: float = 0) -> Iterator[None]:
       WorkdirInUse: another process holds it.
       UserError: `workdir` cannot be written to.
     """
-    new = not files.user_path(workdir, "--workdir").exists()
+    new = not os.path.exists(files.user_path(workdir, "--workdir"))
     folder = check_writable(workdir)
     path, holder = folder / ".lock", folder / ".holder"
     with contextlib.ExitStack() as stack:
@@ -187,33 +174,11 @@ def write_manifest(
       config: the run's.
       history: what happened to the run when it was resumed; left out if nothing did.
     """
-    manifest = {"config": config, "seed": config.get("seed"), **provenance()}
+    manifest = {"config": config, "seed": config.get("seed"), **provenance.current()}
     if history:
         manifest["history"] = list(history)
     files.write_json(pathlib.Path(workdir) / "config.json", manifest)
     return manifest
-
-
-def provenance() -> dict[str, Any]:
-    """What computes here and now: versions, device, commit, command."""
-    device = jax.devices()[0]
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{key: _version(name) for key, name in _DISTRIBUTIONS.items()},
-        },
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-        },
-        "convolution": onednn.kernels() if device.platform == "cpu" else "XLA",
-        "prng_impl": jax.config.jax_default_prng_impl,
-        "threefry_partitionable": jax.config.jax_threefry_partitionable,
-        "git": _git(),
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [*cli.command_name().split(), *sys.argv[1:]],
-    }
 
 
 def read_manifest(workdir: Path) -> dict[str, Any]:
@@ -223,7 +188,7 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
       UserError: `workdir` has no readable config.json, or one with something else in it.
     """
     path = files.user_path(workdir, "--workdir") / "config.json"
-    if not path.exists():
+    if not files.may_exist(path):
         raise errors.UserError(
             f"{path} cannot be read (it does not exist); --workdir must name the folder of "
             "a run that train.py has started."
@@ -277,30 +242,3 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit and state of the checkout that this code runs from; None outside one."""
-    root = pathlib.Path(cvjax.__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(
-            command, capture_output=True, check=True, text=True
-        ).stdout.strip()
-
-    try:
-        # An installed cvjax may lie in some other project's checkout.
-        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -38,7 +38,7 @@ from cvjax.files import user_path
 from cvjax.report import tables
 from cvjax.report.statistics import t_test
 from cvjax.report.tables import mean_std, percent, percent_interval
-from cvjax.storage import checkpoint
+from cvjax.storage import checkpoint, provenance
 from cvjax.storage import workdir as workdirs
 from experiments import runner, sharing
 from experiments.cascade import early_exit, measure
@@ -235,7 +235,7 @@ def measure_once(
 
     def measure_all() -> dict[str, Any]:
         measured = measure.measure(members, **settings)
-        return {"seed": seed, **measured, **workdirs.provenance()}
+        return {"seed": seed, **measured, **provenance.current()}
 
     measured = runner.cached(folder / f"measured-seed{seed}.json", key, measure_all)
     started = {name: runner.read_started(run_dir) for name, run_dir, _ in members}

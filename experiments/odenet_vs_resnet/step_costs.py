@@ -14,7 +14,7 @@ import numpy as np
 from cvjax import data, timing
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
-from cvjax.storage import workdir as workdirs
+from cvjax.storage import provenance
 from cvjax.training import steps
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
@@ -71,7 +71,7 @@ def _measure(configs: dict[str, ml_collections.ConfigDict], rounds: int) -> dict
             "compile_seconds": compile_seconds,
             "memory_mb": step.memory_analysis().temp_size_in_bytes / 1e6,
         }
-    return {"rows": rows, "measured_by": workdirs.provenance()}
+    return {"rows": rows, "measured_by": provenance.current()}
 
 
 def _prepare(run: RunConfig, dataset: Dataset):
