@@ -1,5 +1,7 @@
 """The digits, and the splitting that all data sets share."""
 
+import types
+
 import numpy as np
 import pytest
 from sklearn import datasets
@@ -45,6 +47,12 @@ def test_splits_hold_every_image_once_and_undamaged(digits):
         found += rows(data.ArraySplit(intensities, split.labels))
     assert sorted(found) == sorted(expected)
     assert digits.train.images.max() == 255
+
+
+def test_a_scikit_learn_that_keeps_them_elsewhere(digits, monkeypatch, tmp_path):
+    elsewhere = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: elsewhere)
+    assert data.load("digits").fingerprint == digits.fingerprint
 
 
 def test_splits_share_no_image(digits):

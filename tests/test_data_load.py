@@ -129,6 +129,15 @@ def test_importing_is_light():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_the_digits_are_there_at_once():
+    heavy = ["sklearn", "scipy"]  # more than a second
+    program = (
+        "import cvjax.data, cvjax.training, sys; cvjax.data.load('digits'); "
+        f"assert not {{*{heavy}}} & {{*sys.modules}}, {{*{heavy}}} & {{*sys.modules}}"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_reads_what_was_written(load, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "CHUNK", 7)  # several, the last one smaller
     splits = draw()

@@ -11,7 +11,6 @@ inside, and the border of each object, which separates objects that touch.
 import jax
 import numpy as np
 from jax import numpy as jnp
-from scipy import ndimage
 
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation
@@ -61,6 +60,8 @@ def classes_of_instances(numbers: np.ndarray) -> np.ndarray:
     inner = ~(differs & (numbers > 0))
     if inner.all():  # no outermost pixel: one object, or none
         return np.where(numbers > 0, INSIDE, OUTSIDE).astype(np.uint8)
+    from scipy import ndimage  # here: it takes a third of a second, which few runs need
+
     depths = ndimage.distance_transform_edt(inner)
     kinds, index = np.unique(numbers, return_inverse=True)
     index = index.reshape(numbers.shape)
