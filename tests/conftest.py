@@ -1,9 +1,13 @@
 """Settings for all tests: CPU, strict promotion, a compilation cache that persists."""
 
+import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import tempfile
+import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # All compiled programs are kept, however small: most of the time went to compiling
@@ -26,6 +30,7 @@ from cvjax.errors import InterruptedRun
 from cvjax.storage import checkpoint
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +40,33 @@ def tfds_dir() -> pathlib.Path:
     if not folder or not pathlib.Path(folder).is_dir():
         pytest.skip("needs real data: set TFDS_DATA_DIR to prepared TFDS data sets")
     return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def call_program():
+    """Runs a command line in a process that need not import everything again.
+
+    `call_program("-m", "cvjax.predict", "x.png")` returns what `subprocess.run` returns.
+    It runs in the repository if `cwd` is not given.
+    """
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "program_server.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def call(*arguments, cwd=ROOT, env=None, seconds=100):
+        arguments = [str(argument) for argument in arguments]
+        job = {"arguments": arguments, "folder": str(cwd), "env": env or {}}
+        server.stdin.write(json.dumps({**job, "seconds": seconds}) + "\n")
+        server.stdin.flush()
+        return types.SimpleNamespace(**json.loads(server.stdout.readline()))
+
+    yield call
+    server.kill()
+    server.communicate()
 
 
 @pytest.fixture

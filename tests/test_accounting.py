@@ -384,8 +384,9 @@ def test_the_command_writes_tables_results_and_figure(tmp_path):
     assert all(row["source"] for row in rows.values() if row["top1"])
 
 
-def test_mistakes_get_one_line():
-    done = run("--model=vgg", "--fields=dept=16")
+def test_mistakes_get_one_line(call_program):
+    arguments = ["--model=vgg", "--fields=dept=16"]
+    done = call_program("-m", "experiments.complexity", *arguments)
     assert done.returncode == 2
     assert "did you mean 'depth'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -400,29 +401,13 @@ MISTAKES = {
     "--layers": "give --model=NAME",
     "--model=vgg --models=vgg": "give one only",
 }
-# In a process of its own, for experiments have flags of the same name.
-TELL = """
-import sys
-from absl import flags
-from absl.testing import flagsaver
-from cvjax.errors import UserError
-from experiments.complexity import __main__ as complexity
-for line in sys.argv[1:]:
-    with flagsaver.flagsaver():
-        flags.FLAGS(["complexity", *line.split()])
-        try:
-            complexity.main([])
-        except UserError as error:
-            print(error)
-"""
 
 
-def test_mistakes_are_told_in_a_sentence():
-    command = [sys.executable, "-c", TELL, *MISTAKES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    lines = done.stdout.splitlines()
-    for sentence, expected in zip(lines, MISTAKES.values(), strict=True):
-        assert expected in sentence
+@pytest.mark.parametrize(("line", "sentence"), MISTAKES.items())
+def test_mistakes_are_told_in_a_sentence(line, sentence, call_program):
+    done = call_program("-m", "experiments.complexity", *line.split())
+    assert done.returncode == 2
+    assert sentence in done.stderr
 
 
 def test_the_gradient_does_not_change_the_account():

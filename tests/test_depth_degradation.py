@@ -70,14 +70,15 @@ def test_experiment_runs_draws_and_is_idempotent(tmp_path):
     assert second.stdout == first.stdout
 
 
-def test_mistakes_get_one_line(tmp_path):
+def test_mistakes_get_one_line(tmp_path, call_program):
     for flag, sentence in (
         ("--depths=8,twenty", "--depths takes numbers such as 8,20,32, got '8,twenty'."),
         ("--depths=9", "--depths takes numbers 6n + 2"),
         ("--gather=a,b --steps=3", "so --steps cannot stand beside it"),
         ("--preset=quik", "should be one of <quick|cpu|full>"),
     ):
-        done = run(tmp_path, *flag.split())
+        program = ("-m", "experiments.depth_degradation", f"--workdir={tmp_path}")
+        done = call_program(*program, *flag.split())
         assert done.returncode == 2
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr

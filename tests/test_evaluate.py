@@ -513,10 +513,11 @@ def test_impossible_scales_are_refused(text):
         evaluate.parse_scales(text.split(","))
 
 
-def test_mistakes_exit_with_2_and_help_is_there(runs):
-    done = run("--workdir=/nowhere")
+def test_mistakes_exit_with_2_and_help_is_there(call_program):
+    done = call_program("-m", "cvjax.evaluate", "--workdir=/nowhere")
     assert done.returncode == 2
     name = "python -m cvjax.evaluate"
     assert done.stderr.startswith(f"{name}: /nowhere/config.json cannot be read")
     assert len(done.stderr.splitlines()) == 1
-    assert "--checkpoint: last, best (on validation)" in run("--help").stdout
+    said = call_program("-m", "cvjax.evaluate", "--help").stdout
+    assert "--checkpoint: last, best (on validation)" in said

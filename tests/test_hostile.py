@@ -1,9 +1,5 @@
-"""Every program, given what its users give it: a sentence and exit code 2, nothing written.
+"""Every program, given what its users give it: a sentence, exit code 2, nothing written."""
 
-The programs are imported once, in a process of their own, which forks for each line.
-"""
-
-import json
 import os
 import pathlib
 import subprocess
@@ -12,48 +8,6 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-DRIVER = """
-import importlib, json, os, shutil, signal, sys, traceback
-jobs = json.load(sys.stdin)
-from cvjax import cli
-modules = [job["module"] for job in jobs if not job["own_flags"]]
-loaded = {name: importlib.import_module(name) for name in modules}
-home = os.getcwd()
-for job in jobs:
-    os.mkdir("here")
-    os.chdir("here")
-    read, write = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(read)
-        for stream in (1, 2):
-            os.dup2(write, stream)
-        signal.alarm(job["seconds"])
-        module = loaded.get(job["module"]) or importlib.import_module(job["module"])
-        if hasattr(module, "define_flags"):
-            module.define_flags()
-        if job["module"] == "train":
-            module.flags.mark_flags_as_required(["config", "workdir"])
-        sys.argv = [job["module"], *job["arguments"]]
-        try:
-            cli.run(module.main)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
-    os.close(write)
-    with os.fdopen(read, errors="replace") as pipe:
-        text = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    left = os.listdir()
-    os.chdir(home)
-    shutil.rmtree("here")
-    print(json.dumps({"code": code, "text": text, "left": left}), flush=True)
-"""
 
 # What is necessary besides the flag that is tried.
 CONFIG = f"--config={ROOT / 'configs' / 'digits_mlp.py'}"
@@ -64,19 +18,17 @@ PROGRAMS = {
     "cvjax.interop.torch": ["x.npz", "--workdir=w", "--model=mlp"],
     "cvjax.export": ["--workdir=w", "--output=x"],
     "cvjax.compare": ["w"],
-    "experiments.depth_degradation.__main__": ["--workdir=w"],
-    "experiments.vanishing_gradients.__main__": ["--workdir=w"],
-    "experiments.odenet_vs_resnet.__main__": ["--workdir=w"],
-    "experiments.continuous_limit.__main__": ["--workdir=w"],
-    "experiments.multilevel.__main__": ["--workdir=w"],
-    "experiments.learning_rates.__main__": ["--workdir=w"],
-    "experiments.augmentation.__main__": ["--workdir=w"],
-    "experiments.filters.__main__": ["--workdir=w"],
-    "experiments.complexity.__main__": [],
-    "experiments.cascade.__main__": ["--workdir=w"],
+    "experiments.depth_degradation": ["--workdir=w"],
+    "experiments.vanishing_gradients": ["--workdir=w"],
+    "experiments.odenet_vs_resnet": ["--workdir=w"],
+    "experiments.continuous_limit": ["--workdir=w"],
+    "experiments.multilevel": ["--workdir=w"],
+    "experiments.learning_rates": ["--workdir=w"],
+    "experiments.augmentation": ["--workdir=w"],
+    "experiments.filters": ["--workdir=w"],
+    "experiments.complexity": [],
+    "experiments.cascade": ["--workdir=w"],
 }
-AT_IMPORT = ("train", "experiments.complexity.__main__")  # define their flags there
-
 PATH = ("", "gs://bucket/x", "s3:/x", "a\udcff", "x" * 300, "~nobody-at-all/x")
 COUNT = ("", "0", "-1", "1.5", "nan", "1e9", "99999999999", "３", "many")
 INDEX = tuple(text for text in COUNT if text != "0")
@@ -171,7 +123,7 @@ TABLE = {
         "platforms": ("", ",", "abacus"),
     },
     "cvjax.compare": {"metric": CHOICE, "output": PATH, "html": PATH},
-    "experiments.depth_degradation.__main__": {
+    "experiments.depth_degradation": {
         **EXPERIMENT,
         "depths": (*LIST, "9", "1000000"),
         "nets": CHOICE,
@@ -179,19 +131,19 @@ TABLE = {
         "processes": COUNT[:-1],
         "gather": ("", ",", "gs://x", "nowhere"),
     },
-    "experiments.vanishing_gradients.__main__": {**EXPERIMENT, "depths": LIST},
-    "experiments.odenet_vs_resnet.__main__": {**EXPERIMENT, "row": CHOICE, "rounds": COUNT},
-    "experiments.continuous_limit.__main__": EXPERIMENT,
-    "experiments.multilevel.__main__": EXPERIMENT,
-    "experiments.learning_rates.__main__": {
+    "experiments.vanishing_gradients": {**EXPERIMENT, "depths": LIST},
+    "experiments.odenet_vs_resnet": {**EXPERIMENT, "row": CHOICE, "rounds": COUNT},
+    "experiments.continuous_limit": EXPERIMENT,
+    "experiments.multilevel": EXPERIMENT,
+    "experiments.learning_rates": {
         **EXPERIMENT,
         "config": ("", "nope.py"),
         "range_steps": COUNT,
         "lowest": (*RATE, "0", "100"),
         "highest": (*RATE, "0"),
     },
-    "experiments.augmentation.__main__": EXPERIMENT,
-    "experiments.filters.__main__": {
+    "experiments.augmentation": EXPERIMENT,
+    "experiments.filters": {
         "workdir": PATH,
         "run": (*PATH, "nowhere"),
         "preset": CHOICE,
@@ -201,7 +153,7 @@ TABLE = {
         "rule": CHOICE,
         "data_dir": PATH[1:],
     },
-    "experiments.complexity.__main__": {
+    "experiments.complexity": {
         "workdir": PATH,
         "model": CHOICE,
         "models": ("", ",", "nope"),
@@ -210,7 +162,7 @@ TABLE = {
         "fields": FIELDS[:-1],
         "preset": CHOICE,
     },
-    "experiments.cascade.__main__": {
+    "experiments.cascade": {
         **EXPERIMENT,
         "members": ("", ",", "a@0", "a@x", "a@３,b", "gs://x,b", "nowhere,nothing"),
         "measure": CHOICE,
@@ -230,54 +182,43 @@ CASES = [
 FEW = [case for n, case in enumerate(CASES) if n % 3 == 0]
 
 
-def call(cases, folder):
-    jobs = [
-        {
-            "module": program,
-            "own_flags": program in AT_IMPORT,
-            "arguments": [*PROGRAMS[program], flag],
-            "seconds": 60,
-        }
-        for program, flag in cases
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == len(jobs), done.stderr
-    return answers
+@pytest.fixture
+def check(call_program, tmp_path):
+    """Gives each program its flag; it has to refuse that, and write nothing."""
+
+    def check(cases):
+        flaws = []
+        for number, (program, flag) in enumerate(cases):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            name = [ROOT / "train.py"] if program == "train" else ["-m", program]
+            arguments = [*name, *PROGRAMS[program], flag]
+            done = call_program(*arguments, cwd=folder, seconds=60)
+            text = done.stdout + done.stderr
+            lines = text.strip().splitlines()
+            if done.returncode != 2 or len(lines) > 5 or "Traceback" in text:
+                flaws.append((program, flag, done.returncode, lines[-3:]))
+            if left := os.listdir(folder):
+                flaws.append((program, flag, "left", left))
+        assert not flaws, "\n".join(map(repr, flaws))
+
+    return check
 
 
-def check(cases, folder):
-    flaws = []
-    for (program, flag), answer in zip(cases, call(cases, folder), strict=True):
-        lines = answer["text"].strip().splitlines()
-        if answer["code"] != 2 or len(lines) > 5 or "Traceback" in answer["text"]:
-            flaws.append((program, flag, answer["code"], lines[-3:]))
-        if answer["left"]:
-            flaws.append((program, flag, "left", answer["left"]))
-    assert not flaws, "\n".join(map(repr, flaws))
-
-
-def test_hostile_values(tmp_path):
-    check(FEW, tmp_path)
+def test_hostile_values(check):
+    check(FEW)
 
 
 @pytest.mark.slow
-def test_all_hostile_values(tmp_path):
-    check(CASES, tmp_path)
+def test_all_hostile_values(check):
+    check(CASES)
 
 
 @pytest.mark.parametrize(
     ("program", "flag"), [("train", "--workdir"), ("cvjax.evaluate", "--scales")]
 )
-def test_a_flag_without_its_value(program, flag, tmp_path):
-    check([(program, flag)], tmp_path)
+def test_a_flag_without_its_value(program, flag, check):
+    check([(program, flag)])
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_most_probable_classes_in_order():
     assert len(list(predict.most_probable(scores, ("a", "b", "c", "d"), 9))) == 4
 
 
-def test_good_files_go_on_after_bad_ones(workdir, tmp_path):
+def test_good_files_go_on_after_bad_ones(workdir, tmp_path, call_program):
     digits = data.load("digits").test.images[:2]
     for name, image in zip(("first.png", "second [x].png"), digits, strict=True):
         Image.fromarray(image[..., 0]).save(tmp_path / name)
@@ -88,7 +88,8 @@ def test_good_files_go_on_after_bad_ones(workdir, tmp_path):
     files = ["first.png", "broken.jpg", "missing.png", "", "second [x].png"]
     paths = [tmp_path / file for file in files]
 
-    done = run(f"--workdir={workdir}", "--json", "--top=2", *paths)
+    flags = [f"--workdir={workdir}", "--json", "--top=2"]
+    done = call_program("-m", "cvjax.predict", *flags, *paths)
     assert done.returncode == 2
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["image"] for row in rows] == [str(paths[0]), str(paths[-1])]
@@ -127,8 +128,8 @@ def test_good_files_only_exit_with_0_and_nothing_on_stderr(workdir, tmp_path):
         (["--workdir=w", "--pretrained=n", "x.png"], "by --pretrained=NAME"),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence):
-    done = run(*arguments)
+def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, call_program):
+    done = call_program("-m", "cvjax.predict", *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("python -m cvjax.predict: ")

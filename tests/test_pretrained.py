@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -114,16 +112,12 @@ def test_damaged_files_are_refused(bundled):
 # Those that are there
 
 
-def call(program, *arguments):
-    command = [sys.executable, "-m", f"cvjax.{program}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_they_become_programs(tmp_path):
+def test_they_become_programs(tmp_path, call_program):
     pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers")
     path = tmp_path / "net"
     arguments = [f"--output={path}", "--platforms=cpu"]
-    done = call("export", "--pretrained=cifar10_resnet20", *arguments)
+    arguments += ["--pretrained=cifar10_resnet20"]
+    done = call_program("-m", "cvjax.export", *arguments)
     assert done.returncode == 0, done.stderr
     loaded = jax_export.deserialize(bytearray(path.read_bytes()))
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -131,10 +125,10 @@ def test_they_become_programs(tmp_path):
     np.testing.assert_allclose(loaded.call(image[None])[0], expected, atol=2e-5)
 
 
-def test_they_become_pytorchs(tmp_path):
+def test_they_become_pytorchs(tmp_path, call_program):
     path = tmp_path / "net.safetensors"
-    arguments = [f"--export={path}"]
-    done = call("interop.torch", "--pretrained=cifar10_resnet20", *arguments)
+    arguments = [f"--export={path}", "--pretrained=cifar10_resnet20"]
+    done = call_program("-m", "cvjax.interop.torch", *arguments)
     assert done.returncode == 0, done.stderr
     network = load_network("pretrained:cifar10_resnet20")
     written, tensors = to_torch(network.recipe.model, network.variables)
@@ -159,8 +153,8 @@ def test_they_become_pytorchs(tmp_path):
         ("interop.torch", ["n.pth", "--model=mlp"], "--workdir is missing"),
     ],
 )
-def test_mistakes_of_exports(program, arguments, sentence):
-    done = call(program, *arguments)
+def test_mistakes_of_exports(program, arguments, sentence, call_program):
+    done = call_program("-m", f"cvjax.{program}", *arguments)
     (line,) = done.stderr.splitlines()
     assert (done.returncode, sentence in line) == (2, True), line
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -147,14 +145,14 @@ def test_evaluation_of_whole_pictures(run, tmp_path):
     assert evaluate(workdir, output=tmp_path, batch_size=1)["each"] == results["each"]
 
 
-def test_the_scores_of_a_picture_are_those_of_its_files(run, tmp_path):
+def test_the_scores_of_a_picture_are_those_of_its_files(run, tmp_path, call_program):
     """What predict writes beside a picture, compared with the folder's own labels."""
     workdir, folder, instances = run
     each = evaluate(workdir, output=tmp_path)["each"]
     picture = tmp_path / "ä b.png"
     picture.write_bytes((folder / "test/images/2.png").read_bytes())
-    command = [sys.executable, "-m", "cvjax.predict", f"--workdir={workdir}", "--json"]
-    done = subprocess.run([*command, str(picture)], capture_output=True, text=True)
+    command = ["-m", "cvjax.predict", f"--workdir={workdir}", "--json"]
+    done = call_program(*command, picture)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     found = read(tmp_path / "ä b_labels.png")
@@ -177,31 +175,31 @@ def test_the_scores_of_a_picture_are_those_of_its_files(run, tmp_path):
         assert pixels == {str(k): (found == k).sum() for k in np.unique(found)}
 
 
-def test_a_broken_picture_does_not_stop_the_others(run, tmp_path):
+def test_a_broken_picture_does_not_stop_the_others(run, tmp_path, call_program):
     workdir, folder, _ = run
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes((folder / "test/images/0.png").read_bytes())
     bad.write_bytes(b"no picture")
-    command = [sys.executable, "-m", "cvjax.predict", f"--workdir={workdir}", "--nodraw"]
-    done = subprocess.run([*command, bad, good], capture_output=True, text=True)
+    command = ["-m", "cvjax.predict", f"--workdir={workdir}", "--nodraw"]
+    done = call_program(*command, bad, good)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "bad.png" in done.stderr
     assert "good.png" in done.stdout
     assert not list(tmp_path.glob("*_*.png"))
 
 
-def test_labels_of_the_user_and_drawings_are_left_alone(run, tmp_path):
+def test_labels_of_the_user_and_drawings_are_left_alone(run, tmp_path, call_program):
     workdir, folder, _ = run
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes((folder / "test/images/0.png").read_bytes())
     labels = tmp_path / "a_labels.png"
     labels.write_bytes((folder / "test/labels/0.png").read_bytes())
-    command = [sys.executable, "-m", "cvjax.predict", f"--workdir={workdir}"]
+    command = ["-m", "cvjax.predict", f"--workdir={workdir}"]
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
-    done = subprocess.run([*command, *pictures], capture_output=True, text=True)
+    done = call_program(*command, *pictures)
     assert done.returncode == 2 and "a_labels.png is there" in done.stderr
     assert labels.read_bytes() == (folder / "test/labels/0.png").read_bytes()
     drawn = [tmp_path / "b_labels.png", tmp_path / "b_overlay.png"]
-    done = subprocess.run([*command, pictures[1], *drawn], capture_output=True, text=True)
+    done = call_program(*command, pictures[1], *drawn)
     assert done.returncode == 0 and done.stderr.count("is left out") == 2
     assert not list(tmp_path.glob("b_*_*.png"))

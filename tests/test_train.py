@@ -143,8 +143,8 @@ def test_finished_run_says_so(uninterrupted):
         (["--workdir=/dev/null/x"], "The workdir /dev/null/x cannot be written to"),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, tmp_path):
-    done = run(tmp_path, *arguments)
+def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, tmp_path, call_program):
+    done = call_program(*command(tmp_path, *arguments)[1:])
     assert done.returncode == 2
     *notices, line = done.stderr.strip().splitlines()
     assert line.startswith("train.py: ")
@@ -153,10 +153,10 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe--x"])
-def test_a_flag_file_that_cannot_be_read(content, tmp_path):
+def test_a_flag_file_that_cannot_be_read(content, tmp_path, call_program):
     file = tmp_path / "flags"
     if content:
         file.write_bytes(content)
-    done = run(tmp_path, f"--flagfile={file}")
+    done = call_program(*command(tmp_path, f"--flagfile={file}")[1:])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "--flagfile" in done.stderr
