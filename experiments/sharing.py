@@ -6,6 +6,8 @@ from absl import flags
 
 from cvjax.errors import UserError
 
+flags.disclaim_key_flags()  # --help shows these flags as the experiment's
+
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:

@@ -84,6 +84,12 @@ def test_mistakes_get_one_line(tmp_path, call_program):
         assert "Traceback" not in done.stderr
 
 
+def test_help_shows_the_flags_of_all_experiments(call_program):
+    said = call_program("-m", "experiments.depth_degradation", "--help").stdout
+    for flag in ("preset", "workdir", "seeds", "steps", "processes", "ray", "depths"):
+        assert f"--{flag}:" in said or f"--[no]{flag}:" in said, said
+
+
 def test_full_preset_is_the_papers_recipe():
     config = presets.full(56)
     assert config.total_steps == 64_000

@@ -13,7 +13,7 @@ import pytest
 
 from cvjax.errors import DivergedError, InterruptedRun, UserError
 from cvjax.storage import workdir
-from cvjax.training import default_config, interrupt
+from cvjax.training import default_config, interrupt, trainer
 from experiments import runner
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,6 +107,21 @@ def test_a_signal_between_two_runs_is_not_lost(trained, tmp_path):
     with pytest.raises(InterruptedRun, match="Stopped by SIGTERM after a"):
         runner.train_all(runs, lambda: done.append(1))
     assert trained == ["a"] and done == [1]
+
+
+def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(
+    monkeypatch, tmp_path
+):
+    load = trainer.load_data
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)
+
+    monkeypatch.setattr(trainer, "load_data", signalled)
+    with pytest.raises(InterruptedRun, match="Stopped by SIGTERM and saved at step 0"):
+        runner.train_all({tmp_path / "a": default_config("mlp")})
+    assert not (tmp_path / "a" / "summary.json").exists()
 
 
 def test_what_is_finished_is_not_reported_again(trained, tmp_path):
