@@ -27,4 +27,6 @@ def test_the_experiment_runs(tmp_path):
     results = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert results.keys() == set(runner.RESULTS)
     assert [row["width"] for row in results["table"]] == [1, 4, 16]
+    assert [claim["n"] for claim in results["claims"]] == [[1, 1]]
+    assert "training error, 16 less 1 hidden units, in points: " in done.stdout
     assert (tmp_path / "runs" / "widths.png").stat().st_size > 5_000

@@ -30,8 +30,9 @@ def watch() -> Iterator[Stop]:
     """Gives a `Stop` that SIGTERM or Ctrl-C sets; the old handlers come back at exit.
 
     Within another `watch` both are set: who trains many runs hears of a signal that came
-    when one of them had nothing left to stop, and a run of one that came while it was being
-    set up. Ctrl-C after that raises KeyboardInterrupt at once. Outside the main thread, where Python takes no signals, nothing ever sets it.
+    when one of them had nothing left to stop, and a run of one that came while it was set
+    up. Ctrl-C after that raises KeyboardInterrupt at once. Outside the main thread, where
+    Python takes no signals, nothing ever sets it.
     """
     stop = dataclasses.replace(_watching[-1]) if _watching else Stop()
     _watching.append(stop)
