@@ -21,6 +21,11 @@ PATHS = (
     *("data_dir", "cache_dir", "class_names"),
 )
 LARGEST = 2**31 - 1  # of whole numbers
+# Python's words about a text that is no number, as patterns, and what it wants.
+_WANTED = {
+    r"invalid literal for int\(\) with base 10": "a whole number",
+    "could not convert string to float": "a number",
+}
 _KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[-?\d+\])*"
 
 
@@ -49,6 +54,8 @@ def parse(arguments: Sequence[str]) -> list[str]:
             _check_empty([name for name, text in given if not text], config)
     try:
         rest = flags.FLAGS(list(arguments))
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_of_number(str(error))) from error
     except IndexError as error:  # of config.model.widths[9]
         raise UserError(
             f"the config has no setting of that number ({error}); give the whole value, "
@@ -146,6 +153,15 @@ def _check_empty(names: Sequence[str], config: ml_collections.ConfigDict) -> Non
             value = value.get(key) if isinstance(value, dict) else None
         if value == "":
             raise UserError(f"--{name} is empty; give it a value, or leave it out.")
+
+
+def _of_number(message: str) -> str:
+    """The message of absl, with what is allowed in place of Python's own words."""
+    for words, wanted in _WANTED.items():
+        found = re.fullmatch(rf"flag (.*)=.*: {words}: (.*)", message, re.DOTALL)
+        if found:
+            return f"{found[1]} takes {wanted}, got {found[2]}."
+    return message
 
 
 def _is_number(text: str) -> bool:

@@ -152,10 +152,11 @@ def count_otherwise(model, image_size):
 
 
 # The others differ from these in depth only; their published costs are tested above.
+SAME_BUT_FOR_DEPTH = {"resnet_cifar": (32, 44, 56, 110), "resnet": (101, 152)}
 CASES = [
     (entry.model, entry.fields, entry.image_size)
     for entry in ZOO
-    if entry.fields.get("depth", 0) not in (32, 44, 56, 101, 110, 152)
+    if entry.fields.get("depth") not in SAME_BUT_FOR_DEPTH.get(entry.model, ())
 ]
 CASES += [
     ("resnet_cifar", {"depth": 14, "shortcut": "B", "walk": "rolled"}, 32),
@@ -382,6 +383,23 @@ def test_the_command_writes_tables_results_and_figure(tmp_path):
     rows = {row["label"]: row for row in results["table"]}
     assert rows["VGG-19"]["top1"] == 72.376
     assert all(row["source"] for row in rows.values() if row["top1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "label"),
+    [
+        (["--model=vgg", "--fields=depth=16"], "VGG-16"),
+        (["--model=resnet", "--fields=depth=50,walk=rolled"], "ResNet-50"),
+        # Not that of torchvision: with a larger kernel, without BatchNorm.
+        (["--model=googlenet", "--fields=auxiliary_heads=False"], "GoogLeNet (5x5)"),
+        (["--model=googlenet", "--fields=variant=3x3"], "googlenet"),
+    ],
+)
+def test_a_network_of_the_zoo_is_known_by_all_its_fields(flags, label, call_program):
+    done = call_program("-m", "experiments.complexity", *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if "224²" in line]
+    assert row.strip().startswith(f"{label} "), row
 
 
 def test_mistakes_get_one_line(call_program):

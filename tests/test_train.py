@@ -131,7 +131,11 @@ def test_finished_run_says_so(uninterrupted):
             ["--config.optim.learning_rate=-1"],
             "optim.learning_rate must be above 0, got -1.0.",
         ),
-        (["--config.total_steps=many"], "invalid literal for int() with base 10: 'many'"),
+        (
+            ["--config.total_steps=many"],
+            "--config.total_steps takes a whole number, got 'many'",
+        ),
+        (["--config.optim.momentum=x"], "--config.optim.momentum takes a number, got 'x'"),
         (["--config=configs/nope.py"], "the config file 'configs/nope.py' does not exist"),
         (["--config.model.widths[9]=5"], "no setting of that number"),
         (["surprise"], "'surprise' is not a flag; all settings look like --name=value."),

@@ -96,12 +96,25 @@ def load_network(
         kept = ("variables", "statistics", "class_names", "step", "data_fingerprint")
         return Network(**own, **{name: getattr(found, name) for name in kept})
     folder = user_path(workdir, "--workdir")
-    run = _with_fields(workdirs.read_manifest(folder)["config"], fields)
+    config = workdirs.read_manifest(folder)["config"]
+    run = _with_fields(config, fields)
     statistics, class_names = read_inputs(folder)
+
+    def abstract(recipe: Recipe):
+        return create_variables.eval_shape(
+            jax.random.key(0), model=recipe.model, image_shape=statistics.mean.shape
+        )
+
     recipe = create_recipe(run, len(class_names))
-    abstract_variables = create_variables.eval_shape(
-        jax.random.key(0), model=recipe.model, image_shape=statistics.mean.shape
-    )
+    abstract_variables = abstract(recipe)
+    if fields:
+        own = create_recipe(_with_fields(config, None), len(class_names))
+        if abstract_variables != abstract(own):
+            raise UserError(
+                f"with {', '.join(f'{k}={v}' for k, v in fields.items())} the network has "
+                f"other parameters than that of {workdir}; name fields that leave them as "
+                "they are, such as the solver of an ODE-net."
+            )
     variables, info = _restore(folder, checkpoint, abstract_variables)
     return Network(
         run=run,

@@ -30,7 +30,7 @@ from cvjax.checks import check_choice
 from cvjax.costs import compiled
 from cvjax.costs.accounting import Account, account
 from cvjax.errors import UserError
-from cvjax.models import create_model
+from cvjax.models import SAME_FUNCTION, create_model, model_fields
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from experiments import runner
@@ -122,7 +122,7 @@ def find_entry() -> Entry:
     fields = cli.parse_fields(FIELDS.value)
     alike = [entry for entry in ZOO if entry.model == MODEL.value]
     for entry in alike:
-        if fields and entry.fields.items() >= fields.items():
+        if _complete(entry.fields) == _complete(fields):
             return dataclasses.replace(entry, fields=fields)
     label = " ".join([MODEL.value, *FIELDS.value])
     like = alike[0] if alike else Entry(label, MODEL.value, image_size=32, num_classes=10)
@@ -133,6 +133,13 @@ def find_entry() -> Entry:
         image_size=like.image_size,
         num_classes=like.num_classes,
     )
+
+
+def _complete(fields: dict[str, Any]) -> dict[str, Any]:
+    """All fields of --model that decide what it computes, given or not."""
+    defaults = {name: field.default for name, field in model_fields(MODEL.value).items()}
+    known = defaults | fields
+    return {name: known[name] for name in known if name not in SAME_FUNCTION}
 
 
 def summarize(entry: Entry, counted: Account) -> dict[str, Any]:
