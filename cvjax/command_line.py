@@ -21,9 +21,9 @@ PATHS = (
     *("data_dir", "cache_dir", "class_names"),
 )
 LARGEST = 2**31 - 1  # of whole numbers
-# Python's words about a text that is no number, as patterns, and what it wants.
+# Patterns of Python's words about a text that is no number, and what is allowed.
 _WANTED = {
-    r"invalid literal for int\(\) with base 10": "a whole number",
+    r"invalid literal for int\(\) with base \d+": "a whole number",
     "could not convert string to float": "a number",
 }
 _KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[-?\d+\])*"
@@ -158,7 +158,7 @@ def _check_empty(names: Sequence[str], config: ml_collections.ConfigDict) -> Non
 def _of_number(message: str) -> str:
     """The message of absl, with what is allowed in place of Python's own words."""
     for words, wanted in _WANTED.items():
-        found = re.fullmatch(rf"flag (.*)=.*: {words}: (.*)", message, re.DOTALL)
+        found = re.fullmatch(rf"flag ([^=]*)=.*: {words}: (.*)", message, re.DOTALL)
         if found:
             return f"{found[1]} takes {wanted}, got {found[2]}."
     return message

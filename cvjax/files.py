@@ -81,10 +81,10 @@ def may_exist(path: Path) -> bool:
     """Whether something is there, or is where one may not look."""
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # to be told by who reads it
+    except PermissionError:  # to be told by who reads it
         return True
+    except OSError:
+        return False
     return True
 
 

@@ -46,8 +46,9 @@ def tfds_dir() -> pathlib.Path:
 def call_program():
     """Runs a command line in a process that need not import everything again.
 
-    `call_program("-m", "cvjax.predict", "x.png")` returns what `subprocess.run` returns.
-    It runs in the repository if `cwd` is not given.
+    `call_program("-m", "cvjax.predict", "x.png")` has the `returncode`, `stdout` and
+    `stderr` that `subprocess.run` gives; what takes too long is killed (-SIGALRM). It runs
+    in the repository if `cwd` is not given.
     """
     server = subprocess.Popen(
         [sys.executable, ROOT / "tests" / "program_server.py"],
@@ -57,12 +58,14 @@ def call_program():
         text=True,
     )
 
-    def call(*arguments, cwd=ROOT, env=None, seconds=100):
+    def call(*arguments, cwd=ROOT, seconds=100):
         arguments = [str(argument) for argument in arguments]
-        job = {"arguments": arguments, "folder": str(cwd), "env": env or {}}
-        server.stdin.write(json.dumps({**job, "seconds": seconds}) + "\n")
+        job = {"arguments": arguments, "folder": str(cwd), "seconds": seconds}
+        server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
-        return types.SimpleNamespace(**json.loads(server.stdout.readline()))
+        answer = server.stdout.readline()
+        assert answer, f"the server of programs has ended: {server.wait()}"
+        return types.SimpleNamespace(**json.loads(answer))
 
     yield call
     server.kill()

@@ -1,9 +1,9 @@
 """Imports what the programs need once, and forks for each command line that it is given.
 
-A line of JSON on its standard input holds `arguments` (as behind `python`), `folder`, `env`
-(added to its own) and `seconds`; a line on its standard output answers with `returncode`,
-`stdout` and `stderr`. The process that forks computes nothing, so that nothing that JAX
-starts is shared.
+A line of JSON on its standard input holds `arguments` (as behind `python`), `folder` and
+`seconds`; a line on its standard output answers with `returncode`, `stdout` and `stderr`.
+The process that forks computes nothing, so that nothing that JAX starts is shared. What
+`import cvjax` does about signals while a program starts is not done here.
 """
 
 import importlib
@@ -47,10 +47,11 @@ def answer(job: dict) -> dict:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if not pid:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             os.chdir(job["folder"])
-            os.environ.update(job["env"])
+            sys.orig_argv = [sys.executable, *job["arguments"]]
             signal.alarm(job["seconds"])
             code = work(job["arguments"])
             sys.stdout.flush()
@@ -65,6 +66,7 @@ def answer(job: dict) -> dict:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # the tests, which no program imports
     for name in PROGRAMS:
         importlib.import_module(name)
         del sys.modules[name]

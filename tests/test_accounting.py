@@ -386,20 +386,23 @@ def test_the_command_writes_tables_results_and_figure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "label"),
+    ("flags", "label", "accuracy"),
     [
-        (["--model=vgg", "--fields=depth=16"], "VGG-16"),
-        (["--model=resnet", "--fields=depth=50,walk=rolled"], "ResNet-50"),
+        (["--model=vgg", "--fields=depth=16"], "VGG-16", "71.592"),
+        (["--model=resnet", "--fields=depth=50,walk=rolled"], "ResNet-50", "76.13"),
         # Not that of torchvision: with a larger kernel, without BatchNorm.
-        (["--model=googlenet", "--fields=auxiliary_heads=False"], "GoogLeNet (5x5)"),
-        (["--model=googlenet", "--fields=variant=3x3"], "googlenet"),
+        (["--model=googlenet", "--fields=auxiliary_heads=False"], "GoogLeNet (5x5)", "-"),
+        (["--model=googlenet", "--fields=variant=3x3"], "googlenet", "-"),
+        (["--models=alexnet", "--num_classes=10"], "AlexNet num_classes=10", "-"),
     ],
 )
-def test_a_network_of_the_zoo_is_known_by_all_its_fields(flags, label, call_program):
+def test_a_network_of_the_zoo_is_known_by_all_its_fields(
+    flags, label, accuracy, call_program
+):
     done = call_program("-m", "experiments.complexity", *flags)
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if "224²" in line]
-    assert row.strip().startswith(f"{label} "), row
+    assert row.strip().startswith(f"{label} ") and row.split()[-1] == accuracy, row
 
 
 def test_mistakes_get_one_line(call_program):

@@ -88,6 +88,8 @@ def test_fields_that_do_not_fit_the_parameters(runs):
         evaluate.evaluate(runs("odenet"), fields={"num_classes": 5})
     with pytest.raises(UserError, match="with width=8 the network has other parameters"):
         evaluate.evaluate(runs("odenet"), fields={"width": 8})
+    with pytest.raises(UserError, match="with width=8 the network has other parameters"):
+        trained_network.load_network("pretrained:mnist_odenet", fields={"width": 8})
 
 
 @pytest.mark.slow

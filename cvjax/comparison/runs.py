@@ -68,13 +68,15 @@ def find_runs(places: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
     Raises:
       UserError: for what is no path, or if there is no run at all.
     """
-    found, empty = {}, []
+    found, empty, closed = {}, [], []
     for place in places:
         user_path(place, "a place of runs")  # refused if it is none; shown as it is given
         literal = pathlib.Path(place).expanduser()
         matches = [literal] if may_exist(literal) else sorted(glob.glob(str(literal)))
         for path in map(pathlib.Path, matches):
-            inner = [path] if may_exist(path / "config.json") else _inner_runs(path)
+            inner = [path]
+            if not may_exist(path / "config.json"):
+                inner = _inner_runs(path, closed)
             found |= {folder.resolve(): folder for folder in inner}
             if not inner:
                 empty.append(str(path))
@@ -88,11 +90,24 @@ def find_runs(places: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
             f"{names} names no run; give workdirs of train.py, folders that hold such, or "
             "patterns like 'runs/*'."
         )
-    return list(found.values()), [f"Left out, as no run is there: {names}."] * bool(empty)
+    notes = [f"Left out, as no run is there: {names}."] * bool(empty)
+    notes += [f"Left out, as it may not be looked into: {path}." for path in closed]
+    return list(found.values()), notes
 
 
-def _inner_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [file.parent for file in sorted(folder.rglob("config.json"))]
+def _inner_runs(folder: pathlib.Path, closed: list[str]) -> list[pathlib.Path]:
+    """The folders of runs below one; those that may not be looked into go into `closed`."""
+
+    def skip(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            closed.append(error.filename)
+
+    places = [
+        pathlib.Path(place, "config.json")
+        for place, _, names in os.walk(folder, onerror=skip)
+        if "config.json" in names
+    ]
+    return [file.parent for file in sorted(places)]
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:

@@ -57,8 +57,9 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
     Importing scikit-learn takes a second or two, so it is left out where the file lies.
     """
-    package = pathlib.Path(importlib.util.find_spec("sklearn").origin).parent
-    file = package / "datasets" / "data" / "digits.csv.gz"
+    package = importlib.util.find_spec("sklearn")
+    origin = pathlib.Path(package.origin) if package else pathlib.Path()
+    file = origin.parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
         table = np.loadtxt(file, dtype=np.int32, delimiter=",")
         return table[:, :-1].reshape(-1, 8, 8), table[:, -1]

@@ -136,6 +136,10 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
         raise errors.UserError(
             f"{path} does not exist; name the folder of a run that has logged metrics."
         ) from None
+    except OSError as error:
+        raise errors.UserError(
+            f"{path} cannot be read ({error.strerror}); mend that first."
+        ) from error
     rows = []
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):

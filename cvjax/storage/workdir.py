@@ -52,19 +52,30 @@ def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
         raise errors.UserError(
             f"{flag} {folder} lies among the files of the run {run}; choose another folder."
         )
+    _try_writing(folder, folder, flag)
+    return folder
+
+
+def check_going_on(folder: pathlib.Path) -> None:
+    """For a run that goes on, which writes its next checkpoint much later.
+
+    Raises:
+      UserError: the workdir's folder of checkpoints cannot be written to.
+    """
+    if (folder / "checkpoints").is_dir():
+        _try_writing(folder / "checkpoints", folder, "--workdir")
+
+
+def _try_writing(place: pathlib.Path, folder: pathlib.Path, flag: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A run that goes on writes there too, but much later.
-        inner = [path for path in (folder / "checkpoints",) if path.is_dir()]
-        for place in (folder, *inner):
-            with tempfile.TemporaryFile(dir=place):
-                pass
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
     except OSError as error:
         raise errors.UserError(
             f"The {flag.strip('-')} {folder} cannot be written to ({error.strerror}: "
             f"{error.filename}); choose another {flag}, or change its permissions."
         ) from error
-    return folder
 
 
 def check_output(path: Path, flag: str, endings: Sequence[str] = ()) -> pathlib.Path:

@@ -30,11 +30,11 @@ def watch() -> Iterator[Stop]:
     """Gives a `Stop` that SIGTERM or Ctrl-C sets; the old handlers come back at exit.
 
     Within another `watch` both are set: who trains many runs hears of a signal that came
-    when one of them had nothing left to stop, and a run of one that came while it was set
-    up. Ctrl-C after that raises KeyboardInterrupt at once. Outside the main thread, where
-    Python takes no signals, nothing ever sets it.
+    when one of them had nothing left to stop. What the outer one was asked for counts for
+    the inner one too: the signal came while a run was being set up. Ctrl-C after that
+    raises KeyboardInterrupt at once. Outside the main thread Python takes no signals.
     """
-    stop = dataclasses.replace(_watching[-1]) if _watching else Stop()
+    outer, stop = _watching[-1:], Stop()
     _watching.append(stop)
     if threading.current_thread() is not threading.main_thread():
         try:
@@ -42,6 +42,9 @@ def watch() -> Iterator[Stop]:
         finally:
             _watching.remove(stop)
         return
+    for above in outer:
+        if above.requested:  # a signal from here on sets both
+            stop.requested, stop.signal_name = True, above.signal_name
 
     def handle(number: int, frame) -> None:
         if stop.requested and number == signal.SIGINT:

@@ -76,8 +76,8 @@ def boundary_steps(optim: OptimConfig, total_steps: int) -> tuple[int, ...]:
     if any(not 0.5 < step < total_steps - 0.5 for step in exact):
         raise UserError(
             f"optim.boundaries {optim.boundaries} must lie between 0 and total_steps "
-            f"({total_steps}); take a longer run, or give steps of this one, or fractions "
-            "of it such as (0.5, 0.75)."
+            f"({total_steps}); give steps in between, or fractions of the run such as "
+            "(0.5, 0.75), or take a longer run."
         )
     steps = tuple(map(round, exact))
     if len(set(steps)) < len(steps):

@@ -90,31 +90,16 @@ def load_network(
                 "out."
             )
         found = pretrained.read(str(workdir))
-        run = _with_fields(found.config, fields)
-        recipe = create_recipe(run, len(found.class_names))
+        about = len(found.class_names), found.statistics.mean.shape
+        run, recipe, _ = _with_fields(found.config, fields, *about)
         own = {"run": run, "recipe": recipe}
         kept = ("variables", "statistics", "class_names", "step", "data_fingerprint")
         return Network(**own, **{name: getattr(found, name) for name in kept})
     folder = user_path(workdir, "--workdir")
     config = workdirs.read_manifest(folder)["config"]
-    run = _with_fields(config, fields)
     statistics, class_names = read_inputs(folder)
-
-    def abstract(recipe: Recipe):
-        return create_variables.eval_shape(
-            jax.random.key(0), model=recipe.model, image_shape=statistics.mean.shape
-        )
-
-    recipe = create_recipe(run, len(class_names))
-    abstract_variables = abstract(recipe)
-    if fields:
-        own = create_recipe(_with_fields(config, None), len(class_names))
-        if abstract_variables != abstract(own):
-            raise UserError(
-                f"with {', '.join(f'{k}={v}' for k, v in fields.items())} the network has "
-                f"other parameters than that of {workdir}; name fields that leave them as "
-                "they are, such as the solver of an ODE-net."
-            )
+    about = len(class_names), statistics.mean.shape
+    run, recipe, abstract_variables = _with_fields(config, fields, *about)
     variables, info = _restore(folder, checkpoint, abstract_variables)
     return Network(
         run=run,
@@ -127,14 +112,38 @@ def load_network(
     )
 
 
-def _with_fields(config: dict[str, Any], fields: Mapping[str, Any] | None) -> RunConfig:
+def _with_fields(
+    config: dict[str, Any],
+    fields: Mapping[str, Any] | None,
+    num_classes: int,
+    image_shape: tuple[int, ...],
+) -> tuple[RunConfig, Recipe, dict[str, Any]]:
+    """The run of a config with fields of its model changed, and its abstract variables."""
+
+    def abstract(recipe: Recipe) -> dict[str, Any]:
+        return create_variables.eval_shape(
+            jax.random.key(0), model=recipe.model, image_shape=image_shape
+        )
+
     run = parse_config(complete_config(config))
-    for field in {"name", "num_classes"} & set(fields or {}):
+    recipe = create_recipe(run, num_classes)
+    variables = abstract(recipe)
+    if not fields:
+        return run, recipe, variables
+    for field in {"name", "num_classes"} & set(fields):
         raise UserError(
             f"{field} is no field that can be changed, only "
             f"{', '.join(model_fields(run.model['name']))}."
         )
-    return dataclasses.replace(run, model=run.model | dict(fields or {}))
+    run = dataclasses.replace(run, model=run.model | dict(fields))
+    recipe = create_recipe(run, num_classes)
+    if abstract(recipe) != variables:
+        changed = ", ".join(f"{name}={value}" for name, value in fields.items())
+        raise UserError(
+            f"with {changed} the network has other parameters than the trained one; name "
+            "fields that leave them as they are, such as the solver of an ODE-net."
+        )
+    return run, recipe, variables
 
 
 def draw_variables(network: Network) -> dict[str, Any]:

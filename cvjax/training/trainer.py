@@ -83,7 +83,10 @@ def train_and_evaluate(
         def enter() -> dict[str, float] | None:
             stack.enter_context(workdirs.lock(folder))
             resume.refuse_changed_config(folder, config)
-            return resume.finished_summary(folder, run)
+            finished = resume.finished_summary(folder, run)
+            if finished is None:
+                workdirs.check_going_on(folder)
+            return finished
 
         summary = devices.from_first(enter)
         if summary:

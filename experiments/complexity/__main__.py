@@ -86,10 +86,10 @@ def main(arguments):
     folder = workdirs.check_writable(WORKDIR.value) if WORKDIR.value else None
     overrides = {"image_size": IMAGE_SIZE.value, "num_classes": NUM_CLASSES.value}
     overrides = {key: value for key, value in overrides.items() if value}
+    entries = [_resized(entry, overrides) for entry in entries]
 
     counted, rows = {}, []
     for number, entry in enumerate(entries, start=1):
-        entry = dataclasses.replace(entry, **overrides)
         logging.info("%d of %d: %s.", number, len(entries), entry.label)
         model = create_model(entry.model, entry.num_classes, **entry.fields)
         counted[entry.label] = account(model, entry.image_size)
@@ -122,7 +122,7 @@ def find_entry() -> Entry:
     fields = cli.parse_fields(FIELDS.value)
     alike = [entry for entry in ZOO if entry.model == MODEL.value]
     for entry in alike:
-        if _complete(entry.fields) == _complete(fields):
+        if fields and _complete(entry.fields) == _complete(fields):
             return dataclasses.replace(entry, fields=fields)
     label = " ".join([MODEL.value, *FIELDS.value])
     like = alike[0] if alike else Entry(label, MODEL.value, image_size=32, num_classes=10)
@@ -133,6 +133,16 @@ def find_entry() -> Entry:
         image_size=like.image_size,
         num_classes=like.num_classes,
     )
+
+
+def _resized(entry: Entry, overrides: dict[str, int]) -> Entry:
+    """An entry for other images or classes; what was published is not about it."""
+    other = dataclasses.replace(entry, **overrides)
+    if other == entry:
+        return entry
+    sizes = [f"{key}={value}" for key, value in overrides.items()]
+    label = " ".join([entry.label, *sizes])
+    return dataclasses.replace(other, label=label, top1=None, source=None)
 
 
 def _complete(fields: dict[str, Any]) -> dict[str, Any]:
