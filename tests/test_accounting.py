@@ -401,7 +401,7 @@ def test_a_network_of_the_zoo_is_known_by_all_its_fields(
 ):
     done = call_program("-m", "experiments.complexity", *flags)
     assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if "224²" in line]
+    row, *_ = [line for line in done.stdout.splitlines() if "224²" in line]
     assert row.strip().startswith(f"{label} ") and row.split()[-1] == accuracy, row
 
 
