@@ -20,7 +20,6 @@ Of other tasks than classification there is one view; what is measured is said i
 cvjax/evaluation/detection.py, multilabel.py and segmentation.py.
 """
 
-import json
 import pathlib
 import re
 import signal
@@ -37,7 +36,7 @@ from cvjax.evaluation.predictions import (
     choose_views,
     load_data,
 )
-from cvjax.files import Path, write_json
+from cvjax.files import Path, to_json, write_json
 from cvjax.models import SAME_FUNCTION
 from cvjax.storage import provenance
 from cvjax.storage import workdir as workdirs
@@ -216,7 +215,7 @@ def main(arguments):
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if values.json:
-        print(json.dumps(results, indent=2))
+        print(to_json(results))
         return
     (REPORTS[results["task"]] if "task" in results else class_report).show(results)
     for path in results["files"].values():

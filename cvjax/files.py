@@ -230,8 +230,12 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    text = json.dumps(_finite(content), indent=2, allow_nan=False)
-    write_bytes(path, f"{text}\n".encode())
+    write_bytes(path, f"{to_json(content)}\n".encode())
+
+
+def to_json(content: Any) -> str:
+    """`content` as indented JSON; null for NaN and infinity."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
 
 
 def _finite(content: Any) -> Any:

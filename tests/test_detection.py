@@ -1,18 +1,21 @@
 """Detection as a task: average precision by hand and by COCO's code, and whole runs."""
 
+import json
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from PIL import Image
 
-from cvjax import data
+from cvjax import data, predict
 from cvjax.data import boxes
 from cvjax.data.boxes import Boxes
 from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.data.image_files import seen_part
 from cvjax.errors import InterruptedRun, UserError
-from cvjax.evaluation.detection import detect_split
+from cvjax.evaluation.detection import Found, detect_split
 from cvjax.tasks import detection, ranking
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -192,6 +195,51 @@ def test_the_batch_size_of_an_evaluation_does_not_matter(run):
     ]
     assert values[0]["x/ap50"] == values[1]["x/ap50"]
     assert values[0]["x/loss"] == pytest.approx(values[1]["x/loss"], rel=1e-5)
+
+
+def test_boxes_go_back_from_the_crop_to_the_picture():
+    # Of a picture of 96x64 pixels the middle 64x64 were seen, at half the size.
+    part = seen_part((96, 64), (32, 32, 1), None)
+    assert part == (16, 0, 80, 64)
+    found = Found(np.array([[0.0, 8, 32, 16]]), np.array([1]), np.array([0.5]))
+    (box,) = predict.place(found, part, (32, 32, 1)).corners
+    assert box.tolist() == [16, 16, 80, 32]
+
+
+def test_predict_draws_boxes_and_says_where_they_are(run, tmp_path, call_program):
+    network, picture = load_network(run[0]), tmp_path / "wide.png"
+    scene = few_scenes().test.images[0, ..., 0]
+    wide = np.pad(scene, [(0, 0), (10, 6)])  # the middle 32 of 48 columns are seen
+    Image.fromarray(wide).save(picture)
+    content = picture.read_bytes()
+    found = predict.locate(network, wide[:, 8:40, None])
+    threshold = float(np.sort(found.scores)[-2]) - 1e-6
+    program = ("-m", "cvjax.predict", f"--workdir={run[0]}", f"--threshold={threshold}")
+    done = call_program(*program, "--json", picture)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    kept = found.scores >= threshold
+    assert len(said["boxes"]) == kept.sum() >= 2
+    for box, corners, kind, score in zip(
+        said["boxes"],
+        found.corners[kept],
+        found.classes[kept],
+        found.scores[kept],
+        strict=True,
+    ):
+        assert box["class"] == ("grey", "white")[kind]
+        assert box["score"] == pytest.approx(score, rel=1e-5)
+        assert box["box"] == pytest.approx(
+            (corners + np.array([8, 0, 8, 0])).tolist(), abs=0.02
+        )
+    assert said["drawn"] == str(tmp_path / "wide_boxes.png")
+    drawn = Image.open(said["drawn"])
+    assert drawn.width / drawn.height == 48 / 32 and drawn.height >= 400 - 32
+    pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    assert (pixels.max(axis=-1) - pixels.min(axis=-1)).max() > 100  # colours on a grey one
+    assert picture.read_bytes() == content
+    table = call_program(*program, "--nodraw", picture).stdout.splitlines()
+    assert table[0] == str(picture) and len(table) == 1 + len(said["boxes"])
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,24 @@
 """Several classes per image: metrics by hand and by scikit-learn, and a whole run."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
+from cvjax import data, evaluate, predict
 from cvjax.data import boxes
+from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.errors import InterruptedRun
+from cvjax.evaluation.multilabel import best_threshold
 from cvjax.models import create_model
 from cvjax.tasks import multilabel
-from cvjax.training import metrics
+from cvjax.training import default_config, metrics, train_and_evaluate
 from cvjax.training.losses import LossConfig
+from cvjax.training.trained_network import load_network
 
 CLASSES = 3
 MODEL = create_model("mlp", num_classes=CLASSES, widths=())
@@ -81,3 +89,107 @@ def test_sums_do_not_depend_on_batches_or_padding():
     assert parts == whole
     added = metrics.add(metrics.add(TASK.zero_sums(CLASSES), first), rest)
     np.testing.assert_array_equal(added.right, first.right + rest.right)
+
+
+# Whole runs
+
+
+def few_images(name, **options):
+    """Noise, with a bright quarter for each class that is there; some have none."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(80, size=(40, 8, 8, 1)).astype(np.uint8)
+    labels = rng.integers(2, size=(40, CLASSES)).astype(np.uint8)
+    for image, there in zip(images, labels, strict=True):
+        for k in np.flatnonzero(there):
+            image[4 * (k // 2) :, 4 * (k % 2) :][:4, :4] += 120
+    parts = [ArraySplit(images[k::3], labels[k::3]) for k in range(3)]
+    return Dataset(name, *parts, ("a", "b", "c"), "few")
+
+
+def create_config(seed=0):
+    config = default_config("mlp")
+    config.task, config.loss.name, config.seed = "multilabel", "sigmoid", seed
+    config.model.widths = (8,)
+    config.total_steps = 60
+    config.eval_every = config.checkpoint_every = config.log_every = 20
+    config.data.name = "few"
+    config.data.batch_size, config.data.eval_batch_size = 5, 5
+    return config
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(data, "load", few_images)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", few_images)
+        return folder, train_and_evaluate(create_config(), folder)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, interrupt_once):
+    folder, summary = run
+    interrupt_once(20)
+    with pytest.raises(InterruptedRun):
+        train_and_evaluate(create_config(), tmp_path)
+    assert train_and_evaluate(create_config(), tmp_path) == summary
+    ours, theirs = (load_network(path).variables["params"] for path in (folder, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_evaluation_equals_scikit_learns_at_the_threshold_of_validation(run):
+    folder, summary = run
+    results = evaluate.evaluate(folder)
+    network, dataset = load_network(folder), few_images("few")
+
+    def scores_of(split):
+        return np.stack([predict.predict(network, image) for image in split.images])
+
+    def f1(scores, threshold, kind, there):
+        return sklearn_metrics.f1_score(there, scores >= threshold, average=kind)
+
+    validated, there = scores_of(dataset.val), dataset.val.labels
+    thresholds = np.arange(1, 1000) / 1000
+    best = max(f1(validated, t, "micro", there) for t in thresholds)
+    threshold = results["threshold"]
+    assert f1(validated, threshold, "micro", there) == pytest.approx(best)
+    scores, there = scores_of(dataset.test), dataset.test.labels
+    for kind in ("micro", "macro"):
+        expected = f1(scores, threshold, kind, there)
+        assert results[f"{kind}_f1"] == pytest.approx(expected)
+    right = ((scores >= threshold) == there).all(axis=1).mean()
+    assert results["subset_accuracy"] == pytest.approx(right)
+    average = sklearn_metrics.average_precision_score(there, scores, average="macro")
+    assert results["mean_ap"] == pytest.approx(average) and average > 0.7
+    assert results["loss"] == summary["test/loss"]
+    assert evaluate.evaluate(folder, batch_size=13)["micro_f1"] == results["micro_f1"]
+
+
+def test_the_best_threshold_of_scores_by_hand():
+    there = np.array([[True], [True], [False], [False]])
+    # Two right and one wrong from 0.4 on, one and none above: F1 of 0.8 and 2 / 3.
+    scores = np.array([[0.9], [0.4], [0.6], [0.1]])
+    assert best_threshold(scores, there) == pytest.approx((0.101 + 0.4) / 2, abs=1e-3)
+
+
+def test_a_picture_gets_all_its_names(run, tmp_path, call_program):
+    network, test = load_network(run[0]), few_images("few").test
+    scores = np.stack([predict.predict(network, image) for image in test.images])
+    several = int((scores >= 0.5).sum(axis=1).argmax())
+    Image.fromarray(test.images[several, ..., 0]).save(tmp_path / "several.png")
+    program = ("-m", "cvjax.predict", f"--workdir={run[0]}", tmp_path / "several.png")
+    for flags, threshold in (
+        ([], 0.5),
+        (["--threshold=0.05"], 0.05),
+        (["--threshold=1"], 1),
+    ):
+        done = call_program(*program, "--json", *flags)
+        assert done.returncode == 0, done.stderr
+        said = {row["class"]: row["probability"] for row in json.loads(done.stdout)["top"]}
+        named = dict(zip("abc", scores[several].tolist(), strict=True))
+        expected = {name: p for name, p in named.items() if p >= threshold}
+        assert said == pytest.approx(expected)
+    assert (scores[several] >= 0.5).sum() >= 2

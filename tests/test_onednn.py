@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from cvjax.errors import UserError
 from cvjax.nn import onednn
 from cvjax.nn.onednn import library
 
@@ -52,6 +53,19 @@ def run(variables, *command):
     process = start(variables, *command)
     out, log = process.communicate(timeout=200)
     return process.returncode, out, log
+
+
+@needs_onednn
+def test_a_handler_that_xla_does_not_take(monkeypatch, caplog):
+    def refuse(*arguments, **settings):
+        raise RuntimeError("FFI handler registration failed: API version 9.9")
+
+    monkeypatch.setattr(onednn.jax.ffi, "register_ffi_target", refuse)
+    assert onednn._registered.__wrapped__() is None
+    assert "XLA's own kernels" in caplog.text and "API version 9.9" in caplog.text
+    monkeypatch.setenv("CVJAX_CONV", "onednn")
+    with pytest.raises(UserError, match=r"CVJAX_CONV is 'onednn', but .*API version 9.9"):
+        onednn._registered.__wrapped__()
 
 
 def test_a_machine_without_onednn_says_so_once_and_goes_on(tmp_path):

@@ -155,7 +155,12 @@ def _registered() -> Library | None:
         path = native.build(found)
         loaded = ctypes.CDLL(str(path))
         handler, can = loaded.cvjax_convolve, loaded.cvjax_can_convolve
-    except (native.Unavailable, OSError, AttributeError) as reason:
+        has_bfloat16 = bool(loaded.cvjax_has_bfloat16())
+        # Named after its build: a program in JAX's compilation cache never meets another.
+        target = f"cvjax_convolve_{path.stem.rpartition('-')[2]}"
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    # RuntimeError is XLA's, for a handler of another version of its interface.
+    except (native.Unavailable, OSError, AttributeError, RuntimeError) as reason:
         if choice == "onednn":
             raise UserError(f"CVJAX_CONV is 'onednn', but {reason}") from None
         logging.warning(
@@ -163,7 +168,4 @@ def _registered() -> Library | None:
         )
         return None
     can.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
-    # Named after its build: a program in JAX's compilation cache never meets another one.
-    target = f"cvjax_convolve_{path.stem.rpartition('-')[2]}"
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    return Library(target, found.version, bool(loaded.cvjax_has_bfloat16()), can)
+    return Library(target, found.version, has_bfloat16, can)
