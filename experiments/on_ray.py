@@ -33,6 +33,7 @@ from cvjax.training import interrupt, resume
 from cvjax.training.config import parse_config
 from cvjax.training.trainer import train_and_evaluate
 from experiments import runs_table
+from experiments.sharing import NOT_INSTALLED
 
 RETRIES = 20  # of a run whose node or process has died
 SECONDS_TO_DIE = 60  # in which a process whose node has died lets go of its run
@@ -216,10 +217,7 @@ def _connect(address: str, cpus: int) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise UserError(
-            "--ray needs the package ray, which is not installed: `pip install "
-            "'ray>=2.50,<3'` (it is the extra cvjax[ray])."
-        ) from error
+        raise UserError(NOT_INSTALLED) from error
     # This process computes little, and leaves the memory of a GPU to the runs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings = {

@@ -19,9 +19,9 @@ from cvjax.training import interrupt
 def run_in_processes(count: int, last_flag: str) -> None:
     """Gives this very command line to `count` processes, and waits for them.
 
-    On Linux each has its share of the processor's cores to itself. XLA shares a
-    convolution badly between cores, so that many processes of one core are faster than one
-    process of many (`benchmarks/seeds.py`). Accelerators are shared by all: where there are
+    On Linux each has its share of the processor's cores to itself. Small networks gain by
+    it, whose steps are many short calls; a ResNet-20 hardly does (`benchmarks/seeds.py`).
+    Accelerators are shared by all: where there are
     several, start a process for each instead, with CUDA_VISIBLE_DEVICES.
 
     Args:

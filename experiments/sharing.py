@@ -1,6 +1,8 @@
 """Who trains the many runs of an experiment: flags and their meaning."""
 
 import dataclasses
+import importlib.util
+import re
 
 from absl import flags
 
@@ -26,6 +28,10 @@ class Sharing:
 
 
 ALONE = Sharing()
+NOT_INSTALLED = (
+    "--ray needs the package ray, which is not installed: `pip install 'ray>=2.50,<3'` (it "
+    "is the extra cvjax[ray])."
+)
 
 
 def define_flags() -> None:
@@ -35,7 +41,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string(
         "ray",
-        "",
+        None,
         "Share the runs by Ray: local, auto (the cluster that this machine is part of) or "
         "HOST:PORT of a cluster.",
     )
@@ -52,11 +58,11 @@ def from_flags() -> Sharing:
     """What the flags say.
 
     Raises:
-      UserError: for --processes beside --ray, and half GPUs beside whole ones.
+      UserError: for --processes beside --ray, an address that is none, half GPUs beside
+        whole ones, or without Ray.
     """
-    given = Sharing(
-        *(getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Sharing))
-    )
+    values = flags.FLAGS
+    given = Sharing(values.processes, values.ray or "", values.ray_cpus, values.ray_gpus)
     if given.ray and given.processes > 1:
         raise UserError(
             "--ray and --processes are two ways to share runs; leave one of them out."
@@ -66,4 +72,17 @@ def from_flags() -> Sharing:
             "--ray_gpus takes a fraction of a GPU or a whole number, got "
             f"{given.ray_gpus:g}."
         )
+    if given.ray:
+        _check_address(given.ray)
+        if importlib.util.find_spec("ray") is None:
+            raise UserError(NOT_INSTALLED)
     return given
+
+
+def _check_address(address: str) -> None:
+    """Raises UserError for what no Ray cluster can be reached by."""
+    found = re.fullmatch(r"local|auto|(?:[\w.-]+|\[[\w:]+\]):(\d{1,5})", address, re.ASCII)
+    if not found or int(found[1] or 1) not in range(1, 2**16):
+        raise UserError(
+            f"--ray takes local, auto or the HOST:PORT of a cluster, got {address!r}."
+        )

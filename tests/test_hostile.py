@@ -27,6 +27,14 @@ PROGRAMS = {
     "experiments.augmentation": ["--workdir=w"],
     "experiments.filters": ["--workdir=w"],
     "experiments.complexity": [],
+    "experiments.depth_scaling": ["--workdir=w"],
+    "experiments.detection": ["--workdir=w"],
+    "experiments.segmentation": ["--workdir=w"],
+    "experiments.depth_degradation.rates": ["--workdir=w"],
+    "experiments.depth_degradation.trained_blocks": ["--workdir=w", "nowhere"],
+    "experiments.odenet_vs_resnet.robustness": ["--workdir=w", "nowhere"],
+    "experiments.odenet_vs_resnet.solves": ["--workdir=w", "nowhere"],
+    "experiments.sweep": [CONFIG, "--workdir=w", "--set=seed=0,1"],
     "experiments.cascade": ["--workdir=w"],
 }
 PATH = ("", "gs://bucket/x", "s3:/x", "a\udcff", "x" * 300, "~nobody-at-all/x")
@@ -37,6 +45,12 @@ CHOICE = ("", "nope", "None")
 LIST = ("", ",", "x", "1.5", "-8", "8,8", "20,,32", "３", "9999999999999")
 FIELDS = ("", "x", "=", "num_classes=5", "name=vgg", "depth=", "a-b=1", "depth=8,depth=8")
 
+SHARED = {
+    "processes": COUNT,
+    "ray": ("", "nope", "host:", ":1", "host:99999999"),
+    "ray_cpus": COUNT,
+    "ray_gpus": RATE,
+}
 EXPERIMENT = {
     "workdir": PATH,
     "preset": CHOICE,
@@ -102,7 +116,14 @@ TABLE = {
         "data_dir": PATH[1:],
         "cache_dir": PATH[1:],
     },
-    "cvjax.predict": {"workdir": PATH, "top": COUNT, "checkpoint": CHOICE},
+    "cvjax.predict": {
+        "workdir": PATH,
+        "top": COUNT,
+        "checkpoint": CHOICE,
+        "threshold": (*RATE, "1.5"),
+        "output": PATH,
+        "pretrained": (*CHOICE, "../x"),
+    },
     "cvjax.interop.torch": {
         "workdir": PATH,
         "export": (*PATH[1:], "x.pth"),
@@ -114,6 +135,9 @@ TABLE = {
         "num_classes": COUNT,
         "image_size": COUNT,
         "class_names": PATH[1:],
+        "resize": COUNT,
+        "dataset": CHOICE,
+        "data_dir": PATH[1:],
     },
     "cvjax.export": {
         "workdir": PATH,
@@ -121,14 +145,21 @@ TABLE = {
         "checkpoint": CHOICE,
         "batch_size": INDEX,
         "platforms": ("", ",", "abacus"),
+        "pretrained": (*CHOICE, "../x"),
     },
-    "cvjax.compare": {"metric": CHOICE, "output": PATH, "html": PATH},
+    "cvjax.compare": {
+        "metric": CHOICE,
+        "output": PATH,
+        "html": PATH,
+        "by": ("", "nope"),
+        "baseline": ("", "nope"),
+    },
     "experiments.depth_degradation": {
         **EXPERIMENT,
+        **SHARED,
         "depths": (*LIST, "9", "1000000"),
         "nets": CHOICE,
         "first_seed": INDEX,
-        "processes": COUNT[:-1],
         "gather": ("", ",", "gs://x", "nowhere"),
     },
     "experiments.vanishing_gradients": {**EXPERIMENT, "depths": LIST},
@@ -161,6 +192,30 @@ TABLE = {
         "num_classes": COUNT,
         "fields": FIELDS[:-1],
         "preset": CHOICE,
+    },
+    "experiments.depth_scaling": EXPERIMENT,
+    "experiments.detection": {**EXPERIMENT, "data_dir": PATH},
+    "experiments.segmentation": {**EXPERIMENT, "data_dir": PATH},
+    "experiments.depth_degradation.rates": EXPERIMENT,
+    "experiments.depth_degradation.trained_blocks": {
+        "workdir": PATH,
+        "checkpoint": CHOICE,
+        "examples": COUNT,
+    },
+    "experiments.odenet_vs_resnet.robustness": {
+        "workdir": PATH,
+        "baseline": ("",),
+        "examples": COUNT,
+    },
+    "experiments.odenet_vs_resnet.solves": {"workdir": PATH, "rounds": COUNT},
+    "experiments.sweep": {
+        **SHARED,
+        "workdir": PATH,
+        "config": ("", "nope.py"),
+        "set": ("", "seed", "seed=", "=1", "nope=1,2", "seed=0:9", "seed=many,1"),
+        "random": ("-1", "nan", "many", "99999999"),
+        "metric": CHOICE,
+        "config.seed": ("-1", "many"),
     },
     "experiments.cascade": {
         **EXPERIMENT,

@@ -62,11 +62,20 @@ def test_two_ways_to_share_are_refused(monkeypatch):
         monkeypatch.setattr(sharing.flags, "FLAGS", values)
         return sharing.from_flags()
 
+    monkeypatch.setattr(sharing.importlib.util, "find_spec", lambda name: object())
     assert given(ray_gpus=0.25) == sharing.Sharing(ray="local", ray_gpus=0.25)
     with pytest.raises(UserError, match="--ray and --processes are two ways"):
         given(processes=2)
     with pytest.raises(UserError, match=r"fraction of a GPU or a whole number, got 1\.5"):
         given(ray_gpus=1.5)
+    for address in ("auto", "10.0.0.1:6379", "[::1]:6379"):
+        assert given(ray=address).ray == address
+    for address in ("nope", "host:", ":1", "host:99999", "host:0", "ray://host:1"):
+        with pytest.raises(UserError, match="HOST:PORT of a cluster, got"):
+            given(ray=address)
+    monkeypatch.setattr(sharing.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="package ray, which is not installed"):
+        given()
 
 
 def test_a_run_asks_for_no_more_than_a_node_has():

@@ -60,11 +60,12 @@ def define_flags() -> None:
 def main(arguments):
     if not arguments:
         raise UserError("name the folders of trained runs, for example runs/resnet20.")
+    networks = {path: load_network(path, flags.FLAGS.checkpoint) for path in arguments}
+    for path, network in networks.items():
+        check_network(network, path)
     folder = workdirs.check_writable(flags.FLAGS.workdir)
     runs = []
-    for path in arguments:
-        network = load_network(path, flags.FLAGS.checkpoint)
-        check_network(network, path)
+    for path, network in networks.items():
         images = first_examples(network, flags.FLAGS.examples)
         run = measure(network, pathlib.Path(path).name, images)
         runs.append(run | runner.read_started(pathlib.Path(path)))
