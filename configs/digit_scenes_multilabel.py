@@ -19,6 +19,5 @@ def get_config():
     config.task = "multilabel"
     config.loss.name = "sigmoid"
     config.model.depth = 18
-    config.model.stem = "small"
     config.model.width = 32
     return config

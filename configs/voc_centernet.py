@@ -6,9 +6,9 @@ at which way up they are, such as BCCD's blood cells (github.com/Shenggan/BCCD_D
 Paper:    Zhou et al. 2019 (arXiv:1904.07850) on He et al. 2015's ResNet-18, half as wide
 Command:  python train.py --config=configs/voc_centernet.py --workdir=runs/boxes
           and --config.data.data_dir=DIR
-Cost:     BCCD: some 20 images/s, 14 minutes on one core of a shared CPU (AVX-512)
-Expected: BCCD: AP at 0.5 of 0.873 on its 72 test pictures (one seed); with 3,000 steps and
-          fewer changes of the pictures it was 0.830 +- 0.005 (n = 3, one H100)
+Cost:     BCCD: some 20 images/s on one core of a shared CPU (AVX-512), 14 minutes; 24 to
+          50 beside other work
+Expected: BCCD: AP at 0.5 of 0.871 +- 0.002 on its 72 test pictures (n = 3)
 """
 
 from cvjax.training import default_config

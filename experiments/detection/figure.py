@@ -42,9 +42,12 @@ def draw_recalls(
     line = {"color": "0.4", "linewidth": 0.9, "linestyle": (0, (4, 3))}
     left.axhline(bound, label="most that YOLO's cells allow, all images", **line)
     for panel in (left, right):
-        panel.set_ylim(top=1.005)
+        panel.set_ylim(0, 1.02)  # intervals reach further, recalls do not
     label_axes(left, "objects on the image", "recall")
-    left.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(0, 0.62))
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        **{"loc": "outside upper center", "ncols": 3, "fontsize": 7, "frameon": False},
+    )
     label_axes(right, "objects in a cell of YOLO's grid", "recall")
     right.set_xlim(-0.4, 1.4)
     right.set_xticks([0, 1], ["one", "several"])
