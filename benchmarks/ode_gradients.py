@@ -107,9 +107,10 @@ def main(arguments):
     show(rows, shape)
     if folder:
         results = {"benchmark": "ode_gradients", "shape": shape, "rounds": ROUNDS.value}
-        results |= {"rows": rows, "measured_by": provenance.current()}
+        found = provenance.current()
+        results |= {"rows": rows, "measured_by": found}
         write_json(folder / "results.json", results)
-        write_bytes(folder / "table.md", markdown(rows, shape).encode())
+        write_bytes(folder / "table.md", markdown(rows, shape, found).encode())
 
 
 HEADINGS = (
@@ -139,9 +140,10 @@ def show(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
     tables.show(title, HEADINGS, [cells(row) for row in rows])
 
 
-def markdown(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> str:
-    """The table for reading on the web."""
-    found = provenance.current()
+def markdown(
+    rows: list[dict[str, Any]], shape: tuple[int, ...], found: dict[str, Any]
+) -> str:
+    """The table for reading on the web; `found` is the provenance."""
     commit = (found["git"] or {}).get("commit", "unknown")[:8]
     head = (
         f"Forward and gradient of one ODE block, {shape} float32, on "

@@ -21,8 +21,8 @@ def run_in_processes(count: int, last_flag: str) -> None:
 
     On Linux each has its share of the processor's cores to itself. Small networks gain by
     it, whose steps are many short calls; a ResNet-20 hardly does (`benchmarks/seeds.py`).
-    Accelerators are shared by all: where there are
-    several, start a process for each instead, with CUDA_VISIBLE_DEVICES.
+    Accelerators are shared by all: where there are several, start a process for each
+    instead, with CUDA_VISIBLE_DEVICES.
 
     Args:
       count: of processes, two or more.

@@ -17,12 +17,12 @@ class Sharing:
 
     Attributes:
       processes: how many of this machine do, see `run_in_processes`.
-      ray: the address of a Ray cluster that does, see `on_ray.train_all`; "" for none.
+      ray: the address of a Ray cluster that does, see `on_ray.train_all`.
       ray_cpus, ray_gpus: what it gives to each run; None GPUs for one if there are any.
     """
 
     processes: int = 1
-    ray: str = ""
+    ray: str | None = None
     ray_cpus: int = 1
     ray_gpus: float | None = None
 
@@ -61,8 +61,9 @@ def from_flags() -> Sharing:
       UserError: for --processes beside --ray, an address that is none, half GPUs beside
         whole ones, or without Ray.
     """
-    values = flags.FLAGS
-    given = Sharing(values.processes, values.ray or "", values.ray_cpus, values.ray_gpus)
+    given = Sharing(
+        *(getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Sharing))
+    )
     if given.ray and given.processes > 1:
         raise UserError(
             "--ray and --processes are two ways to share runs; leave one of them out."

@@ -24,10 +24,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("EQX_ON_ERROR", "nan")
 
 import jax
+import numpy as np
 import pytest
 
 from cvjax.errors import InterruptedRun
 from cvjax.storage import checkpoint
+from cvjax.training import train_and_evaluate
+from cvjax.training.trained_network import load_network
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,3 +90,18 @@ def interrupt_once(monkeypatch):
         monkeypatch.setattr(checkpoint, "save", save)
 
     return interrupt
+
+
+@pytest.fixture
+def check_resumed(tmp_path, interrupt_once):
+    """Stops a run at a step, goes on, and compares it with one that was never stopped."""
+
+    def check(config, folder, summary, step: int) -> None:
+        interrupt_once(step)
+        with pytest.raises(InterruptedRun):
+            train_and_evaluate(config, tmp_path)
+        assert train_and_evaluate(config, tmp_path) == summary
+        ours, theirs = (load_network(path).variables for path in (folder, tmp_path))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+    return check

@@ -14,7 +14,7 @@ from cvjax.data import boxes
 from cvjax.data.boxes import Boxes
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.image_files import seen_part
-from cvjax.errors import InterruptedRun, UserError
+from cvjax.errors import UserError
 from cvjax.evaluation.detection import Found, detect_split
 from cvjax.tasks import detection, ranking
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
@@ -152,15 +152,8 @@ def test_a_run_and_its_numbers(run):
     assert summary["test/ap50"] == summary["val/ap50"]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, interrupt_once):
-    folder, summary = run
-    interrupt_once(3)
-    with pytest.raises(InterruptedRun):
-        train_and_evaluate(create_config(), tmp_path)
-    assert train_and_evaluate(create_config(), tmp_path) == summary
-    ours, theirs = (load_network(path).variables["params"] for path in (folder, tmp_path))
-    for name in ("heat", "size"):
-        np.testing.assert_array_equal(ours[name]["kernel"], theirs[name]["kernel"])
+def test_a_stopped_run_goes_on_bit_for_bit(run, check_resumed):
+    check_resumed(create_config(), *run, 3)
 
 
 def test_images_with_other_numbers_of_boxes_are_not_compiled_again(run):

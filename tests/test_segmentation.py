@@ -11,7 +11,7 @@ from cvjax.data import boxes, label_maps
 from cvjax.data.augment import Augmentation, augment
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.digit_scenes import create_scene
-from cvjax.errors import InterruptedRun, UserError
+from cvjax.errors import UserError
 from cvjax.tasks import segmentation
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
 from cvjax.training.losses import LossConfig
@@ -266,14 +266,8 @@ def test_a_run_and_its_numbers(run):
     assert {"test/dice", "test/pixel_accuracy"} <= summary.keys()
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(run, tmp_path, interrupt_once):
-    folder, summary = run
-    interrupt_once(3)
-    with pytest.raises(InterruptedRun):
-        train_and_evaluate(create_config(), tmp_path)
-    assert train_and_evaluate(create_config(), tmp_path) == summary
-    ours, theirs = (load_network(path).variables for path in (folder, tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def test_a_stopped_run_goes_on_bit_for_bit(run, check_resumed):
+    check_resumed(create_config(), *run, 3)
 
 
 def test_the_batch_size_of_an_evaluation_does_not_matter(run):

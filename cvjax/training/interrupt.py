@@ -34,7 +34,7 @@ def watch() -> Iterator[Stop]:
     the inner one too: the signal came while a run was being set up. Ctrl-C after that
     raises KeyboardInterrupt at once. Outside the main thread Python takes no signals.
     """
-    outer, stop = _watching[-1:], Stop()
+    outer, stop = _watching[-1] if _watching else Stop(), Stop()
     _watching.append(stop)
     if threading.current_thread() is not threading.main_thread():
         try:
@@ -42,9 +42,8 @@ def watch() -> Iterator[Stop]:
         finally:
             _watching.remove(stop)
         return
-    for above in outer:
-        if above.requested:  # a signal from here on sets both
-            stop.requested, stop.signal_name = True, above.signal_name
+    if outer.requested:  # a signal that comes from here on sets both
+        stop.requested, stop.signal_name = True, outer.signal_name
 
     def handle(number: int, frame) -> None:
         if stop.requested and number == signal.SIGINT:

@@ -91,16 +91,16 @@ def load_network(
             )
         found = pretrained.read(str(workdir))
         about = len(found.class_names), found.statistics.mean.shape
-        run, recipe, _ = _with_fields(found.config, fields, *about)
+        run, recipe = _with_fields(found.config, fields, *about)
         own = {"run": run, "recipe": recipe}
         kept = ("variables", "statistics", "class_names", "step", "data_fingerprint")
         return Network(**own, **{name: getattr(found, name) for name in kept})
     folder = user_path(workdir, "--workdir")
     config = workdirs.read_manifest(folder)["config"]
     statistics, class_names = read_inputs(folder)
-    about = len(class_names), statistics.mean.shape
-    run, recipe, abstract_variables = _with_fields(config, fields, *about)
-    variables, info = _restore(folder, checkpoint, abstract_variables)
+    image_shape = statistics.mean.shape
+    run, recipe = _with_fields(config, fields, len(class_names), image_shape)
+    variables, info = _restore(folder, checkpoint, _abstract(recipe, image_shape))
     return Network(
         run=run,
         recipe=recipe,
@@ -117,33 +117,33 @@ def _with_fields(
     fields: Mapping[str, Any] | None,
     num_classes: int,
     image_shape: tuple[int, ...],
-) -> tuple[RunConfig, Recipe, dict[str, Any]]:
-    """The run of a config with fields of its model changed, and its abstract variables."""
-
-    def abstract(recipe: Recipe) -> dict[str, Any]:
-        return create_variables.eval_shape(
-            jax.random.key(0), model=recipe.model, image_shape=image_shape
-        )
-
+) -> tuple[RunConfig, Recipe]:
+    """The run of a config and its recipe, with fields of the model changed."""
     run = parse_config(complete_config(config))
     recipe = create_recipe(run, num_classes)
-    variables = abstract(recipe)
     if not fields:
-        return run, recipe, variables
+        return run, recipe
     for field in {"name", "num_classes"} & set(fields):
         raise UserError(
             f"{field} is no field that can be changed, only "
             f"{', '.join(model_fields(run.model['name']))}."
         )
-    run = dataclasses.replace(run, model=run.model | dict(fields))
+    trained, run = recipe, dataclasses.replace(run, model=run.model | dict(fields))
     recipe = create_recipe(run, num_classes)
-    if abstract(recipe) != variables:
+    if _abstract(recipe, image_shape) != _abstract(trained, image_shape):
         changed = ", ".join(f"{name}={value}" for name, value in fields.items())
         raise UserError(
             f"with {changed} the network has other parameters than the trained one; name "
             "fields that leave them as they are, such as the solver of an ODE-net."
         )
-    return run, recipe, variables
+    return run, recipe
+
+
+def _abstract(recipe: Recipe, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Shapes and types of the variables."""
+    return create_variables.eval_shape(
+        jax.random.key(0), model=recipe.model, image_shape=image_shape
+    )
 
 
 def draw_variables(network: Network) -> dict[str, Any]:
