@@ -1,7 +1,7 @@
 """Compile time of a training step against depth, cold and from the persistent cache.
 
     python -m benchmarks.compile --workdir=results/benchmarks/compile
-    python -m benchmarks.compile --depth=20 --depth=56 --walk=unrolled
+    python -m benchmarks.compile --depth=20 --depth=56 --loop=unrolled
 
 CIFAR ResNets of 20 to 1202 layers, rolled (a stage is a loop) and unrolled (a stage is so
 many copies of its block). Each is compiled in a process of its own with a blank cache
@@ -29,15 +29,15 @@ from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 
 DEPTHS = {"rolled": (20, 56, 110, 1202), "unrolled": (20, 56, 110)}
-HEADINGS = ("depth", "walk", "trace s", "compile s", "from the cache: trace s", "compile s")
+HEADINGS = ("depth", "loop", "trace s", "compile s", "from the cache: trace s", "compile s")
 
 
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Where results.json and table.md go.")
     flags.DEFINE_multi_integer("depth", [], "6n + 2; may be repeated.", lower_bound=8)
-    walks = list(DEPTHS)
-    flags.DEFINE_multi_enum("walk", walks, walks, "May be repeated.")
+    loops = list(DEPTHS)
+    flags.DEFINE_multi_enum("loop", loops, loops, "May be repeated.")
     flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
     flags.DEFINE_integer("image_size", 32, "Height and width.", lower_bound=4)
     flags.DEFINE_integer("rounds", 3, "Compilations of each.", lower_bound=1)
@@ -49,18 +49,18 @@ def main(arguments):
     folder = workdirs.check_writable(values.workdir) if values.workdir else None
     rounds = range(values.rounds)
     cases = [
-        (walk, depth) for walk in values.walk for depth in values.depth or DEPTHS[walk]
+        (loop, depth) for loop in values.loop for depth in values.depth or DEPTHS[loop]
     ]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
-    for number, (walk, depth) in itertools.product(rounds, cases):
-        logging.info("Round %d: %d layers, %s.", number + 1, depth, walk)
+    for number, (loop, depth) in itertools.product(rounds, cases):
+        logging.info("Round %d: %d layers, %s.", number + 1, depth, loop)
         sizes = (values.batch_size, values.image_size)
         with tempfile.TemporaryDirectory() as cache:
-            cold, cached = (in_fresh_process(depth, walk, *sizes, cache) for _ in range(2))
-        found[walk, depth].append({"cold": cold, "cached": cached})
+            cold, cached = (in_fresh_process(depth, loop, *sizes, cache) for _ in range(2))
+        found[loop, depth].append({"cold": cold, "cached": cached})
     rows = [
-        {"depth": depth, "walk": walk, **summarize(runs)}
-        for (walk, depth), runs in found.items()
+        {"depth": depth, "loop": loop, **summarize(runs)}
+        for (loop, depth), runs in found.items()
     ]
     lines = tabulate(rows)
     tables.show("Training step of CIFAR ResNets", HEADINGS, lines)
@@ -78,18 +78,18 @@ def in_fresh_process(*arguments: Any) -> dict[str, float]:
 
 
 def compile_step(
-    depth: int, walk: str, batch_size: int, image_size: int, cache: str
+    depth: int, loop: str, batch_size: int, image_size: int, cache: str
 ) -> dict[str, float]:
     """Seconds to trace and to compile one training step.
 
     Args:
-      depth, walk: of the CIFAR ResNet.
+      depth, loop: of the CIFAR ResNet.
       batch_size, image_size: of its images.
       cache: the folder of the persistent cache.
     """
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    net = nets.Net("resnet_cifar", {"depth": depth, "walk": walk}, image_size)
+    net = nets.Net("resnet_cifar", {"depth": depth, "loop": loop}, image_size)
     batch = nets.random_batch(net, batch_size)
     jax.block_until_ready(jax.device_put(0))  # starts the backend, which does not count
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def tabulate(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             str(row["depth"]),
-            row["walk"],
+            row["loop"],
             *(
                 timing.format_spread(row[start][part], 1)
                 for start in ("cold", "cached")

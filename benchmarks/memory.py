@@ -45,8 +45,8 @@ def define_flags() -> None:
         "batch_size", list(BATCH_SIZES), "Images per batch; may be repeated.", lower_bound=1
     )
     flags.DEFINE_integer("image_size", 32, "Height and width.", lower_bound=4)
-    walks = ["auto", "rolled", "unrolled"]
-    flags.DEFINE_enum("walk", "auto", walks, "How cvjax compiles stages.")
+    loops = ["auto", "rolled", "unrolled"]
+    flags.DEFINE_enum("loop", "auto", loops, "How cvjax compiles stages.")
     flags.DEFINE_bool("torch", True, "Whether PyTorch runs its steps, too.")
 
 
@@ -63,14 +63,14 @@ def main(arguments):
         for recompute in (False, True):
             logging.info("%d layers, batch %d, remat %s.", depth, batch_size, recompute)
             case = {"depth": depth, "batch_size": batch_size, "recompute": recompute}
-            model = net.create(walk=values.walk, remat=recompute)
+            model = net.create(loop=values.loop, remat=recompute)
             rows.append({**case, "side": "cvjax", **measure_ours(model, batch)})
             if values.torch:
                 rows.append({**case, "side": "PyTorch", **measure_torch(model, batch)})
     lines = tabulate(rows)
     tables.show("Memory of a training step of CIFAR ResNets", HEADINGS, lines)
     if folder:
-        settings = {"image_size": values.image_size, "walk": values.walk}
+        settings = {"image_size": values.image_size, "loop": values.loop}
         results = {"benchmark": "memory", **settings, "rows": rows}
         report.write(folder, results, tables.markdown(HEADINGS, lines))
 

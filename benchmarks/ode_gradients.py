@@ -40,29 +40,29 @@ TOLERANCES = (1e-3, 1e-5)
 
 
 def cases() -> list[tuple[str, Solver, str]]:
-    """(label of the walk, solver, walk) of all that is measured."""
+    """(how its steps are compiled, solver, `ODEBlock.loop`) of all that is measured."""
     equal = [
         ("unrolled", Solver("heun", steps, gradient=gradient), "unrolled")
         for steps in STEPS
         for gradient in ("direct", "checkpoint")
     ]
     rolled = [
-        ("loop", Solver("heun", steps, gradient=gradient), "rolled")
+        ("rolled", Solver("heun", steps, gradient=gradient), "rolled")
         for steps in STEPS
         for gradient in ("direct", "checkpoint", "backsolve")
     ]
     adaptive = [
-        ("loop", Solver("dopri5", 0, tol, tol, gradient=gradient), "auto")
+        ("rolled", Solver("dopri5", 0, tol, tol, gradient=gradient), "auto")
         for tol in TOLERANCES
         for gradient in ("direct", "checkpoint", "backsolve")
     ]
     return equal + rolled + adaptive
 
 
-def prepare(solver: Solver, walk: str, x: jax.Array) -> tuple[Any, Any, float]:
+def prepare(solver: Solver, loop: str, x: jax.Array) -> tuple[Any, Any, float]:
     """The compiled function, its parameters, and the seconds of compilation."""
     field = partial(Residual, "group", "relu")
-    block = ODEBlock(field, solver, walk=walk, train=True)
+    block = ODEBlock(field, solver, loop=loop, train=True)
     variables = block.init(jax.random.key(1), x)
 
     def loss(params, x):
@@ -81,9 +81,9 @@ def main(arguments):
     shape = (BATCH_SIZE.value, SIDE.value, SIDE.value, FEATURES.value)
     x = jax.random.normal(jax.random.key(0), shape)
     rows, runs = [], []
-    for label, solver, walk in cases():
+    for label, solver, loop in cases():
         logging.info("Compiling %s, %s.", solver, label)
-        compiled, params, seconds = prepare(solver, walk, x)
+        compiled, params, seconds = prepare(solver, loop, x)
         _, stats = jax.block_until_ready(compiled(params, x))
         runs.append(partial(compiled, params, x))
         rows.append(
@@ -91,7 +91,7 @@ def main(arguments):
                 "solver": solver.method,
                 "steps": int(stats.steps[0]),
                 "rtol": None if solver.steps else solver.rtol,
-                "walk": label,
+                "loop": label,
                 "gradient": solver.gradient,
                 "nfe": int(stats.evaluations[0]),
                 "memory_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
@@ -116,7 +116,7 @@ def main(arguments):
 HEADINGS = (
     "solver",
     "steps",
-    "walk",
+    "loop",
     "gradient",
     "NFE",
     "MB",
@@ -130,7 +130,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     solver = row["solver"] + (f", rtol {row['rtol']:g}" if row["rtol"] else "")
     numbers = (f"{row['memory_mb']:.1f}", f"{row['ms']:.0f}", f"{row['ms_per_nfe']:.2f}")
-    settings = (str(row["steps"]), row["walk"], row["gradient"], str(row["nfe"]))
+    settings = (str(row["steps"]), row["loop"], row["gradient"], str(row["nfe"]))
     return (solver, *settings, *numbers, f"{row['compile_seconds']:.1f}")
 
 

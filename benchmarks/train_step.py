@@ -112,8 +112,8 @@ def measure(
     ours, seconds = nets.create_step(model, batch)
     sides, compile_seconds, failed = {OURS: ours}, {OURS: seconds}, {}
     if jax.default_backend() == "cpu":
-        if hasattr(model, "walk"):
-            rolled = model.clone(walk="rolled")
+        if hasattr(model, "loop"):
+            rolled = model.clone(loop="rolled")
             sides[ROLLED], compile_seconds[ROLLED] = nets.create_step(rolled, batch)
         with onednn.off():
             sides[BY_XLA], compile_seconds[BY_XLA] = nets.create_step(model, batch)

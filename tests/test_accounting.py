@@ -159,7 +159,7 @@ CASES = [
     if entry.fields.get("depth") not in SAME_BUT_FOR_DEPTH.get(entry.model, ())
 ]
 CASES += [
-    ("resnet_cifar", {"depth": 14, "shortcut": "B", "walk": "rolled"}, 32),
+    ("resnet_cifar", {"depth": 14, "shortcut": "B", "loop": "rolled"}, 32),
     ("resnet_cifar", {"depth": 14, "shortcut": "C", "pre_activation": True}, 28),
     ("resnet", {"depth": 50, "shortcut": "C"}, 97),
     ("resnet", {"depth": 18, "dtype": "bfloat16"}, 64),
@@ -194,7 +194,7 @@ def test_every_classifier_is_covered():
 
 
 def test_a_stacked_stage_is_told_block_by_block():
-    counted = account(create_model("resnet_cifar", 10, depth=20, walk="rolled"), 32)
+    counted = account(create_model("resnet_cifar", 10, depth=20, loop="rolled"), 32)
     rows = {row.name: row for row in counted.layers}
     conv = rows["stage1/block3/f/conv2"]
     assert (conv.output, conv.parameters) == ((32, 32, 16), 3 * 3 * 16 * 16)
@@ -346,14 +346,14 @@ def test_images_that_are_too_small_get_one_sentence():
 
 @pytest.mark.slow
 def test_compiled_figures_stand_near_the_counted_ones():
-    model = create_model("resnet_cifar", 10, depth=14, width=8, walk="rolled")
+    model = create_model("resnet_cifar", 10, depth=14, width=8, loop="rolled")
     counted, measured = account(model, 16), compiled.measure(model, 16)
     forward, gradients = measured["forward"], measured["with_gradients"]
     assert 0.8 < forward["flops"] / (2 * counted.macs) < 1.1
     assert 0.8 < gradients["flops"] / (2 * counted.macs_with_gradients) < 1.2
     assert forward["arguments"] >= 4 * (counted.parameters + 16 * 16 * 3)
     assert gradients["results"] > 4 * counted.parameters > forward["results"]
-    assert depth_axis.is_rolled(model.walk, 99)
+    assert depth_axis.is_rolled(model.loop, 99)
 
 
 def test_compiled_memory_holds_what_lies_between_layers():
@@ -389,7 +389,7 @@ def test_the_command_writes_tables_results_and_figure(tmp_path):
     ("flags", "label", "accuracy"),
     [
         (["--model=vgg", "--fields=depth=16"], "VGG-16", "71.592"),
-        (["--model=resnet", "--fields=depth=50,walk=rolled"], "ResNet-50", "76.13"),
+        (["--model=resnet", "--fields=depth=50,loop=rolled"], "ResNet-50", "76.13"),
         # Not that of torchvision: with a larger kernel, without BatchNorm.
         (["--model=googlenet", "--fields=auxiliary_heads=False"], "GoogLeNet (5x5)", "-"),
         (["--model=googlenet", "--fields=variant=3x3"], "googlenet", "-"),

@@ -311,7 +311,7 @@ def test_train_step(tmp_path):
 
 @pytest.mark.slow
 def test_compile(tmp_path):
-    flags = ["--depth=8", "--walk=rolled", "--batch_size=2", "--image_size=8", "--rounds=1"]
+    flags = ["--depth=8", "--loop=rolled", "--batch_size=2", "--image_size=8", "--rounds=1"]
     done = run("compile", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -321,7 +321,7 @@ def test_compile(tmp_path):
 def test_compile_table():
     run_of = {"trace": 1.0, "compile": 2.0}
     summary = compile_benchmark.summarize([{"cold": run_of, "cached": run_of}] * 3)
-    (line,) = compile_benchmark.tabulate([{"depth": 20, "walk": "rolled", **summary}])
+    (line,) = compile_benchmark.tabulate([{"depth": 20, "loop": "rolled", **summary}])
     assert line[:4] == ("20", "rolled", "1.0 (1.0 to 1.0)", "2.0 (2.0 to 2.0)")
 
 

@@ -113,7 +113,7 @@ OTHERS = {
     "model.stride": 16,
     "model.theta": "piecewise_linear",
     "model.version": "1",
-    "model.walk": "rolled",
+    "model.loop": "rolled",
 }
 # What a value needs beside it.
 NEEDED = {

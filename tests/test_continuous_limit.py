@@ -57,7 +57,7 @@ def test_orders_of_a_linear_field(method):
         x = np.ones((1, 1, 1, 1))
         variables = {"params": {"f": {"a": np.full(1, -0.9)}}}
         ends = [
-            ODEBlock(Linear, Solver(method, steps=n), walk="rolled").apply(variables, x)
+            ODEBlock(Linear, Solver(method, steps=n), loop="rolled").apply(variables, x)
             for n in STEPS
         ]
         distances = [
@@ -101,7 +101,7 @@ def tiny(name, **fields):
     config.train_eval_examples = 0
     config.data.batch_size = 16
     config.optim.schedule = "cosine"
-    config.model.update(walk="rolled", width=2, **fields)
+    config.model.update(loop="rolled", width=2, **fields)
     return config
 
 

@@ -28,16 +28,16 @@ class Block(nn.Module):
         return jnp.tanh(norm(nn.Dense(x.shape[-1], name="dense")(x)))
 
 
-def init(length=LENGTH, walk="auto"):
-    return Stage(Block, length, walk).init(jax.random.key(0), X)
+def init(length=LENGTH, loop="auto"):
+    return Stage(Block, length, loop).init(jax.random.key(0), X)
 
 
-def walk_stage(variables, x, walk):
-    stage = Stage(Block, LENGTH, walk)
+def apply_stage(variables, x, loop):
+    stage = Stage(Block, LENGTH, loop)
     return stage.apply(variables, x, mutable=["batch_stats"])
 
 
-def walk_by_hand(variables, x):
+def apply_by_hand(variables, x):
     """One block after another, each with its slice of the variables."""
     updates = []
     for i in range(LENGTH):
@@ -51,9 +51,9 @@ def walk_by_hand(variables, x):
     return x, {"batch_stats": {"blocks": stacked["batch_stats"]}}
 
 
-def output_statistics_and_gradients(walk, variables, x):
+def output_statistics_and_gradients(apply, variables, x):
     def loss(params, x):
-        y, updated = walk({**variables, "params": params}, x)
+        y, updated = apply({**variables, "params": params}, x)
         return (y * WEIGHTS).sum(), (y, updated)
 
     gradients, aux = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], x)
@@ -63,12 +63,12 @@ def output_statistics_and_gradients(walk, variables, x):
 # Rolled and unrolled
 
 
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_a_stage_is_its_blocks_in_a_chain(walk):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_a_stage_is_its_blocks_in_a_chain(loop):
     variables = init()
     actual, wanted = (
         output_statistics_and_gradients(function, variables, X)
-        for function in (partial(walk_stage, walk=walk), walk_by_hand)
+        for function in (partial(apply_stage, loop=loop), apply_by_hand)
     )
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, wanted)
@@ -77,11 +77,11 @@ def test_a_stage_is_its_blocks_in_a_chain(walk):
 
 
 @pytest.mark.parametrize("length", [1, LENGTH])
-def test_only_a_rolled_walk_is_a_loop(length):
+def test_only_a_rolled_stage_is_a_loop(length):
     variables = init(length)
 
-    def has_loop(walk):
-        stage = Stage(partial(Block, train=False), length, walk)
+    def has_loop(loop):
+        stage = Stage(partial(Block, train=False), length, loop)
         return "stablehlo.while" in jax.jit(stage.apply).lower(variables, X).as_text()
 
     assert has_loop("rolled") and not has_loop("unrolled")
@@ -97,20 +97,20 @@ def test_auto_rolls_long_stages_only():
 # Recomputing
 
 
-def recomputing(walk, length=LENGTH):
-    return Stage(Block, length, walk, remat=True)
+def recomputing(loop, length=LENGTH):
+    return Stage(Block, length, loop, remat=True)
 
 
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_recomputing_changes_no_value_and_no_gradient(walk):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_recomputing_changes_no_value_and_no_gradient(loop):
     variables = init()
-    stage = recomputing(walk)
+    stage = recomputing(loop)
     jax.tree.map(np.testing.assert_array_equal, stage.init(jax.random.key(0), X), variables)
     actual, wanted = (
         output_statistics_and_gradients(function, variables, X)
         for function in (
             lambda variables, x: stage.apply(variables, x, mutable=["batch_stats"]),
-            walk_by_hand,
+            apply_by_hand,
         )
     )
     assert jax.tree.structure(actual) == jax.tree.structure(wanted)
@@ -126,14 +126,14 @@ def test_recomputing_in_evaluation_leaves_the_averages_alone():
     np.testing.assert_allclose(actual, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_recomputing_keeps_one_state_per_block(walk):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_recomputing_keeps_one_state_per_block(loop):
     """Temporaries grow by what goes into a block, not by the many arrays within it."""
     x = jnp.zeros((1000, 4))
     compile_options = {"xla_backend_optimization_level": 0}
 
     def temporaries(length, remat):
-        stage = Stage(Wide, length, walk, remat)
+        stage = Stage(Wide, length, loop, remat)
         variables = jax.eval_shape(stage.init, jax.random.key(0), x)
 
         def loss(variables, x):
@@ -159,10 +159,10 @@ class Wide(nn.Module):
         return x + nn.Dense(x.shape[-1], name="down")(y)
 
 
-def test_unknown_walk():
+def test_unknown_loop():
     with pytest.raises(UserError) as caught:
-        init(walk="rol")
-    assert str(caught.value) == "walk must be one of auto, rolled, unrolled, got 'rol'."
+        init(loop="rol")
+    assert str(caught.value) == "loop must be one of auto, rolled, unrolled, got 'rol'."
 
 
 # Variables
@@ -189,22 +189,22 @@ def test_each_block_is_drawn_by_itself():
     assert 0.9 < many.var() * X.shape[1] < 1.1
 
 
-def test_initial_values_do_not_depend_on_the_walk():
-    rolled, unrolled = (init(walk=walk) for walk in ("rolled", "unrolled"))
+def test_initial_values_do_not_depend_on_the_loop():
+    rolled, unrolled = (init(loop=loop) for loop in ("rolled", "unrolled"))
     jax.tree.map(np.testing.assert_array_equal, rolled, unrolled)
 
 
-@pytest.mark.parametrize("walk", depth.WALKS)
-def test_length_zero_is_the_identity_without_variables(walk):
-    y, variables = Stage(Block, 0, walk).init_with_output(jax.random.key(0), X)
+@pytest.mark.parametrize("loop", depth.LOOPS)
+def test_length_zero_is_the_identity_without_variables(loop):
+    y, variables = Stage(Block, 0, loop).init_with_output(jax.random.key(0), X)
     assert variables == {}
     np.testing.assert_array_equal(y, X)
 
 
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_each_block_has_statistics_of_its_own(walk):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_each_block_has_statistics_of_its_own(loop):
     variables = init()
-    _, updated = walk_stage(variables, X, walk)
+    _, updated = apply_stage(variables, X, loop)
     means = updated["batch_stats"]["blocks"]["bn"]["mean"]
     # The first block's, by hand: 0.9 times zero and 0.1 times the mean of x W + b.
     dense = variables["params"]["blocks"]["dense"]

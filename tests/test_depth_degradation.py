@@ -109,7 +109,7 @@ def test_full_preset_is_the_papers_recipe():
         "norm_momentum": 0.9,
         "norm_group": 0,
         "activation": "relu",
-        "walk": "auto",
+        "loop": "auto",
         "remat": False,
         "dtype": "float32",
         "pad_channels": "end",

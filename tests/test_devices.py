@@ -176,14 +176,14 @@ def as_settings(config, file):
     """The command line of a config."""
     flat = {}
 
-    def walk(values, prefix):
+    def visit(values, prefix):
         for key, value in values.items():
             if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
+                visit(value, f"{prefix}{key}.")
             elif prefix + key != "model.name" and value != "":  # "" is what stands anyway
                 flat[f"{prefix}{key}"] = value
 
-    walk(config.to_dict(), "")
+    visit(config.to_dict(), "")
     return [f"--config={file}", *(f"--config.{key}={flat[key]}" for key in flat)]
 
 

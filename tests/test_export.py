@@ -42,13 +42,13 @@ def make_network(name, shape=SHAPE, loss="softmax", **fields):
 
 NETWORKS = {
     "resnet": ("resnet_cifar", {"depth": 8, "width": 4}),
-    "rolled": ("resnet_cifar", {"depth": 14, "width": 4, "walk": "rolled"}),
+    "rolled": ("resnet_cifar", {"depth": 14, "width": 4, "loop": "rolled"}),
     "several labels": ("mlp", {"loss": "sigmoid"}),
     "ODE": ("odenet", {"width": 4, "stem": "res", "steps": 2}),
     "ODE in pieces": (
         "odenet",
         {
-            **{"width": 4, "stem": "res", "solver": "rk4", "steps": 12, "walk": "rolled"},
+            **{"width": 4, "stem": "res", "solver": "rk4", "steps": 12, "loop": "rolled"},
             **{"theta": "piecewise_linear", "pieces": 3},
         },
     ),

@@ -79,10 +79,10 @@ def test_whole_image_where_the_field_is_as_large():
     np.testing.assert_array_equal(patch[..., 0], [[2, 3, 9], [6, 7, 9], [10, 11, 9]])
 
 
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_patch_holds_the_pixels_that_the_unit_sees_and_no_others(walk):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_patch_holds_the_pixels_that_the_unit_sees_and_no_others(loop):
     """All weights positive: each pixel that is seen has a gradient."""
-    model = create_model("resnet_cifar", num_classes=3, depth=8, width=2, walk=walk)
+    model = create_model("resnet_cifar", num_classes=3, depth=8, width=2, loop=loop)
     shape, place = (24, 24, 1), np.array([1, 5])
     init = partial(model.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *shape)))
@@ -218,8 +218,8 @@ def test_chosen_layers_span_the_depth():
     assert feature_maps.choose_layers(layers, 9) == ["stem", "ode"]
 
 
-def test_blocks_walked_one_by_one_make_the_same_logits():
-    model = create_model("resnet_cifar", num_classes=3, depth=14, width=2, walk="rolled")
+def test_blocks_applied_one_by_one_make_the_same_logits():
+    model = create_model("resnet_cifar", num_classes=3, depth=14, width=2, loop="rolled")
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
     run = jax.jit(partial(feature_maps.layer_map, model, layer="stage3/block1"))

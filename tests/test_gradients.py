@@ -114,7 +114,7 @@ def draw_variables(model, images):
 
 
 def test_layers_add_up_to_what_the_trainer_logs():
-    model = create_model("resnet_cifar", 10, depth=14, width=2, walk="rolled")
+    model = create_model("resnet_cifar", 10, depth=14, width=2, loop="rolled")
     recipe = Recipe(model, OptimConfig(), 10, SOFTMAX, Augmentation(0, False))
     state = create_train_state(jax.random.key(1), recipe=recipe, image_shape=(8, 8, 1))
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
@@ -139,7 +139,7 @@ def test_layers_add_up_to_what_the_trainer_logs():
 
 def test_last_state_of_a_net_by_hand():
     """The head is linear in it: dL/dx follows from the logits alone."""
-    model = create_model("resnet_cifar", 10, depth=14, width=2, norm="none", walk="rolled")
+    model = create_model("resnet_cifar", 10, depth=14, width=2, norm="none", loop="rolled")
     images, labels = random_batch()
     images = images / 255 - 0.5
     variables = jax.device_get(draw_variables(model, images))
@@ -154,11 +154,11 @@ def test_last_state_of_a_net_by_hand():
     assert found.states[-1] == pytest.approx(wanted, rel=1e-4)
 
 
-ODE = {"width": 4, "stem": "none", "walk": "rolled"}
+ODE = {"width": 4, "stem": "none", "loop": "rolled"}
 FAMILIES = {
     # Stem, and 2 blocks in each of 3 stages or of 4.
-    "resnet_cifar": ({"depth": 14, "width": 2, "walk": "rolled"}, 1 + 3 * 2),
-    "resnet": ({"depth": 18, "width": 2, "stem": "small", "walk": "rolled"}, 1 + 4 * 2),
+    "resnet_cifar": ({"depth": 14, "width": 2, "loop": "rolled"}, 1 + 3 * 2),
+    "resnet": ({"depth": 18, "width": 2, "stem": "small", "loop": "rolled"}, 1 + 4 * 2),
     # Two stages of 3 steps or blocks, and what halves the image between them.
     "odenet": ({**ODE, "stages": 2, "solver": "midpoint", "steps": 3}, 1 + 3 + 1 + 3),
     # Blocks in the stem lead to x[0].

@@ -898,7 +898,7 @@ NETS = {
     ),
     "cifar56 B": (
         lambda: torch_cifar(56, 4, 10, "B"),
-        ("resnet_cifar", {"depth": 56, "width": 4, "shortcut": "B", "walk": "rolled"}),
+        ("resnet_cifar", {"depth": 56, "width": 4, "shortcut": "B", "loop": "rolled"}),
         16,
     ),
     "alexnet": (lambda: torch_alexnet(64, 7), ("alexnet", {"hidden": 64}), 224),
@@ -937,7 +937,7 @@ NETS = {
     ),
     "resnet152": (
         lambda: torch_resnet(152, 4, 7),
-        ("resnet", {"depth": 152, "width": 4, "walk": "rolled"}),
+        ("resnet", {"depth": 152, "width": 4, "loop": "rolled"}),
         64,
     ),
 }

@@ -341,7 +341,7 @@ def random_variables(model, image_shape, seed=0):
     ("fields", "train"),
     [
         ({"depth": 14, "shortcut": "A"}, False),
-        ({"depth": 14, "shortcut": "A", "walk": "rolled"}, True),
+        ({"depth": 14, "shortcut": "A", "loop": "rolled"}, True),
         ({"depth": 8, "shortcut": "A", "pad_channels": "both"}, False),
         ({"depth": 8, "shortcut": "none"}, True),
         ({"depth": 8, "shortcut": "B", "step_size": 0.5}, True),
@@ -496,7 +496,7 @@ def test_a_residual_stage_without_weights_is_the_identity():
     rng = np.random.default_rng(0)
     x = rng.uniform(size=(2, 4, 4, 3)).astype(np.float32)
 
-    def walk(shortcut, x, scale, f=PostActivation, **fields):
+    def chain(shortcut, x, scale, f=PostActivation, **fields):
         stage = Stage(partial(Block, 3, 1, f, shortcut, norm, **fields), 4)
         shapes = jax.eval_shape(stage.init, jax.random.key(0), x)
         variables = jax.tree_util.tree_map_with_path(
@@ -509,11 +509,11 @@ def test_a_residual_stage_without_weights_is_the_identity():
         )
         return quick_jit(stage.apply)(variables, x)
 
-    np.testing.assert_array_equal(walk("A", x, 0), x)
-    np.testing.assert_array_equal(walk("none", x, 0), np.zeros_like(x))
-    assert np.abs(walk("A", x, 1) - x).max() > 0.1
+    np.testing.assert_array_equal(chain("A", x, 0), x)
+    np.testing.assert_array_equal(chain("none", x, 0), np.zeros_like(x))
+    assert np.abs(chain("A", x, 1) - x).max() > 0.1
     # In the form of 2016 no relu stands after the sum, so the sign does not matter.
-    np.testing.assert_array_equal(walk("A", x - 0.5, 0, PreActivation, act=None), x - 0.5)
+    np.testing.assert_array_equal(chain("A", x - 0.5, 0, PreActivation, act=None), x - 0.5)
 
 
 def create_shortcut(option, features, stride):
@@ -565,7 +565,7 @@ def test_equal_fields_make_equal_models():
     fields = {"depth": 14, "shortcut": "B", "step_size": 0.5}
     one, two = (create("resnet_cifar", fields) for _ in range(2))
     assert one == two and hash(one) == hash(two)
-    for other in ({**fields, "depth": 20}, {**fields, "walk": "rolled"}):
+    for other in ({**fields, "depth": 20}, {**fields, "loop": "rolled"}):
         assert create("resnet_cifar", other) != one
     listed = create("mlp", {"widths": [3, 4]})
     assert listed == create("mlp", {"widths": (3, 4)}) and hash(listed)
@@ -648,8 +648,8 @@ BAD = [
     ),
     (
         "resnet_cifar",
-        {"walk": "roled"},
-        "walk must be one of auto, rolled, unrolled, got 'roled'; did you mean 'rolled'?",
+        {"loop": "roled"},
+        "loop must be one of auto, rolled, unrolled, got 'roled'; did you mean 'rolled'?",
     ),
     (
         "resnet_cifar",

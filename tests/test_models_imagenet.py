@@ -842,7 +842,7 @@ def test_half_precision_is_of_the_computation_only(name, fields, side):
 def test_half_precision_is_close():
     fields = {"depth": 8, "width": 4}
     full = create("resnet_cifar", fields)
-    half = create("resnet_cifar", {**fields, "dtype": "bfloat16", "walk": "rolled"})
+    half = create("resnet_cifar", {**fields, "dtype": "bfloat16", "loop": "rolled"})
     variables = random_variables(full, (8, 8, 3))
     images = np.random.default_rng(1).standard_normal((4, 8, 8, 3), np.float32)
     wanted, got = (

@@ -72,7 +72,7 @@ def float64():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_linear_field_is_the_exponential(method):
-    module = block(Solver(method, steps=32), Linear, walk="rolled")
+    module = block(Solver(method, steps=32), Linear, loop="rolled")
     y, _ = solve(module, init(module))
     error = {"euler": 2e-2, "midpoint": 2e-4, "heun": 2e-4, "reversible_heun": 2e-4}
     np.testing.assert_allclose(y, np.exp(-0.7) * X, rtol=error.get(method, 1e-6))
@@ -85,10 +85,10 @@ ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "tsit5": 5, "dopri5": 
 def test_error_falls_by_the_order(method, order, float64):
     x = X.astype(np.float64)
     variables = init(block(Solver()), x)
-    exact, _ = solve(block(Solver("dopri5", steps=400), walk="rolled"), variables, x)
+    exact, _ = solve(block(Solver("dopri5", steps=400), loop="rolled"), variables, x)
     errors = [
         np.abs(
-            solve(block(Solver(method, steps=n), walk="rolled"), variables, x)[0] - exact
+            solve(block(Solver(method, steps=n), loop="rolled"), variables, x)[0] - exact
         ).max()
         for n in (8, 16)
     ]
@@ -99,7 +99,7 @@ def test_error_falls_by_the_order(method, order, float64):
 def test_adaptive_steps_keep_the_tolerance(method):
     solver = Solver(method, steps=0, rtol=1e-4, atol=1e-4, max_steps=1000)
     variables = init(block(solver))
-    exact, _ = solve(block(Solver("rk4", steps=64), walk="rolled"), variables)
+    exact, _ = solve(block(Solver("rk4", steps=64), loop="rolled"), variables)
     y, stats = solve(block(solver), variables)
     assert (stats.result == solvers.SUCCESSFUL).all()
     assert 1e-7 < np.abs(y - exact).max() < 2e-3
@@ -139,12 +139,12 @@ def test_zero_field_is_the_identity():
 # The depth axis
 
 
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_euler_is_the_tied_residual_chain_in_values_and_gradients(walk):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_euler_is_the_tied_residual_chain_in_values_and_gradients(loop):
     length = 5
-    continuous = block(Solver("euler", steps=length), walk=walk)
+    continuous = block(Solver("euler", steps=length), loop=loop)
     variables = init(continuous)
-    chain = depth.TiedStage(Smooth, length, walk)
+    chain = depth.TiedStage(Smooth, length, loop)
     tied = jax.tree.map(lambda leaf: leaf[0], variables)
     np.testing.assert_allclose(
         solve(continuous, variables)[0],
@@ -213,7 +213,7 @@ def exact_gradients():
     with jax.enable_x64(True):
         as_double = functools.partial(np.asarray, dtype=np.float64)
         variables, x = jax.tree.map(as_double, (variables, X))
-        module = block(Solver("rk4", steps=400, gradient="direct"), walk="rolled")
+        module = block(Solver("rk4", steps=400, gradient="direct"), loop="rolled")
         return jax.device_get(loss_and_gradients(module, variables, x)[1])
 
 
@@ -230,7 +230,7 @@ def exact_gradients():
     ids=lambda solver: f"{solver.method}-{solver.gradient}",
 )
 def test_gradients_against_float64(solver):
-    module = block(solver, train=True, walk="rolled")
+    module = block(solver, train=True, loop="rolled")
     variables = init(module)
     _, actual = loss_and_gradients(module, variables, X)
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
@@ -239,10 +239,10 @@ def test_gradients_against_float64(solver):
 
 
 @pytest.mark.parametrize("steps", [1, 7, 9])
-@pytest.mark.parametrize("walk", ["rolled", "unrolled"])
-def test_checkpointing_changes_no_gradient(walk, steps):
+@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+def test_checkpointing_changes_no_gradient(loop, steps):
     kept, again = (
-        block(Solver("heun", steps=steps, gradient=gradient), walk=walk)
+        block(Solver("heun", steps=steps, gradient=gradient), loop=loop)
         for gradient in ("direct", "checkpoint")
     )
     variables = init(kept)
@@ -254,7 +254,7 @@ def test_checkpointing_saves_memory_also_unrolled_on_cpu():
     x = np.zeros((64, 16, 16, 8), np.float32)
 
     def bytes_of(gradient, steps):
-        module = block(Solver("heun", steps=steps, gradient=gradient), walk="unrolled")
+        module = block(Solver("heun", steps=steps, gradient=gradient), loop="unrolled")
         variables = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
 
         def loss(params, x):
@@ -357,7 +357,7 @@ class Explodes(Linear):
 )
 def test_failures_are_told_apart(field, solver, train, result):
     x = np.full((2, 1, 1, 1), 3.0, np.float32)
-    module = block(solver, field, train=train, walk="rolled")
+    module = block(solver, field, train=train, loop="rolled")
     y, stats = solve(module, {"params": {"f": {"a": np.zeros(1, np.float32)}}}, x)
     assert stats.result.tolist() == [result, result]
     assert np.isnan(y).all()  # nobody may take it for x(1)

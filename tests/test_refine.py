@@ -121,7 +121,7 @@ def test_difference_falls_with_the_first_order_of_h():
     x = np.random.default_rng(1).normal(size=(3, 4))
     length, h = 4, 0.5
 
-    def walk(variables, length, h):
+    def chain(variables, length, h):
         return Stage(partial(Step, h), length, "rolled").apply(variables, x)
 
     with jax.enable_x64(True):
@@ -129,11 +129,11 @@ def test_difference_falls_with_the_first_order_of_h():
             Stage(partial(Step, h), length).init, jax.random.key(0), jnp.zeros((1, 4))
         )
         variables = random_like(shapes, scale=1.0)
-        outputs = [walk(variables, length, h)]
+        outputs = [chain(variables, length, h)]
         for _ in range(5):
             variables = refine(variables, 2)
             length, h = 2 * length, h / 2
-            outputs.append(walk(variables, length, h))
+            outputs.append(chain(variables, length, h))
     changes = [np.abs(b - a).max() for a, b in itertools.pairwise(outputs)]
     ratios = [a / b for a, b in itertools.pairwise(changes)]
     assert changes[0] > 0.01
@@ -161,7 +161,7 @@ def test_refined_steps_approach_the_solution():
 def test_refined_network_approaches_one_function():
     """The whole net, with blocks that halve the image and have no h."""
     fields = {"depth": 14, "width": 2, "pre_activation": True, "step_size": 0.25}
-    fields["walk"] = "rolled"
+    fields["loop"] = "rolled"
     images = np.random.default_rng(1).normal(size=(4, 8, 8, 1))
     with jax.enable_x64(True):
         model = create_model("resnet_cifar", 10, **fields)

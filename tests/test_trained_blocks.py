@@ -68,7 +68,7 @@ def test_responses_are_those_of_batch_norm(network):
     model = network.recipe.model
     found = trained_blocks.layer_responses(model, network.variables, images, network)
     assert len(found) == 13  # 14 layers less the dense one
-    rolled = model.clone(walk="rolled")
+    rolled = model.clone(loop="rolled")
     again = trained_blocks.layer_responses(rolled, network.variables, images, network)
     np.testing.assert_allclose(found, again, rtol=1e-4)
     params, stats = network.variables["params"], network.variables["batch_stats"]

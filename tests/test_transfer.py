@@ -332,7 +332,7 @@ def test_source_that_is_not_finished(source, tmp_path, messages):
 
 
 def test_source_is_another_network(source, tmp_path):
-    settings = {"init_from": str(source), "model.shortcut": "none", "model.walk": "rolled"}
+    settings = {"init_from": str(source), "model.shortcut": "none", "model.loop": "rolled"}
     message = refusal(tmp_path, **settings)
     assert "is of another network (model.shortcut was 'A', now 'none');" in message
 

@@ -153,6 +153,12 @@ def test_manifest(tmp_path):
     assert read["created"][4] == "-" and read["created"][-6] in "+-"
 
 
+def test_settings_of_older_runs_have_their_names_of_today(tmp_path):
+    workdir.write_manifest(tmp_path, {"model": {"name": "resnet", "walk": "rolled"}})
+    model = workdir.read_manifest(tmp_path)["config"]["model"]
+    assert model == {"name": "resnet", "loop": "rolled"}
+
+
 def test_git_commit_of_this_checkout(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=b"]

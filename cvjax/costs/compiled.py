@@ -34,8 +34,8 @@ def measure(
       and its gradient with respect to the parameters): "flops"; and in bytes "arguments",
       "results", "temporaries" and their sum "memory".
     """
-    if hasattr(model, "walk"):
-        model = model.clone(walk="unrolled")
+    if hasattr(model, "loop"):
+        model = model.clone(loop="unrolled")
     shape = (batch_size, image_size, image_size, channels)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)

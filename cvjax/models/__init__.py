@@ -44,7 +44,7 @@ SEGMENTERS = ("fcn", "unet")
 TASK_MODELS = {"detection": DETECTORS, "segmentation": SEGMENTERS}
 
 # Fields that change how a network is computed, and not what (but for rounding).
-SAME_FUNCTION = ("walk", "remat", "gradient")
+SAME_FUNCTION = ("loop", "remat", "gradient")
 # Fields that change how the equation of an ODE block is solved besides.
 SAME_EQUATION = tuple(dict.fromkeys((*SAME_FUNCTION, *solver.FIELDS)))
 # Fields that leave the meaning of each parameter as it is.

@@ -45,7 +45,7 @@ class CenterNet(nn.Module):
 
     Attributes:
       num_classes: kinds of objects.
-      depth, shortcut, version, stem, width, norm_momentum, norm_group, walk, remat, dtype:
+      depth, shortcut, version, stem, width, norm_momentum, norm_group, loop, remat, dtype:
         of the backbone, see `resnet.ResNet`.
       features: of the path up and of the heads.
       max_detections: of an image.
@@ -64,7 +64,7 @@ class CenterNet(nn.Module):
     max_detections: int = 100
     norm_momentum: float = 0.9
     norm_group: int = 0
-    walk: str = "auto"
+    loop: str = "auto"
     remat: bool = False
     dtype: str = "float32"
 

@@ -35,7 +35,7 @@ class FCN(nn.Module):
 
     Attributes:
       num_classes: of a pixel.
-      depth, shortcut, version, stem, width, norm_momentum, norm_group, walk, remat, dtype:
+      depth, shortcut, version, stem, width, norm_momentum, norm_group, loop, remat, dtype:
         of the backbone, see `resnet.ResNet`.
       stride: of the finest score: 32, 16 or 8 with the stem "imagenet", a quarter of that
         with "small".
@@ -53,7 +53,7 @@ class FCN(nn.Module):
     stride: int = 8
     norm_momentum: float = 0.9
     norm_group: int = 0
-    walk: str = "auto"
+    loop: str = "auto"
     remat: bool = False
     dtype: str = "float32"
 

@@ -108,7 +108,7 @@ class ODENet(nn.Module):
         `nn.ode.ODEBlock`.
       solver, steps, rtol, atol, max_steps, gradient, per_sample: see `nn.solver.Solver`;
         the defaults are eight fixed steps of Heun's method.
-      walk: how fixed steps are compiled, one of `nn.depth.WALKS`.
+      loop: how fixed steps are compiled, one of `nn.depth.LOOPS`.
       dtype: in which convolutions are computed, "float32" or "bfloat16"; parameters, what
         lies between layers (the state of the ODE), norms and logits are float32.
 
@@ -133,7 +133,7 @@ class ODENet(nn.Module):
     max_steps: int = 256
     gradient: str = "auto"
     per_sample: str = "eval"
-    walk: str = "auto"
+    loop: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -142,7 +142,7 @@ class ODENet(nn.Module):
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("per_sample", self.per_sample, PER_SAMPLE)
         check_choice("theta", self.theta, THETAS)
-        check_choice("walk", self.walk, depth_axis.WALKS)
+        check_choice("loop", self.loop, depth_axis.LOOPS)
         check_pieces(self.theta, self.pieces, _solver(self))
         if self.dtype == "bfloat16" and not self.steps:
             raise UserError(
@@ -155,7 +155,7 @@ class ODENet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
         f = partial(Residual, self.norm, self.activation, self.zero_init, self.dtype)
-        settings = (self.theta, self.pieces, self.walk, train)
+        settings = (self.theta, self.pieces, self.loop, train)
 
         def block(suffix):
             return ODEBlock(f, _solver(self), *settings, name=f"ode{suffix}")
@@ -174,7 +174,7 @@ class DiscreteNet(nn.Module):
       step_size: h of "blocks".
       depth_init: of "blocks", initial weights along depth: "independent" or "smooth", see
         `nn.depth.smooth`.
-      walk: how the blocks are compiled, one of `nn.depth.WALKS`.
+      loop: how the blocks are compiled, one of `nn.depth.LOOPS`.
       Others: see `ODENet`.
 
     Raises:
@@ -193,13 +193,13 @@ class DiscreteNet(nn.Module):
     length: int = 6
     step_size: float = 1.0
     depth_init: str = "independent"
-    walk: str = "auto"
+    loop: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self):
         _frame(self)
         check_choice("body", self.body, BODIES)
-        check_choice("walk", self.walk, depth_axis.WALKS)
+        check_choice("loop", self.loop, depth_axis.LOOPS)
         if self.length < 0:
             raise UserError(f"length must be 0 or more, got {self.length}.")
         if not self.step_size > 0:
@@ -222,10 +222,10 @@ class DiscreteNet(nn.Module):
         def block(suffix):
             name = f"stage{suffix}"
             if self.body == "tied":
-                return depth_axis.TiedStage(f, self.length, self.walk, name=name)
+                return depth_axis.TiedStage(f, self.length, self.loop, name=name)
             make_block = partial(ResidualBlock, f, self.step_size)
             init = {"depth_init": self.depth_init}
-            return depth_axis.Stage(make_block, self.length, self.walk, **init, name=name)
+            return depth_axis.Stage(make_block, self.length, self.loop, **init, name=name)
 
         return _frame(self).apply(images, block)
 

@@ -93,7 +93,7 @@ class ResNet(nn.Module):
       norm_momentum: of BatchNorm's running averages.
       norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
         whole batch; see `nn.norm.BatchNorm`.
-      walk: how the blocks of a stage are compiled, one of `nn.depth.WALKS`.
+      loop: how the blocks of a stage are compiled, one of `nn.depth.LOOPS`.
       remat: whether the gradient computes the blocks of the stages again instead of keeping
         what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
@@ -111,7 +111,7 @@ class ResNet(nn.Module):
     width: int = 64
     norm_momentum: float = 0.9
     norm_group: int = 0
-    walk: str = "auto"
+    loop: str = "auto"
     remat: bool = False
     dtype: str = "float32"
 
@@ -125,7 +125,7 @@ class ResNet(nn.Module):
         check_choice("shortcut", self.shortcut, SHORTCUTS)
         check_choice("version", self.version, VERSIONS)
         check_choice("stem", self.stem, STEMS)
-        check_choice("walk", self.walk, depth_axis.WALKS)
+        check_choice("loop", self.loop, depth_axis.LOOPS)
         check_choice("dtype", self.dtype, tuple(DTYPES))
         super().__post_init__()
 
@@ -149,7 +149,7 @@ def check_backbone(net: nn.Module, stages: Sequence[int] = ()) -> None:
       net: the network.
       stages: those whose stride the network's field `stride` may be; () if it has none.
     """
-    names = (*BACKBONE, "walk", "dtype")
+    names = (*BACKBONE, "loop", "dtype")
     ResNet(net.num_classes, **{name: getattr(net, name) for name in names})
     strides = [stage_stride(net.stem, stage) for stage in stages]
     if strides and net.stride not in strides:
@@ -185,6 +185,6 @@ def resnet_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[ja
             x = block(features, stride, name=f"stage{stage}_transition")(x)
             length -= 1
         same = partial(block, features, stride=1)
-        blocks = depth_axis.Stage(same, length, net.walk, net.remat, name=f"stage{stage}")
+        blocks = depth_axis.Stage(same, length, net.loop, net.remat, name=f"stage{stage}")
         x = blocks(x)
         yield x

@@ -70,7 +70,7 @@ class CifarResNet(nn.Module):
       norm_group: examples over which BatchNorm takes its statistics in training, 0 for the
         whole batch; see `nn.norm.BatchNorm`.
       activation: "relu", as in the papers, or "sigmoid".
-      walk: how the blocks of a stage are compiled, one of `nn.depth.WALKS`.
+      loop: how the blocks of a stage are compiled, one of `nn.depth.LOOPS`.
       remat: whether the gradient computes the blocks of the stages again instead of keeping
         what lies within them, see `nn.depth.Stage`.
       dtype: of convolutions and of what lies between layers, "float32" or "bfloat16";
@@ -92,7 +92,7 @@ class CifarResNet(nn.Module):
     norm_momentum: float = 0.9
     norm_group: int = 0
     activation: str = "relu"
-    walk: str = "auto"
+    loop: str = "auto"
     remat: bool = False
     dtype: str = "float32"
 
@@ -103,7 +103,7 @@ class CifarResNet(nn.Module):
         check_choice("pad_channels", self.pad_channels, PADS)
         check_choice("norm", self.norm, NORMS)
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        check_choice("walk", self.walk, depth_axis.WALKS)
+        check_choice("loop", self.loop, depth_axis.LOOPS)
         if self.blocks:
             _check_blocks(self.blocks, self.depth)
         elif self.depth < 8 or (self.depth - 2) % 6:
@@ -160,7 +160,7 @@ class CifarResNet(nn.Module):
                 length -= 1
             same = partial(block, features, stride=1)
             blocks = depth_axis.Stage(
-                same, length, self.walk, self.remat, name=f"stage{stage}"
+                same, length, self.loop, self.remat, name=f"stage{stage}"
             )
             x = blocks(x)
         if self.pre_activation:

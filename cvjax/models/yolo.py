@@ -37,7 +37,7 @@ class YOLO(nn.Module):
 
     Attributes:
       num_classes: kinds of objects.
-      depth, shortcut, version, stem, width, norm_momentum, norm_group, walk, remat, dtype:
+      depth, shortcut, version, stem, width, norm_momentum, norm_group, loop, remat, dtype:
         of the backbone, see `resnet.ResNet`.
       stride: pixels of a cell: 4, 8, 16 or 32 with the stem "imagenet", a quarter of that
         with "small". Stages behind that resolution are left out.
@@ -61,7 +61,7 @@ class YOLO(nn.Module):
     max_detections: int = 100
     norm_momentum: float = 0.9
     norm_group: int = 0
-    walk: str = "auto"
+    loop: str = "auto"
     remat: bool = False
     dtype: str = "float32"
 

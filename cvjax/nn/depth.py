@@ -23,13 +23,13 @@ from jax import numpy as jnp
 from cvjax.errors import UserError
 from cvjax.nn.remat import recompute
 
-WALKS = ("auto", "rolled", "unrolled")
+LOOPS = ("auto", "rolled", "unrolled")
 MOST_UNROLLED = 9  # the stages of nets of up to 62 layers
 BLOCKS = "blocks"  # what a stage keeps its stacked variables under
 DEPTH_INITS = ("independent", "smooth")  # initial weights along depth
 
 
-def is_rolled(walk: str, length: int) -> bool:
+def is_rolled(loop: str, length: int) -> bool:
     """Whether `length` blocks become a loop; for "auto", more than `MOST_UNROLLED` do.
 
     The unrolled stage steps faster, for a loop copies what the gradient needs: ResNet-20
@@ -37,13 +37,13 @@ def is_rolled(walk: str, length: int) -> bool:
     faster, the more so the longer it is. The results are the same up to rounding.
 
     Raises:
-      UserError: if `walk` is not one of `WALKS`.
+      UserError: if `loop` is not one of `LOOPS`.
     """
-    if walk not in WALKS:
-        raise UserError(f"walk must be one of {', '.join(WALKS)}, got {walk!r}.")
-    if walk == "auto":
+    if loop not in LOOPS:
+        raise UserError(f"loop must be one of {', '.join(LOOPS)}, got {loop!r}.")
+    if loop == "auto":
         return length > MOST_UNROLLED
-    return walk == "rolled"
+    return loop == "rolled"
 
 
 class Stage(nn.Module):
@@ -57,7 +57,7 @@ class Stage(nn.Module):
       block: makes one block, called as `block(name=...)`; it maps x to an array of the same
         shape.
       length: number of blocks.
-      walk: one of `WALKS`, see `is_rolled`.
+      loop: one of `LOOPS`, see `is_rolled`.
       remat: whether the gradient keeps only what goes into each block and computes the
         block again: memory for one state per block instead of all that lies within, for one
         more forward pass. Values and gradients are the same up to rounding.
@@ -66,7 +66,7 @@ class Stage(nn.Module):
 
     block: Callable[..., nn.Module]
     length: int
-    walk: str = "auto"
+    loop: str = "auto"
     remat: bool = False
     depth_init: str = "independent"
 
@@ -77,7 +77,7 @@ class Stage(nn.Module):
         if self.remat and not self.is_initializing():
             return self._scan_recomputing(x)
         # Initialisation need not be fast, only quickly compiled.
-        rolled = is_rolled(self.walk, self.length) or self.is_initializing()
+        rolled = is_rolled(self.loop, self.length) or self.is_initializing()
         chain = nn.scan(
             lambda block, x, _: (jax.lax.optimization_barrier(block(x)), None),
             variable_axes={"params": 0, "batch_stats": 0},
@@ -94,7 +94,7 @@ class Stage(nn.Module):
 
     def _scan_recomputing(self, x: jax.Array) -> jax.Array:
         """The same chain, of pure functions: `nn.remat` saves nothing on CPU."""
-        rolled = is_rolled(self.walk, self.length)
+        rolled = is_rolled(self.loop, self.length)
         block = self.block(parent=None)
         averages = {
             collection: tree[BLOCKS]
@@ -127,18 +127,18 @@ class TiedStage(nn.Module):
     Attributes:
       f: makes f, called as `f(name=...)`; f(x, t) has the shape of x.
       length: number of blocks; 0 for the identity.
-      walk: one of `WALKS`, see `is_rolled`.
+      loop: one of `LOOPS`, see `is_rolled`.
     """
 
     f: Callable[..., nn.Module]
     length: int
-    walk: str = "auto"
+    loop: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.length == 0:
             return x
-        rolled = is_rolled(self.walk, self.length) or self.is_initializing()
+        rolled = is_rolled(self.loop, self.length) or self.is_initializing()
         h = 1 / self.length
         chain = nn.scan(
             lambda f, x, t: (x + h * f(x, t), None),

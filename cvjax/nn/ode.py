@@ -45,7 +45,7 @@ class ODEBlock(nn.Module):
       solver: see `nn.solver.Solver`.
       theta: one of `THETAS`.
       pieces: of the time from 0 to 1.
-      walk: whether fixed steps are a loop, one of `nn.depth.WALKS`.
+      loop: whether fixed steps are a loop, one of `nn.depth.LOOPS`.
       train: whether the call is for training (see `nn.solver.Solver`).
 
     Raises:
@@ -57,7 +57,7 @@ class ODEBlock(nn.Module):
     solver: Solver
     theta: str = "constant"
     pieces: int = 1
-    walk: str = "auto"
+    loop: str = "auto"
     train: bool = False
 
     @nn.compact
@@ -68,7 +68,7 @@ class ODEBlock(nn.Module):
         if self.is_initializing():
             self._sow(Stats(*[jnp.zeros(len(x), jnp.int32)] * 4))
             return x
-        rolled = depth.is_rolled(self.walk, self.solver.steps)
+        rolled = depth.is_rolled(self.loop, self.solver.steps)
         f = self._vector_field()
         wants_energy = self.is_mutable_collection("kinetic")
         if wants_energy:

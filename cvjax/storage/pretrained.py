@@ -17,6 +17,7 @@ from jax import numpy as jnp
 from cvjax import files
 from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
+from cvjax.storage.workdir import with_names_of_today
 
 _FOLDER = importlib.resources.files("cvjax") / "pretrained"
 
@@ -82,6 +83,7 @@ def read(source: str) -> Pretrained:
             statistics = Statistics(arrays.pop("mean"), arrays.pop("std"))
             variables = traverse_util.unflatten_dict(arrays, sep="/")
             texts["class_names"] = tuple(texts["class_names"])
+            texts["config"] = with_names_of_today(texts["config"])
             return Pretrained(variables=variables, statistics=statistics, **texts)
         except (
             SafetensorError,

@@ -27,6 +27,10 @@ _FILES = (
 _FOLDERS = ("checkpoints", "damaged", "profile", "tensorboard")
 
 
+# What settings of networks were called in runs of older versions.
+_FORMER_FIELDS = {"walk": "loop"}
+
+
 class _Absent:
     def __repr__(self) -> str:
         return "absent"
@@ -193,7 +197,7 @@ def write_manifest(
 
 
 def read_manifest(workdir: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote.
+    """What `write_manifest` wrote, with the settings' names of today.
 
     Raises:
       UserError: `workdir` has no readable config.json, or one with something else in it.
@@ -215,7 +219,17 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
         raise errors.UserError(
             f"{path} is damaged: 'history' is no list of objects; {hint}"
         )
+    manifest["config"] = with_names_of_today(manifest["config"])
     return manifest
+
+
+def with_names_of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as it was kept, with settings renamed since then under their new names."""
+    model = config.get("model")
+    if not isinstance(model, dict):
+        return config  # damaged, as `parse_config` will say
+    model = {_FORMER_FIELDS.get(name, name): value for name, value in model.items()}
+    return {**config, "model": model}
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def measure_solvers(
         network = load_network(run_dir)
         test = first_examples(network, EVERYTHING)
         images = test.images[:examples]
-        rolled = {"walk": "rolled"}
+        rolled = {"loop": "rolled"}
         exact = convergence.solve(network, images, {**REFERENCE, **rolled})
         found = []
         for fields in SOLVERS:

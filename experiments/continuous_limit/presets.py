@@ -33,7 +33,7 @@ def quick_resnet() -> ml_collections.ConfigDict:
     config.train_eval_examples = 0
     config.data.crop_padding = 0
     config.optim.schedule = "cosine"
-    config.model.walk = "rolled"  # short runs: compilation would take most of the time
+    config.model.loop = "rolled"  # short runs: compilation would take most of the time
     return config
 
 

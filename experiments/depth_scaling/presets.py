@@ -88,7 +88,7 @@ PRESETS = {
 def _with_blocks() -> ml_collections.ConfigDict:
     config = default_config("odenet_discrete")
     config.data.normalization = "channel"
-    config.model.update(norm="none", activation="tanh", walk="rolled")
+    config.model.update(norm="none", activation="tanh", loop="rolled")
     config.optim.update(name="adam", learning_rate=0.01, weight_decay=0.0)
     config.optim.schedule = "cosine"
     return config

@@ -56,7 +56,7 @@ def prepare(model: nn.Module) -> nn.Module:
             f"this ODE-net has adaptive steps ({model.solver}), so what a unit sees is not "
             "known beforehand; look at it with equal ones: --fields=solver=rk4,steps=8."
         )
-    return model.clone(gradient="direct", walk="unrolled")
+    return model.clone(gradient="direct", loop="unrolled")
 
 
 def list_layers(

@@ -66,7 +66,7 @@ def quick(depth: int) -> ml_collections.ConfigDict:
     config = presets.quick(depth)
     config.total_steps = config.eval_every = 100
     config.checkpoint_every = 50
-    config.model.walk = "rolled"  # short runs: compilation would take most of the time
+    config.model.loop = "rolled"  # short runs: compilation would take most of the time
     return config
 
 
@@ -140,10 +140,10 @@ def with_net(config: ml_collections.ConfigDict, net: str) -> ml_collections.Conf
     """The config for one of `NETS`; an ODE-net has as many layers as the others."""
     config.model.update(NETS[net])
     if net == "ode":
-        depth, width, walk = (config.model[key] for key in ("depth", "width", "walk"))
+        depth, width, loop = (config.model[key] for key in ("depth", "width", "loop"))
         config.model = default_config("odenet").model
         # It has one width where the others end with four times theirs.
-        config.model.update(stem="none", width=2 * width, walk=walk)
+        config.model.update(stem="none", width=2 * width, loop=loop)
         config.model.update(solver="euler", steps=(depth - 2) // 2)
     return config
 
