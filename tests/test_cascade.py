@@ -16,6 +16,7 @@ from experiments.cascade import measure as measuring
 from experiments.cascade import members as cascade_members
 from experiments.cascade.early_exit import NEVER, Plan
 from experiments.cascade.figure import pareto_front, tabulate
+from experiments.cascade.temperature import fit_temperature
 
 
 def random_scores(members, n, classes=4, seed=0):
@@ -190,10 +191,10 @@ def test_three_nets_are_not_worse_than_two():
 def test_temperature_by_hand():
     # Two classes, logits a apart, right three times in four: a / T = log(3).
     logits = np.array([[2.0, 0.0]] * 4)
-    temperature = early_exit.fit_temperature(logits, np.array([0, 0, 1, 0]))
+    temperature = fit_temperature(logits, np.array([0, 0, 1, 0]))
     assert temperature == pytest.approx(2 / np.log(3), rel=1e-9)
     # Always right: as sure as is allowed.
-    assert early_exit.fit_temperature(logits, np.zeros(4, int)) == pytest.approx(0.1)
+    assert fit_temperature(logits, np.zeros(4, int)) == pytest.approx(0.1)
 
 
 # Figures and tables

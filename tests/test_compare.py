@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from cvjax import compare as program
 from cvjax.comparison import figure, rows, runs
+from cvjax.comparison.row_names import row_names
 from cvjax.costs.accounting import account
 from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, UserError
@@ -204,11 +205,11 @@ def test_names_are_what_differs(write_run, tmp_path):
 
 def test_names_without_a_group_only_where_they_are_unique():
     configs = [{"loss.name": "a", "optim.name": "x"}, {"loss.name": "b", "optim.name": "y"}]
-    assert rows.row_names(configs) == [
+    assert row_names(configs) == [
         "loss.name=a optim.name=x",
         "loss.name=b optim.name=y",
     ]
-    assert rows.row_names([{"model.name": "vgg", "model.depth": 11}]) == ["vgg"]
+    assert row_names([{"model.name": "vgg", "model.depth": 11}]) == ["vgg"]
 
 
 def test_grouped_by_a_key(write_run, tmp_path):

@@ -19,7 +19,7 @@ from configs import digits_mlp
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError, WorkdirInUse
 from cvjax.storage import checkpoint, divergence, metrics_log, workdir
-from experiments import on_ray, runner, runs_table, sharing
+from experiments import on_ray, ray_cluster, runner, runs_table, sharing
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = ["x.py", "--seeds=2"]
@@ -87,14 +87,14 @@ def test_a_run_asks_for_no_more_than_a_node_has():
             dead = {"Alive": False, "Resources": {"CPU": 64.0}}
             return [cpu, gpu, dead]
 
-    assert on_ray._gpus(Ray, 2, None) == 1
-    assert on_ray._gpus(Ray, 4, 0.0) == 0
+    assert ray_cluster.gpus_of_each(Ray, 2, None) == 1
+    assert ray_cluster.gpus_of_each(Ray, 4, 0.0) == 0
     with pytest.raises(UserError, match="64 CPU cores and 0 GPUs"):
-        on_ray._gpus(Ray, 64, 0.0)
+        ray_cluster.gpus_of_each(Ray, 64, 0.0)
     with pytest.raises(
         UserError, match=r"4 CPU cores and 1 GPUs, and no node .* 4 and 0, 2"
     ):
-        on_ray._gpus(Ray, 4, None)
+        ray_cluster.gpus_of_each(Ray, 4, None)
 
 
 def test_a_node_that_sees_the_folder_trains_in_it(train, tmp_path):

@@ -19,7 +19,7 @@ from cvjax.errors import InterruptedRun, UserError
 from cvjax.models import create_model
 from cvjax.storage import checkpoint
 from cvjax.training import default_config, loop, train_and_evaluate, trainer, transfer
-from cvjax.training.optim import OptimConfig, create_optimizer, is_frozen
+from cvjax.training.optim import OptimConfig, check_freeze, create_optimizer, is_frozen
 from cvjax.training.trained_network import load_network
 
 STEPS = 6
@@ -278,9 +278,9 @@ def test_what_an_expression_freezes():
     }
     assert frozen["stage1/blocks/f/conv1/kernel"] and not frozen["head/kernel"]
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert transfer.check_freeze(shapes, "") == total
+    assert check_freeze(shapes, "") == total
     # All but head, 8 * 10 + 10.
-    assert transfer.check_freeze(shapes, "^(?!head)") == 90
+    assert check_freeze(shapes, "^(?!head)") == 90
 
 
 # What is refused

@@ -61,14 +61,14 @@ def _iterate(
     )
     iterator = iter(dataset)
     try:
-        for batch in _told_of_lost_workers(iterator):
+        for batch in _explain_lost_workers(iterator):
             # Plain arrays, which keep grain's shared memory alive as long as they live.
             yield {key: np.asarray(value) for key, value in batch.items()}
     finally:
         iterator.close()
 
 
-def _told_of_lost_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _explain_lost_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except RuntimeError as error:

@@ -4,9 +4,11 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
+from flax import traverse_util
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
@@ -128,6 +130,30 @@ def is_frozen(params, freeze: str):
         ),
         params,
     )
+
+
+def check_freeze(params: Any, freeze: str) -> int:
+    """The number of parameters that are trained.
+
+    Raises:
+      UserError: if `freeze` matches no parameter, or all.
+    """
+    if not freeze:
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+    frozen = is_frozen(params, freeze)
+    counts = [
+        0 if is_still else leaf.size
+        for leaf, is_still in zip(
+            jax.tree.leaves(params), jax.tree.leaves(frozen), strict=True
+        )
+    ]
+    if all(counts) or not any(counts):
+        modules = sorted({path[0] for path in traverse_util.flatten_dict(params)})
+        raise UserError(
+            f"optim.freeze {freeze!r} matches {'no' if all(counts) else 'every'} "
+            f"parameter; their paths begin with {', '.join(modules)}."
+        )
+    return sum(counts)
 
 
 def create_optimizer(optim: OptimConfig, total_steps: int) -> optax.GradientTransformation:

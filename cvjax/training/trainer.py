@@ -37,7 +37,7 @@ from cvjax.training import devices, interrupt, loop, metrics, resume, steps, tra
 from cvjax.training.check_network import check_network
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
-from cvjax.training.optim import boundary_steps, create_schedule
+from cvjax.training.optim import boundary_steps, check_freeze, create_schedule
 from cvjax.training.profiling import check_steps, open_trace
 from cvjax.training.recipe import Recipe, create_recipe
 from cvjax.training.restore import initial_or_restored, read_together
@@ -128,7 +128,7 @@ def _run(
         state = transfer.start_from(
             state, source, run.init_from, run.model, dataset.class_names
         )
-    trained = transfer.check_freeze(state.params, run.optim.freeze)
+    trained = check_freeze(state.params, run.optim.freeze)
     if run.loss.kinetic_weight and not metrics.solves_of(state.monitor.sums):
         raise UserError(
             f"loss.kinetic_weight is {run.loss.kinetic_weight:g}, but "

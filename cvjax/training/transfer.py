@@ -23,7 +23,6 @@ going to be trained as a whole.
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +42,6 @@ from cvjax.nn.depth import refine
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
 from cvjax.training import trained_network as networks
-from cvjax.training.optim import is_frozen
 from cvjax.training.state import TrainState, create_variables
 from cvjax.training.trained_network import Network
 
@@ -241,34 +239,6 @@ def own_statistics(folder: pathlib.Path) -> Statistics:
     """Those that a run was started with, for when it is resumed."""
     statistics, _ = read_inputs(folder)
     return statistics
-
-
-def check_freeze(params: Any, freeze: str) -> int:
-    """The number of parameters that are trained.
-
-    Raises:
-      UserError: if `freeze` matches no parameter, or all.
-    """
-    if not freeze:
-        return sum(leaf.size for leaf in jax.tree.leaves(params))
-    frozen = is_frozen(params, freeze)
-    counts = [
-        0 if is_still else leaf.size
-        for leaf, is_still in zip(
-            jax.tree.leaves(params), jax.tree.leaves(frozen), strict=True
-        )
-    ]
-    if all(counts) or not any(counts):
-        modules = sorted({re.split("/", path)[0] for path in _paths(params)})
-        raise UserError(
-            f"optim.freeze {freeze!r} matches {'no' if all(counts) else 'every'} "
-            f"parameter; their paths begin with {', '.join(modules)}."
-        )
-    return sum(counts)
-
-
-def _paths(params: Any) -> list[str]:
-    return ["/".join(path) for path in traverse_util.flatten_dict(params)]
 
 
 def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from experiments.cascade.members import (
     median_seconds,
     run_plan,
 )
+from experiments.cascade.temperature import fit_temperature
 
 TIMED = 2_000  # images of which times are taken
 SWEEP = 10  # cascades beside the chosen one
@@ -66,7 +67,7 @@ def measure(
     if calibrate:
         members = [
             dataclasses.replace(
-                member, temperature=early_exit.fit_temperature(logits, dataset.val.labels)
+                member, temperature=fit_temperature(logits, dataset.val.labels)
             )
             for member, logits in zip(members, val, strict=True)
         ]

@@ -233,7 +233,7 @@ def look_at(
         "field": [int(span.field) for span in spans],
         "image": list(shape[:2]),
         "channels": len(top.values),
-        "silent": int(top.dead.sum()),
+        "dead": int(top.dead.sum()),
         "shown": shown.tolist(),
         "trained": agreement(top, examples.labels),
         "untrained": untrained,
@@ -280,7 +280,7 @@ def show(results: dict[str, Any]) -> None:
     rows = [
         [
             *(row["layer"], "×".join(map(str, row["field"]))),
-            *(str(row["channels"]), str(row["silent"])),
+            *(str(row["channels"]), str(row["dead"])),
             *(percent(row["trained"], 0), percent_interval(row["trained"], 0)),
             *(percent(row["untrained"], 0), percent_interval(row["untrained"], 0)),
         ]
