@@ -1,5 +1,6 @@
 """What a program calls itself, in messages and in the record of a run."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -130,6 +131,21 @@ def test_swapped_programs_of_the_cache(run_cached, tmp_path):
     assert run_cached().stderr == ""
 
 
+def test_a_truncated_program_of_the_cache(run_cached, tmp_path):
+    """JAX never overwrites an entry, so it goes, and the next start has a sound one."""
+    sound = run_cached()
+    entries = sorted((tmp_path / "cvjax" / "xla").glob("jit_*-cache"))
+    sizes = {entry.name: entry.stat().st_size for entry in entries}
+    os.truncate(entries[0], 100)
+    mended = run_cached()
+    assert (mended.returncode, mended.stdout) == (0, sound.stdout), mended.stderr
+    (line,) = mended.stderr.splitlines()
+    assert "damaged entry of the compilation cache was removed" in line
+    again = run_cached()
+    assert (again.returncode, again.stderr) == (0, "")
+    assert entries[0].stat().st_size == sizes[entries[0].name]
+
+
 @pytest.mark.parametrize("mistake", ["fail", "trace"])
 def test_a_mistake_of_the_program_is_shown_once(mistake, run_cached, tmp_path):
     """It is no reason to try again, and to empty the cache."""
@@ -140,6 +156,22 @@ def test_a_mistake_of_the_program_is_shown_once(mistake, run_cached, tmp_path):
     assert failed.stderr.count("Traceback") == 1
     assert "compilation cache" not in failed.stderr
     assert sorted((tmp_path / "cvjax" / "xla").iterdir()) == kept
+
+
+def test_text_that_the_terminal_cannot_show(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "from cvjax import cli\nfrom cvjax.errors import UserError\n"
+        "def main(arguments):\n    print(arguments[0])\n    raise UserError(arguments[0])\n"
+        "cli.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), "café.png"],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "caf\\xe9.png\n"), done.stderr
+    assert done.stderr == "program.py: caf\\xe9.png\n"
 
 
 # Signals, from the first line to the last

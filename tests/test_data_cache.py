@@ -178,6 +178,17 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
     assert_sound(cache.read_or_decode(SOURCE, decode, tmp_path))
 
 
+def test_what_a_killed_process_was_writing_goes(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # SIGKILL: nothing is tidied up
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(np, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.read_or_decode(SOURCE, decode, tmp_path)
+    assert len(list(tmp_path.glob(".writing-*"))) == 1
+    assert_sound(cache.read_or_decode(SOURCE, decode, tmp_path))
+    assert not list(tmp_path.glob(".writing-*"))
+
+
 def test_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -267,6 +267,24 @@ def test_validation_serves_as_test(load, tmp_path):
     assert len(dataset.val.labels) == 6
 
 
+def test_a_split_without_labels_is_left_out(load, tmp_path, caplog):
+    splits = draw({"train": 30, "validation": 6, "test": 9})
+    splits["test"] = splits["test"][0], np.full(9, -1)
+    write(tmp_path / "data", splits)
+    with caplog.at_level("INFO"):
+        dataset = load()
+    assert split_rows(dataset.test) == rows(*splits["validation"])
+    assert "test" in caplog.text and "label" in caplog.text
+
+
+def test_labels_that_are_partly_kept_back(load, tmp_path):
+    splits = draw()
+    splits["test"][1][4:] = -1
+    write(tmp_path / "data", splits)
+    with pytest.raises(UserError, match=r"5 .*labels|labels.* 5"):
+        load()
+
+
 def test_no_test_split(load, tmp_path):
     write(tmp_path / "data", draw({"train": 60}))
     with pytest.raises(UserError, match=r"^shapes has the splits train; it takes"):

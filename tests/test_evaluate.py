@@ -204,6 +204,11 @@ def test_ten_views_without_scales_come_from_the_padded_image():
     assert views[9] == [[2, 1], [4, 3]]
 
 
+def test_views_that_cannot_fit_into_memory(runs):
+    with pytest.raises(UserError, match=r"--scales=1000000 .*GB.*--batch_size"):
+        evaluate.evaluate(runs("mlp"), scales=(1_000_000,))
+
+
 def test_views_of_scales():
     image = jnp.ones((1, 4, 6, 1))
     shapes = [view.shape for view in create_views(image, Views(1, (2, 4, 8)))]

@@ -405,6 +405,21 @@ def test_impossible_validation_sizes(count, opened):
 # Workers
 
 
+def test_a_lost_worker_is_explained():
+    def batches(message):
+        yield {}
+        raise RuntimeError(message)
+
+    found = prefetch._explain_lost_workers(
+        batches("Grain worker process 0 terminated unexpectedly with exit code -9")
+    )
+    next(found)
+    with pytest.raises(UserError, match=r"exit code -9.*fewer data\.num_workers"):
+        next(found)
+    with pytest.raises(RuntimeError, match="something else"):
+        list(prefetch._explain_lost_workers(batches("something else")))
+
+
 PARENT = """
 import multiprocessing, os, signal, sys, time
 from absl import flags
