@@ -142,7 +142,10 @@ FILES = [
     "inputs.npz",
     "metrics.jsonl",
     "summary.json",
+    "diverged.json",
+    "curves.png",
     ".lock",
+    ".holder",
     "tensorboard",
 ]
 CONTENTS = {
@@ -159,12 +162,13 @@ CONTENTS = {
 def test_any_file_damaged(name, kind, run):
     """Nothing but a UserError; what is trained, and where, is what it was."""
     path = run / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if kind == "folder":
         path.mkdir()
     else:
         path.write_bytes(CONTENTS[kind])
-    for use in (load_network, lambda run: train_and_evaluate(create_config(), run)):
+    uses = load_network, read_run, lambda run: train_and_evaluate(create_config(), run)
+    for use in uses:
         try:
             use(run)
         except UserError as error:
