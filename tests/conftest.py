@@ -1,5 +1,6 @@
 """Settings for all tests: CPU, strict promotion, a compilation cache that persists."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,6 +17,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
     "CVJAX_TEST_CACHE", f"{tempfile.gettempdir()}/cvjax-test-xla"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Nearly half of the tests' time goes to XLA's optimisations, and to emitters of fusions that
+# JAX 0.12 cannot leave out: there programs are compiled as users have them, as they are here
+# with XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true".
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 # A shell has SIGINT ignored in what it starts in the background, and so in all processes
 # that these tests start and stop.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

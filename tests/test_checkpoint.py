@@ -514,7 +514,7 @@ checkpoint.save(workdir, 2, {"x": jax.device_put(x + 1, split)}, {})
 def test_from_one_device_to_two_and_back(tmp_path):
     x = jnp.arange(8, dtype=jnp.float32)
     checkpoint.save(tmp_path, 1, {"x": x}, {})
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     subprocess.run(
         [sys.executable, "-W", "error", "-c", TWO_DEVICES, str(tmp_path)],
         check=True,

@@ -29,11 +29,15 @@ BOXES = ("digit_scenes", "voc")
 MAPS = ("digit_scenes/masks", "mask_folder/instances")
 LARGE = (
     "digit_scenes_centernet",
+    "digit_scenes_fcn",
+    "digit_scenes_multilabel",
     "digit_scenes_unet",
     "digit_scenes_yolo",
     "nuclei_fcn",
     "nuclei_unet",
     "voc_centernet",
+    "voc_yolo",
+    "mnist_odenet",
     "folder_finetune",
     "imagenet_resnet",
     "imagenet_vgg",

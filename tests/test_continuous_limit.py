@@ -17,6 +17,7 @@ from cvjax.nn.ode import ODEBlock
 from cvjax.nn.solver import Solver
 from cvjax.training import default_config
 from cvjax.training.config import parse_config
+from cvjax.training.state import create_variables
 from cvjax.training.trained_network import Network
 from experiments.continuous_limit import __main__ as experiment
 from experiments.continuous_limit import blocks, convergence, figure, tables
@@ -126,8 +127,8 @@ def test_other_solver_in_two_precisions():
     model = create_model(num_classes=3, **run.model)
     images = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 1), np.uint8)
     flat = Statistics(jnp.full((6, 6, 1), 0.5), jnp.ones((6, 6, 1)))
-    init = jax.jit(partial(model.init, train=False))
-    variables = {"params": init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)))["params"]}
+    drawn = create_variables(jax.random.key(0), model=model, image_shape=(6, 6, 1))
+    variables = {"params": drawn["params"]}
     network = Network(run, None, variables, flat, ("a", "b", "c"), 0, "")
     fields = {"solver": "rk4", "steps": 3}
     other = create_model(num_classes=3, **run.model | fields)

@@ -55,7 +55,7 @@ def without_figures(monkeypatch):
 def environment(count=1):
     flags = f"--xla_force_host_platform_device_count={count}"
     return os.environ | {
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }

@@ -68,7 +68,7 @@ def test_the_file_says_what_the_network_says(kind, tmp_path):
     assert "custom_call @cvjax" not in loaded.mlir_module()
     images = data.load("digits").test.images[:5]
     expected = [predict(network, image) for image in images]
-    for size in (1, 5):
+    for size in (1, 5) if kind == "resnet" else (5,):  # each is compiled
         actual = loaded.call(images[:size])
         np.testing.assert_allclose(actual, expected[:size], atol=2e-5)
     about = json.loads((tmp_path / "net.json").read_text())
@@ -99,7 +99,10 @@ def test_a_batch_size_of_its_own():
     assert exported.in_avals[0].shape == (3, *SHAPE)
 
 
-@pytest.mark.parametrize(("name", "fields"), [("centernet", {"features": 4}), ("yolo", {})])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("centernet", {"features": 4}), ("yolo", {"stem": "small", "stride": 2})],
+)
 def test_a_detectors_file_has_its_boxes(name, fields):
     """Those of `evaluation.detection`, and zeros as the scores of rows that are none."""
     side = (32, 32, 1)

@@ -15,6 +15,7 @@ from cvjax.models import create_model
 from cvjax.nn.conv import Conv
 from cvjax.report import figures
 from cvjax.training import default_config, trainer
+from cvjax.training.state import create_variables
 from experiments.filters import __main__ as experiment
 from experiments.filters import feature_maps, figure, top_patches
 from experiments.filters.guided_backprop import RULES, with_rule
@@ -221,7 +222,7 @@ def test_chosen_layers_span_the_depth():
 def test_blocks_applied_one_by_one_make_the_same_logits():
     model = create_model("resnet_cifar", num_classes=3, depth=14, width=2, loop="rolled")
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
+    variables = create_variables(jax.random.key(0), model=model, image_shape=(8, 8, 1))
     run = jax.jit(partial(feature_maps.layer_map, model, layer="stage3/block1"))
     last = run(variables, images)
     head = variables["params"]["head"]

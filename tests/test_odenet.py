@@ -12,6 +12,7 @@ from cvjax.models import create_model
 from cvjax.models.odenet_layers import Residual, groups_of
 from cvjax.nn import solver as solvers
 from cvjax.training import metrics
+from cvjax.training.state import create_variables
 
 MNIST, CIFAR, SMALL = (28, 28, 1), (32, 32, 3), (6, 6, 1)
 BLOCKS = {"conv": 132_874, "res": 157_578}  # without a block in the middle
@@ -40,8 +41,8 @@ def images():
 
 
 def init(model, images):
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
-    return {"params": variables["params"]}
+    drawn = create_variables(jax.random.key(0), model=model, image_shape=images.shape[1:])
+    return {"params": drawn["params"]}
 
 
 # Counts
