@@ -2,10 +2,7 @@
 
 import json
 import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,18 +18,12 @@ from cvjax.training.optim import boundary_steps
 from experiments.depth_degradation import __main__ as depth_degradation
 from experiments.depth_degradation import presets, rates, tables
 
-ROOT = pathlib.Path(__file__).parents[1]
 
+def test_experiment_runs_draws_and_is_idempotent(tmp_path, call_program):
+    def run(folder, *flags):
+        program = ("-m", "experiments.depth_degradation", f"--workdir={folder}")
+        return call_program(*program, *flags, seconds=300)
 
-def run(workdir, *flags):
-    program = [sys.executable, "-m", "experiments.depth_degradation"]
-    command = [*program, f"--workdir={workdir}"]
-    return subprocess.run(
-        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_experiment_runs_draws_and_is_idempotent(tmp_path):
     flags = ["--preset=quick", "--depths=8", "--seeds=2", "--steps=4"]
     shared = len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else False
     first = run(tmp_path, *flags, *["--processes=2"] * shared)
