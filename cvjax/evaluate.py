@@ -44,8 +44,13 @@ from cvjax.training.trained_network import load_network
 
 SPLITS = ("test", "val", "train")
 
-# What reports on tasks other than classification, and shows it.
-REPORTS = {"detection": detection, "multilabel": multilabel, "segmentation": segmentation}
+# What reports on a network, and shows it, by task.
+REPORTS = {
+    "classification": class_report,
+    "multilabel": multilabel,
+    "detection": detection,
+    "segmentation": segmentation,
+}
 
 
 def evaluate(
@@ -85,7 +90,7 @@ def evaluate(
     manifest = workdirs.read_manifest(workdir)
     _warn_of_changes(manifest["config"]["model"], fields or {})
     task = network.recipe.task.name
-    if task in REPORTS and (crops > 1 or scales):
+    if task != "classification" and (crops > 1 or scales):
         raise UserError(
             f"--crops and --scales are for classification, and this network's task is "
             f"{task}; leave them out."
@@ -113,21 +118,11 @@ def evaluate(
         "trained_by": {key: manifest[key] for key in manifest if key != "config"},
     }
     title = f"{network.run.model['name']} on {dataset.name}, {split}"
-    files = {"results": folder / f"{name}.json"}
-    if task in REPORTS:
-        size = min(batch_size or network.run.data.eval_batch_size, len(examples))
-        about = (network, dataset, split, size, folder / name, title)
-        measured, figures = REPORTS[task].report(*about)
-        files |= figures
-        written = {key: str(path) for key, path in files.items()}
-        results = {**source, "task": task, **measured, "files": written, **made_by}
-        write_json(files["results"], results)
-        return results
-    about = (network, examples, views, batch_size, folder / name, title)
-    measured, figures = class_report.report(*about)
-    files |= figures
+    about = (network, dataset, split, views, batch_size, folder / name, title)
+    measured, figures = REPORTS[task].report(*about)
+    files = {"results": folder / f"{name}.json", **figures}
     written = {key: str(path) for key, path in files.items()}
-    results = {**source, **measured, "files": written, **made_by}
+    results = {**source, "task": task, **measured, "files": written, **made_by}
     write_json(files["results"], results)
     return results
 
@@ -217,7 +212,7 @@ def main(arguments):
     if values.json:
         print(to_json(results))
         return
-    (REPORTS[results["task"]] if "task" in results else class_report).show(results)
+    REPORTS[results["task"]].show(results)
     for path in results["files"].values():
         print(path)
 

@@ -9,12 +9,13 @@ import pytest
 from jax import numpy as jnp
 from PIL import Image
 
-from cvjax import data, predict
+from cvjax import data
 from cvjax.data import boxes
 from cvjax.data.boxes import Boxes
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.image_files import seen_part
 from cvjax.errors import UserError
+from cvjax.evaluation import picture_boxes
 from cvjax.evaluation.detection import Found, detect_split
 from cvjax.tasks import detection, ranking
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
@@ -195,7 +196,7 @@ def test_boxes_go_back_from_the_crop_to_the_picture():
     part = seen_part((96, 64), (32, 32, 1), None)
     assert part == (16, 0, 80, 64)
     found = Found(np.array([[0.0, 8, 32, 16]]), np.array([1]), np.array([0.5]))
-    (box,) = predict.place(found, part, (32, 32, 1)).corners
+    (box,) = picture_boxes.place(found, part, (32, 32, 1)).corners
     assert box.tolist() == [16, 16, 80, 32]
 
 
@@ -205,7 +206,7 @@ def test_predict_draws_boxes_and_says_where_they_are(run, tmp_path, call_program
     wide = np.pad(scene, [(0, 0), (10, 6)])  # the middle 32 of 48 columns are seen
     Image.fromarray(wide).save(picture)
     content = picture.read_bytes()
-    found = predict.locate(network, wide[:, 8:40, None])
+    found = picture_boxes.locate(network, wide[:, 8:40, None])
     threshold = float(np.sort(found.scores)[-2]) - 1e-6
     program = ("-m", "cvjax.predict", f"--workdir={run[0]}", f"--threshold={threshold}")
     done = call_program(*program, "--json", picture)

@@ -13,7 +13,7 @@ from cvjax import data, export
 from cvjax.data.normalize import Statistics, normalize
 from cvjax.errors import UserError
 from cvjax.evaluation import detection
-from cvjax.predict import predict
+from cvjax.evaluation.picture_classes import predict
 from cvjax.training import default_config
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe

@@ -9,9 +9,10 @@ from jax import numpy as jnp
 from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
-from cvjax import data, evaluate, predict
+from cvjax import data, evaluate
 from cvjax.data import boxes
 from cvjax.data.dataset import ArraySplit, Dataset
+from cvjax.evaluation import picture_classes
 from cvjax.evaluation.multilabel import best_threshold
 from cvjax.models import create_model
 from cvjax.tasks import multilabel
@@ -139,7 +140,7 @@ def test_evaluation_equals_scikit_learns_at_the_threshold_of_validation(run):
     network, dataset = load_network(folder), few_images("few")
 
     def scores_of(split):
-        return np.stack([predict.predict(network, image) for image in split.images])
+        return np.stack([picture_classes.predict(network, image) for image in split.images])
 
     def f1(scores, threshold, kind, there):
         return sklearn_metrics.f1_score(there, scores >= threshold, average=kind)
@@ -170,7 +171,7 @@ def test_the_best_threshold_of_scores_by_hand():
 
 def test_a_picture_gets_all_its_names(run, tmp_path, call_program):
     network, test = load_network(run[0]), few_images("few").test
-    scores = np.stack([predict.predict(network, image) for image in test.images])
+    scores = np.stack([picture_classes.predict(network, image) for image in test.images])
     several = int((scores >= 0.5).sum(axis=1).argmax())
     Image.fromarray(test.images[several, ..., 0]).save(tmp_path / "several.png")
     program = ("-m", "cvjax.predict", f"--workdir={run[0]}", tmp_path / "several.png")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cvjax import data, predict
 from cvjax.data.image_files import load_picture
-from cvjax.evaluation import predictions
+from cvjax.evaluation import picture_classes, predictions
 from cvjax.evaluation.multicrop import Views
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import load_network
@@ -46,7 +46,9 @@ def test_prediction_of_a_file_equals_evaluation(workdir, tmp_path, monkeypatch):
     for k in range(5):
         Image.fromarray(test.images[k, ..., 0]).save(tmp_path / "digit.png")
         image = load_picture(tmp_path / "digit.png", network.image_shape)
-        np.testing.assert_allclose(predict.predict(network, image), scores[k], rtol=1e-5)
+        np.testing.assert_allclose(
+            picture_classes.predict(network, image), scores[k], rtol=1e-5
+        )
 
 
 def test_an_import_says_how_pictures_are_cropped(tmp_path):
@@ -73,9 +75,9 @@ def test_an_import_says_how_pictures_are_cropped(tmp_path):
 
 def test_most_probable_classes_in_order():
     scores = np.array([0.1, 0.4, 0.2, 0.3])
-    named = list(predict.most_probable(scores, ("a", "b", "c", "d"), 3))
+    named = list(picture_classes.most_probable(scores, ("a", "b", "c", "d"), 3))
     assert named == [("b", 0.4), ("d", 0.3), ("c", 0.2)]
-    assert len(list(predict.most_probable(scores, ("a", "b", "c", "d"), 9))) == 4
+    assert len(list(picture_classes.most_probable(scores, ("a", "b", "c", "d"), 9))) == 4
 
 
 def test_good_files_go_on_after_bad_ones(workdir, tmp_path, call_program):
@@ -95,7 +97,7 @@ def test_good_files_go_on_after_bad_ones(workdir, tmp_path, call_program):
     assert [row["image"] for row in rows] == [str(paths[0]), str(paths[-1])]
     network = load_network(workdir)
     for row, image in zip(rows, digits, strict=True):
-        scores = predict.predict(network, image)
+        scores = picture_classes.predict(network, image)
         assert row["step"] == 20
         assert row["top"][0]["class"] == str(scores.argmax())
         probabilities = [entry["probability"] for entry in row["top"]]

@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors.numpy import save
 
 from configs import digits_resnet
-from cvjax import export, predict
+from cvjax import export
+from cvjax.data.image_files import load_picture
 from cvjax.errors import UserError
+from cvjax.evaluation import picture_classes
 from cvjax.interop.tensors import load_tensors
 from cvjax.interop.torch_export import to_torch
 from cvjax.storage import pretrained
@@ -57,8 +59,8 @@ def test_the_network_is_the_runs(run, bundled):
             np.testing.assert_array_equal, getattr(ours, name), getattr(theirs, name)
         )
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    expected = predict.predict(theirs, image)
-    np.testing.assert_array_equal(predict.predict(ours, image), expected)
+    expected = picture_classes.predict(theirs, image)
+    np.testing.assert_array_equal(picture_classes.predict(ours, image), expected)
 
 
 def test_what_is_known_of_it(run, bundled):
@@ -121,7 +123,7 @@ def test_they_become_programs(tmp_path, call_program):
     assert done.returncode == 0, done.stderr
     loaded = jax_export.deserialize(bytearray(path.read_bytes()))
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    expected = predict.predict(load_network("pretrained:cifar10_resnet20"), image)
+    expected = picture_classes.predict(load_network("pretrained:cifar10_resnet20"), image)
     np.testing.assert_allclose(loaded.call(image[None])[0], expected, atol=2e-5)
 
 
@@ -166,8 +168,8 @@ def test_bundled_networks(name, tmp_path):
     assert 0 < found.measured["test/error"] < 0.2
     network = load_network(f"pretrained:{name}")
     Image.new("RGB", (40, 30), "gray").save(tmp_path / "gray.png")
-    picture = predict.load_picture(tmp_path / "gray.png", network.image_shape, None, "crop")
-    assert predict.predict(network, picture).sum() == pytest.approx(1)
+    picture = load_picture(tmp_path / "gray.png", network.image_shape, None, "crop")
+    assert picture_classes.predict(network, picture).sum() == pytest.approx(1)
 
 
 def test_bundled_networks_are_small():

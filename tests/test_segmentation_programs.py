@@ -9,7 +9,7 @@ from PIL import Image
 
 from cvjax.data.normalize import normalize
 from cvjax.evaluate import evaluate
-from cvjax.evaluation import segmentation
+from cvjax.evaluation import picture_segments
 from cvjax.evaluation.instances import bowl_score
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.trained_network import apply_model, load_network, probabilities
@@ -73,7 +73,7 @@ def test_large_pictures_are_seen_in_tiles_of_few_sizes(run, monkeypatch):
         shapes.add(images.shape)
         return images @ np.arange(9, dtype=np.float32).reshape(3, 3)
 
-    monkeypatch.setattr(segmentation, "apply_model", pointwise)
+    monkeypatch.setattr(picture_segments, "apply_model", pointwise)
     rng = np.random.default_rng(0)
     for size in ((700, 1100), (512, 65), (30, 90)):
         picture = rng.integers(256, size=(*size, 3)).astype(np.uint8)
@@ -87,7 +87,7 @@ def test_large_pictures_are_seen_in_tiles_of_few_sizes(run, monkeypatch):
         )
         wanted = probabilities(pointwise(None, images, model=None)[0], "softmax")
         shapes.remove((1, *size, 3))
-        found = segmentation.class_probabilities(network, picture)
+        found = picture_segments.class_probabilities(network, picture)
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert shapes == {(1, 512, 512, 3), (1, 512, 128, 3), (1, 64, 128, 3)}
 
@@ -102,7 +102,7 @@ def test_a_picture_of_a_whole_size_is_seen_as_it_is(run):
     images = normalize(picture[None], statistics)
     logits = apply_model(network.variables, images, model=network.recipe.model)
     wanted = probabilities(logits[0], "softmax")
-    found = segmentation.class_probabilities(network, picture)
+    found = picture_segments.class_probabilities(network, picture)
     # The mean of equal statistics is rounded.
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
@@ -118,7 +118,9 @@ def test_a_dark_picture_is_seen_as_a_bright_one(run):
         data = dataclasses.replace(network.run.data, stretch=stretch)
         seen = dataclasses.replace(network, run=dataclasses.replace(network.run, data=data))
         answers[stretch] = [
-            segmentation.class_probabilities(seen, segmentation.as_seen(seen, picture))
+            picture_segments.class_probabilities(
+                seen, picture_segments.as_seen(seen, picture)
+            )
             for picture in (bright, dark)
         ]
     away = {key: np.abs(a - b).max() for key, (a, b) in answers.items()}

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
-from cvjax import data, evaluate, predict
+from cvjax import data, evaluate
 from cvjax.data import prefetch
 from cvjax.data.dataset import ArraySplit
 from cvjax.data.image_files import BORDER, load_picture
 from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import InterruptedRun, UserError
-from cvjax.evaluation import predictions
+from cvjax.evaluation import picture_classes, predictions
 from cvjax.evaluation.multicrop import Views
 from cvjax.storage import metrics_log
 from cvjax.training import default_config, train_and_evaluate, trainer
@@ -197,7 +197,9 @@ def test_a_file_is_cropped_as_in_evaluation(create_config, finished, tmp_path):
     ):
         (tmp_path / "picture.jpg").write_bytes(encoded)
         image = load_picture(tmp_path / "picture.jpg", network.image_shape, BORDER)
-        np.testing.assert_allclose(predict.predict(network, image), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            picture_classes.predict(network, image), expected, atol=1e-6
+        )
 
 
 @pytest.mark.slow
@@ -217,7 +219,7 @@ def test_the_program_crops_so_too(create_config, finished, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     named = json.loads(ran.stdout)["top"][0]
-    wanted = predict.predict(network, image).max()
+    wanted = picture_classes.predict(network, image).max()
     assert named["probability"] == pytest.approx(wanted, abs=1e-6)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cvjax.data.dataset import Split
+from cvjax.data.dataset import Dataset
 from cvjax.errors import UserError
 from cvjax.evaluation import classification
 from cvjax.evaluation.multicrop import Views
@@ -19,7 +19,8 @@ _SHOWN_CLASSES = 20
 
 def report(
     network: Network,
-    examples: Split,
+    dataset: Dataset,
+    split: str,
     views: Views,
     batch_size: int | None,
     path: pathlib.Path,
@@ -29,7 +30,8 @@ def report(
 
     Args:
       network: that network.
-      examples: a split of the data set that it was trained on.
+      dataset: that it was trained on.
+      split: "train", "val" or "test".
       views: of each image, see `evaluation.multicrop`.
       batch_size: in images; None for the run's own. It does not change the results.
       path: of the files, without their endings.
@@ -41,6 +43,7 @@ def report(
     Raises:
       UserError: images have several classes.
     """
+    examples = getattr(dataset, split)
     if examples.target_rank > 1:
         raise UserError(
             f"{network.run.data.name} has several classes per image; only sets with one "

@@ -16,6 +16,8 @@ import numpy as np
 
 from cvjax.data.boxes import unpack
 from cvjax.data.dataset import Dataset, Split
+from cvjax.evaluation.multicrop import Views
+from cvjax.evaluation.predictions import size_of_batches
 from cvjax.report import tables
 from cvjax.report.figures import label_axes, save_figure
 from cvjax.training import steps
@@ -200,7 +202,8 @@ def report(
     network: Network,
     dataset: Dataset,
     split: str,
-    batch_size: int,
+    views: Views,
+    batch_size: int | None,
     path: pathlib.Path,
     title: str,
 ) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
@@ -209,15 +212,18 @@ def report(
     Args:
       network: the detector.
       dataset: that it was trained on.
-      split: "train", "val" or "test".
-      batch_size: of the evaluation; it changes nothing.
+      split, views: "train", "val" or "test"; there is one view.
+      batch_size: in images; None for the run's own. It does not change the results.
       path: of the files, without their endings.
       title: of the figure.
 
     Returns:
       The numbers, and the files written.
     """
-    found, wanted, values = detect_split(network, getattr(dataset, split), batch_size)
+    del views
+    examples = getattr(dataset, split)
+    size = size_of_batches(network, examples, batch_size)
+    found, wanted, values = detect_split(network, examples, size)
     names = dataset.class_names
     precisions = average_precisions(found, wanted, len(names))
     figure = path.with_name(f"{path.name}_precision_recall.png")

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 
 from cvjax.data.dataset import Dataset, Split
+from cvjax.evaluation.multicrop import Views
+from cvjax.evaluation.predictions import size_of_batches
 from cvjax.report import tables
 from cvjax.tasks.multilabel import f1_scores, multi_hot
 from cvjax.training import steps
@@ -63,7 +65,8 @@ def report(
     network: Network,
     dataset: Dataset,
     split: str,
-    batch_size: int,
+    views: Views,
+    batch_size: int | None,
     path: pathlib.Path,
     title: str,
 ) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
@@ -71,12 +74,13 @@ def report(
     # Imported here: scikit-learn takes a second.
     from sklearn.metrics import average_precision_score
 
-    del path, title
-    on_val = score_split(network, dataset.val, batch_size)
+    del views, path, title
+    size = size_of_batches(network, getattr(dataset, split), batch_size)
+    on_val = score_split(network, dataset.val, size)
     threshold = best_threshold(*on_val[:2])
     scores, there, values = on_val
     if split != "val":
-        scores, there, values = score_split(network, getattr(dataset, split), batch_size)
+        scores, there, values = score_split(network, getattr(dataset, split), size)
     named, positives = scores >= threshold, there.sum(axis=0)
     precisions = [
         float(average_precision_score(there[:, k], scores[:, k])) if positives[k] else None

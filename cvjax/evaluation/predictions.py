@@ -107,7 +107,7 @@ def predict_split(
       float64 [examples, classes] and int32 [examples].
     """
     averages, labels = [], []
-    batches = split.eval_batches(_batch_size(network, split, batch_size))
+    batches = split.eval_batches(size_of_batches(network, split, batch_size))
     with contextlib.closing(batches):
         for batch in batches:
             images = normalize(batch["image"], network.statistics)
@@ -159,7 +159,7 @@ def predict_as_in_training(
     recipe = network.recipe
     fixed = {"model": recipe.model, "loss": recipe.loss, "task": recipe.task}
     sums, scores, labels = [], [], []
-    batches = split.eval_batches(_batch_size(network, split, batch_size))
+    batches = split.eval_batches(size_of_batches(network, split, batch_size))
     with contextlib.closing(batches):
         for batch in batches:
             added, logits = steps.eval_step_with_logits(
@@ -174,7 +174,8 @@ def predict_as_in_training(
     return np.concatenate(scores), np.concatenate(labels), errors
 
 
-def _batch_size(network: Network, split: Split, batch_size: int | None) -> int:
+def size_of_batches(network: Network, split: Split, batch_size: int | None) -> int:
+    """`batch_size`, if there are as many examples; None: as in training."""
     if batch_size is None:
         return network.run.data.eval_batch_size
     return min(batch_size, len(split))

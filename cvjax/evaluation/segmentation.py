@@ -11,55 +11,19 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-import jax
 import numpy as np
 
 from cvjax import progress
 from cvjax.data.dataset import Dataset, Split
-from cvjax.data.normalize import normalize, stretch_contrast
-from cvjax.data.tiles import enlarge, tiles
 from cvjax.evaluation.instances import bowl_score, mask_precisions, separate
+from cvjax.evaluation.multicrop import Views
+from cvjax.evaluation.picture_segments import as_seen, class_probabilities
 from cvjax.report import tables
 from cvjax.report.segments import draw_sheet
 from cvjax.tasks.segmentation import pixel_scores
-from cvjax.training.trained_network import Network, apply_model, probabilities
+from cvjax.training.trained_network import Network
 
-STEP, SIDE, OVERLAP = 64, 512, 64  # pixels
 SHOWN = 5  # pictures of each row of the figure: the best, the median, the worst
-
-
-def class_probabilities(network: Network, picture: np.ndarray) -> np.ndarray:
-    """What the network says of each pixel of a picture of any size.
-
-    Args:
-      network: of task "segmentation".
-      picture: uint8 [height, width, channels], see `as_seen`.
-
-    Returns:
-      float32 [height, width, classes].
-    """
-    height, width = picture.shape[:2]
-    sides = tuple(min(SIDE, -(-length // STEP) * STEP) for length in (height, width))
-    large = enlarge(picture, sides)
-    # The same at all places, however large the images of the training were.
-    statistics = jax.tree.map(
-        lambda array: array.mean(axis=(0, 1), keepdims=True), network.statistics
-    )
-    result = np.empty((*large.shape[:2], len(network.class_names)), np.float32)
-    for seen, counted in tiles(large.shape[:2], sides, OVERLAP):
-        images = normalize(large[seen][None], statistics)
-        logits = apply_model(network.variables, images, model=network.recipe.model)
-        inner = tuple(
-            slice(part.start - whole.start, part.stop - whole.start)
-            for part, whole in zip(counted, seen, strict=True)
-        )
-        result[counted] = probabilities(logits[0], network.run.loss.name)[inner]
-    return result[:height, :width]
-
-
-def as_seen(network: Network, picture: np.ndarray) -> np.ndarray:
-    """A whole picture as the network takes it, with its contrast stretched if need be."""
-    return stretch_contrast(picture) if network.run.data.stretch else picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +105,8 @@ def report(
     network: Network,
     dataset: Dataset,
     split: str,
-    batch_size: int,
+    views: Views,
+    batch_size: int | None,
     path: pathlib.Path,
     title: str,
 ) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
@@ -151,14 +116,14 @@ def report(
       network: that network.
       dataset: it was trained on.
       split: "train", "val" or "test".
-      batch_size: not used; pictures go one by one.
+      views, batch_size: not used; pictures go one by one.
       path: of the files, without their endings.
       title: of the figure.
 
     Returns:
       The numbers, and the files written.
     """
-    del batch_size
+    del views, batch_size
     segmented = list(segment(network, getattr(dataset, split)))
     sizes = {picture.size for picture in getattr(dataset.train, "pictures", ())}
     results = measure_all(segmented, dataset.class_names, sizes)
