@@ -256,11 +256,14 @@ def _report_unraisable(unraisable) -> None:
 def prepare() -> None:
     """Sets up log, warnings, memory and the compilation cache of this process."""
     memory.keep_freed()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.showwarning = _show_warning
     os.environ["MPLBACKEND"] = "agg"  # figures are files; another one may not be there
     threading.excepthook = _report_thread
     # A name outside of the terminal's letters is shown as well as these can.
-    if hasattr(sys.stdout, "reconfigure"):  # None if it is closed
+    if hasattr(sys.stdout, "reconfigure"):  # not what a notebook has there
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(

@@ -23,8 +23,11 @@ PATHS = (
 LARGEST = 2**31 - 1  # of whole numbers
 # Patterns of Python's words about a text that is no number, and what is allowed.
 _WANTED = {
-    r"invalid literal for int\(\) with base \d+": "a whole number",
-    "could not convert string to float": "a number",
+    r"invalid literal for int\(\) with base \d+: (.*)": "a whole number",
+    "could not convert string to float: (.*)": "a number",
+    r"\('Non-boolean argument to boolean flag', (.*)\)": "true or false",
+    "Failed to parse (.*) as a ConfigDict: .*": "no value of its own, as it is a group of "
+    "settings, each set by --config.GROUP.KEY=VALUE",
 }
 _KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[-?\d+\])*"
 
@@ -136,8 +139,9 @@ def _check_text(name: str, text: str) -> None:
         raise UserError(
             f"{name!r} is no setting: names are letters, digits and _, and . between them."
         )
-    if not text.isascii() and _is_number(text):
-        raise UserError(f"--{name} takes digits 0 to 9, got {text!r}.")
+    for part in text.split(","):
+        if _is_number(part) and not part.isascii():
+            raise UserError(f"--{name} takes digits 0 to 9, got {text!r}.")
     if text.strip() or name.startswith("config."):
         return
     # A path too, "" though its default is: that comes of a variable which is not set.
@@ -158,7 +162,7 @@ def _check_empty(names: Sequence[str], config: ml_collections.ConfigDict) -> Non
 def _of_number(message: str) -> str:
     """The message of absl, with what is allowed in place of Python's own words."""
     for words, wanted in _WANTED.items():
-        found = re.fullmatch(rf"flag ([^=]*)=.*: {words}: (.*)", message, re.DOTALL)
+        found = re.fullmatch(rf"flag ([^=]*)=.*: {words}", message, re.DOTALL)
         if found:
             return f"{found[1]} takes {wanted}, got {found[2]}."
     return message

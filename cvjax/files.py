@@ -49,6 +49,11 @@ def user_path(given: Path, name: str) -> pathlib.Path:
             f"{name} takes a path of this machine's file systems, got {text!r}; mount it, "
             "or copy it there."
         )
+    if re.search(r"\$\{?[A-Za-z_]|%[A-Za-z_]+%", text) or (os.sep == "/" and "\\" in text):
+        raise UserError(
+            f"{name} takes a path as it is, got {text!r}: a variable that no shell has put "
+            "in, or a path of Windows; write out where it leads."
+        )
     if is_pretrained(text):
         raise UserError(
             f"{name} takes a path, got {text!r}, which means a trained network of cvjax: "
@@ -255,7 +260,10 @@ def read_text(path: Path) -> str:
     Raises:
       OSError, UnicodeDecodeError: it cannot be read, or is no such text.
     """
-    content = pathlib.Path(path).read_bytes()
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():  # a pipe or a device may have no end
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    content = path.read_bytes()
     # Editors of Windows mark UTF-8 and UTF-16 by their first bytes.
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if marked else "utf-8-sig")

@@ -70,9 +70,14 @@ def crop_border(network: Network, workdir: Path) -> float | None:
         made_by = pretrained.read(str(workdir)).made_by
     else:
         made_by = workdirs.read_manifest(workdir)
-    resize = (made_by.get("imported") or {}).get("resize")
+    resize, size = (made_by.get("imported") or {}).get("resize"), network.image_shape[0]
     if resize:
-        return (1 - network.image_shape[0] / resize) / 2
+        if type(resize) is not int or resize < size:
+            raise UserError(
+                f"{workdir} is damaged: it resizes pictures to {str(resize)[:40]!r}, and "
+                f"not to a number of pixels from {size} on; import the network again."
+            )
+        return (1 - size / resize) / 2
     return BORDER if network.run.data.streaming else None
 
 

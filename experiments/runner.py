@@ -23,6 +23,7 @@ made is null.
 """
 
 import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -39,7 +40,7 @@ from cvjax.errors import (
     UserError,
     WorkdirInUse,
 )
-from cvjax.files import read_json, write_json
+from cvjax.files import read_json, to_json, write_json
 from cvjax.storage import metrics_log, provenance
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
@@ -228,20 +229,25 @@ def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
     Args:
       path: of the file.
       key: all that the measurement depends on and that may change, as JSON can hold it; the
-        file of another key, or of none, is replaced.
+        file of another key, of none, or that was changed, is replaced.
       measure: called if there is no such file.
     """
     key = json.loads(json.dumps(key))
     if path.exists():
         known = read_json(path, {}, "delete it, and it is measured again.", object)
-        if (
-            isinstance(known, dict)
-            and known.keys() == {"key", "value"}
-            and (known["key"] == key)
-        ):
+        if known == {"key": key, **_with_digest(known)}:
             return known["value"]
-    write_json(path, {"key": key, "value": measure()})
+    write_json(path, {"key": key, **_with_digest({"value": measure()})})
     return json.loads(path.read_text())["value"]
+
+
+def _with_digest(known: Any) -> dict[str, Any]:
+    """The value and what tells whether it was changed since; {} where there is none."""
+    if not isinstance(known, dict) or "value" not in known:
+        return {}
+    value = json.loads(to_json(known["value"]))
+    text = json.dumps(value, sort_keys=True)
+    return {"value": value, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def join_parts(parts: Mapping[str, Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:

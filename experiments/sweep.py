@@ -20,17 +20,19 @@ the validation images, as it should be where the best setting is chosen by it.
 import ast
 import difflib
 import itertools
+import json
 import math
+import pathlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import flags
 
-from cvjax import cli, command_line, compare
+from cvjax import cli, command_line, compare, data
 from cvjax.comparison.rows import MEASURED
 from cvjax.data.names import check_name
 from cvjax.errors import DivergedError, UserError
@@ -38,6 +40,8 @@ from cvjax.files import user_path
 from cvjax.models import create_model
 from cvjax.storage import workdir as workdirs
 from cvjax.training.config import parse_config
+from cvjax.training.run_data import check_dataset
+from cvjax.training.transfer import load_source
 from experiments import runner, sharing
 
 MOST_RUNS = 10_000
@@ -64,12 +68,13 @@ def main(arguments):
         key = min(twice)
         raise UserError(f"{key} is given by --set and by --config.{key}; leave one out.")
     runs = plan(values.config, settings, values.random)
-    if "data.name" in settings:  # before the others are trained
-        for run in runs.values():
-            source = run.data
-            check_name(source.name, source.data_dir, source.cache_dir)
     folder = user_path(values.workdir, "--workdir")
     configs = {user_path(folder / "runs" / name, "--set"): runs[name] for name in runs}
+    if shared.ray:  # whose nodes may have data that are not here
+        for run in runs.values():
+            check_name(run.data.name, run.data.data_dir, run.data.cache_dir)
+    else:
+        check_all(configs)
     failure = None
     try:
         runner.train_all(configs, shared=shared)
@@ -80,6 +85,31 @@ def main(arguments):
         compare.report(begun, values.metric, output=str(folder))
     if failure:
         raise failure
+
+
+def check_all(configs: Mapping[pathlib.Path, ml_collections.ConfigDict]) -> None:
+    """Refuses, before the first is trained, runs that their data or `init_from` do not fit.
+
+    Args:
+      configs: of the runs, by their folders; those that have begun are not looked at.
+
+    Raises:
+      UserError: naming the run.
+    """
+    datasets = {}
+    for folder, config in configs.items():
+        if (folder / "config.json").exists():
+            continue
+        run = parse_config(config)
+        try:
+            if run.init_from:
+                load_source(run.init_from, run.model, folder, run.init_refine)
+            key = json.dumps(run.data.source, default=str)
+            if key not in datasets:
+                datasets[key] = data.load(**run.data.source)
+            check_dataset(run, datasets[key])
+        except UserError as error:
+            raise UserError(f"{folder.name} cannot be trained: {error}") from error
 
 
 def parse_settings(

@@ -174,6 +174,24 @@ def test_text_that_the_terminal_cannot_show(tmp_path):
     assert done.stderr == "program.py: caf\\xe9.png\n"
 
 
+def test_closed_streams(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import sys\nfrom cvjax import cli\nfrom cvjax.errors import UserError\n"
+        "def main(arguments):\n    print('said', flush=True)\n    sys.stdout.flush()\n"
+        "    raise UserError('refused')\ncli.run(main)\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    for closed, wanted in (
+        (">&-", ("", "program.py: refused\n")),
+        ("2>&-", ("said\n", "")),
+    ):
+        command = f'"{sys.executable}" "{tmp_path / "program.py"}" {closed}'
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, *wanted)
+
+
 # Signals, from the first line to the last
 
 PROGRAM = """

@@ -23,6 +23,7 @@ def test_paths(monkeypatch, tmp_path):
     "given",
     [
         *("", " ", "gs://bucket/x", "s3:/bucket", "file:///x", "--seed=1", "-x", "a\0b"),
+        *("$HOME/x", "${RUNS}/x", "%TEMP%", "C:\\runs\\x"),
         *("a\nb", "a\udcff", "x" * 256, "ü" * 128, "~nobody-of-this-name/x"),
     ],
 )

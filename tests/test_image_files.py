@@ -1,5 +1,6 @@
 """Image files of all kinds against colours computed by hand; broken ones get a sentence."""
 
+import io
 import os
 import struct
 import zlib
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cvjax.data import image_files
+from cvjax.data.boxed import picture_size
 from cvjax.data.image_files import load_picture
 from cvjax.errors import UserError
 
@@ -230,6 +232,45 @@ def test_garbled_file_is_a_picture_or_a_user_error(ending, tmp_path):
             assert load_picture(path, GREY).shape == GREY
         except UserError as error:
             assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_values_of_8_bits_in_a_file_of_16(kind, tmp_path):
+    path = tmp_path / "dark.tif"
+    Image.fromarray(np.full((9, 9), 200, kind)).save(path)
+    with pytest.raises(
+        UserError, match=r"dark.tif has pixels of 16 bits and none above 200"
+    ):
+        load_picture(path, GREY)
+    Image.fromarray(np.zeros((9, 9), kind)).save(path)
+    assert not load_picture(path, GREY).any()
+
+
+def test_a_turn_that_is_no_number(tmp_path):
+    path = tmp_path / "odd.jpg"
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0"
+    Image.new("L", (9, 5)).save(path, exif=exif)
+    assert picture_size(path) == (9, 5)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_whose_end_is_zeros_is_refused(progressive, tmp_path):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
+    inner = io.BytesIO()
+    small.save(inner, "JPEG")  # a thumbnail, which has an end of its own
+    path = tmp_path / "photo.jpg"
+    exif = b"Exif\0\0" + inner.getvalue()
+    large = small.resize((200, 200))
+    large.save(path, progressive=progressive, quality=95, exif=exif)
+    content = path.read_bytes()
+    assert load_picture(path, GREY).shape == GREY
+    path.write_bytes(content + bytes(100))  # behind its end
+    assert load_picture(path, GREY).shape == GREY
+    half = len(content) * 2 // 3
+    path.write_bytes(content[:half] + bytes(len(content) - half))
+    with pytest.raises(UserError, match=r"photo\.jpg is broken: its end is lost"):
+        load_picture(path, GREY)
 
 
 def test_floats_are_read_from_0_to_1(tmp_path):

@@ -471,6 +471,27 @@ def test_files_that_hold_nothing(tmp_path):
         load_tensors(tmp_path / "nan.npz")
 
 
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"conv.weight": np.ones(3, np.int8)}, "conv.weight in .* holds int8"),
+        ({"conv.weight": np.ones(3, bool)}, "conv.weight in .* holds bool"),
+        ({"bn.running_var": np.float32([1, -1])}, "bn.running_var in .* variances below 0"),
+    ],
+)
+def test_tensors_that_are_no_weights(tensors, sentence, tmp_path):
+    np.savez(tmp_path / "x.npz", **tensors)
+    with pytest.raises(UserError, match=sentence):
+        load_tensors(tmp_path / "x.npz")
+
+
+def test_bfloat16_and_endings_in_capitals(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    wanted = np.float32([1.5, -0.25])
+    numpy.save_file({"w": wanted.astype(jax.numpy.bfloat16)}, tmp_path / "x.SAFETENSORS")
+    np.testing.assert_array_equal(load_tensors(tmp_path / "x.SAFETENSORS")["w"], wanted)
+
+
 def damaged(path):
     np.savez_compressed(path, weight=np.arange(4096.0))
     content = bytearray(path.read_bytes())
@@ -542,13 +563,15 @@ FLAGS = {
     "no normalisation": ({"mean": []}, "say how the network's images were normalised"),
     "both": ({"normalization": "none"}, "say how the network's images were normalised"),
     "words": ({"mean": ["grey"], "dataset": "digits"}, "--mean takes numbers, got 'grey'"),
-    "no deviation": ({"std": ["0"], "dataset": "digits"}, "--std above 0"),
+    "no deviation": ({"std": ["0"], "dataset": "digits"}, "--std of 1e-06 or more"),
+    "hardly any": ({"std": ["1e-40"], "dataset": "digits"}, "--std of 1e-06 or more"),
+    "giant": ({"num_classes": 2, "image_size": 2_000_000_000}, "GB of memory at least"),
     "0 to 255": (
         {"mean": ["77.86"], "std": ["95.88"], "dataset": "digits"},
         "divide those of images in 0 to 255 by 255",
     ),
     "no number": ({"mean": ["nan"], "dataset": "digits"}, "of images in [0, 1]"),
-    "infinite": ({"std": ["inf"], "dataset": "digits"}, "--std above 0"),
+    "infinite": ({"std": ["inf"], "dataset": "digits"}, "of images in [0, 1]"),
     "negative": ({"mean": ["-0.1"], "dataset": "digits"}, "of images in [0, 1]"),
     "nothing": ({}, "--dataset=NAME, or --num_classes and --image_size"),
     "two words": ({"dataset": "digits", "image_size": 8}, "give either it or them"),

@@ -1,12 +1,15 @@
 """Folders of pictures and label pictures: what is read, how it is cut, what is refused."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cvjax import data
+from cvjax.data.mask_listing import read_labels
 from cvjax.errors import UserError
 
 SIZES = {"a": (40, 56), "b": (32, 32), "c": (20, 48), "d": (33, 70)}
@@ -154,6 +157,39 @@ def test_forms_of_labels_that_say_the_same(folder):
         assert load(folder).fingerprint == wanted
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_numbers_of_few_bits(bits, tmp_path):
+    """Pillow gives numbers of 2 and 4 bits spread over 0 to 255."""
+    numbers = np.arange(48).reshape(6, 8) % 2**bits
+    rows = b"".join(
+        b"\0"
+        + np.packbits(
+            np.unpackbits(row[:, None].astype(np.uint8), axis=1)[:, -bits:]
+        ).tobytes()
+        for row in numbers
+    )
+    header = struct.pack(">2I5B", 8, 6, bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+    (tmp_path / "few.png").write_bytes(content)
+    np.testing.assert_array_equal(read_labels(tmp_path / "few.png"), numbers)
+
+
+def test_labels_whose_end_is_lost(folder):
+    file = folder / "test/labels/d.png"
+    content = file.read_bytes()
+    kept = len(content) * 2 // 3
+    file.write_bytes(content[:kept] + bytes(len(content) - kept))
+    with pytest.raises(UserError, match=r"d\.png is broken"):
+        load(folder)
+
+
 def rewrite(folder, change):
     """Test picture d with its labels changed: an array, or an image."""
     changed = change(draw("d")[1].astype(np.uint8))
@@ -231,6 +267,10 @@ def table_of_other_splits(folder):
     (folder / "index.csv").write_text("name,split\nd,testing\n")
 
 
+def table_of_other_names(folder):
+    (folder / "index.csv").write_text("name,split\nimages/d.png,test\n")
+
+
 def table_with_a_giant(folder):
     (folder / "index.csv").write_text(f"name,split\n{'d' * 140_000},test\n")
 
@@ -251,6 +291,7 @@ def table_without_names(folder):
         (no_test, ["test split", "test/labels"]),
         (table_of_other_splits, ["line 2", "'testing'"]),
         (table_without_names, ["no column name"]),
+        (table_of_other_names, ["1 pictures", "'images/d.png'", "without ending"]),
         (table_with_a_giant, ["index.csv", "field larger"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

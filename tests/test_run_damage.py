@@ -214,6 +214,8 @@ def test_a_checkpoint_of_very_many_digits(run):
         {"device": "cpu"},
         {"seed": "0", "config": {"seed": "0"}},
         {"config": {"data": None}},
+        {"config": {"optim.learning_rate": 0.1}},
+        {"imported": {"resize": "abc"}},
         {"config": {"data": {"name": []}}},
         {"config": {"total_steps": None}},
     ],

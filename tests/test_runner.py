@@ -151,6 +151,9 @@ def test_a_measurement_is_kept_for_its_key(tmp_path):
     assert runner.cached(path, {"images": (4,)}, measure)["n"] == 2
     path.write_text("[]")  # of another program
     assert runner.cached(path, {"images": (4,)}, measure)["n"] == 3
+    for number, value in enumerate((None, {}, {"n": 7, "pair": [1, 2]}), start=4):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "value": value}))
+        assert runner.cached(path, {"images": (4,)}, measure)["n"] == number
 
 
 def test_results_have_one_shape(tmp_path):

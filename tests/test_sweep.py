@@ -122,6 +122,22 @@ def test_names_of_data_are_checked_before_a_run_begins(tmp_path, monkeypatch):
         names.check_name("nosuch", str(tmp_path), str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["data.batch_size=64,100000"], "100000 is larger than the 1197 training examples"),
+        (["init_from=nosuch"], "init_from .*nosuch is no folder of a run"),
+        (["task=classification,detection"], "task is 'detection'"),
+    ],
+)
+def test_runs_that_do_not_fit_are_found_before_the_first(settings, sentence, tmp_path):
+    config = digits_mlp.get_config()
+    flat = workdirs.flatten(config.to_dict())
+    with pytest.raises(UserError, match=sentence):
+        runs = sweep.plan(config, sweep.parse_settings(settings, flat))
+        sweep.check_all({tmp_path / name: run for name, run in runs.items()})
+
+
 def test_draws_without_a_range_are_refused():
     with pytest.raises(UserError, match="draws from ranges, and there is none"):
         planned("seed=0", draws=3)

@@ -136,6 +136,8 @@ def test_finished_run_says_so(uninterrupted):
             "--config.total_steps takes a whole number, got 'many'",
         ),
         (["--config.optim.momentum=x"], "--config.optim.momentum takes a number, got 'x'"),
+        (["--config.data.flip=2"], "--config.data.flip takes true or false, got '2'"),
+        (["--config.data=digits"], "--config.data takes no value of its own, as it is"),
         (["--config=configs/nope.py"], "the config file 'configs/nope.py' does not exist"),
         (["--config.model.widths[9]=5"], "no setting of that number"),
         (["surprise"], "'surprise' is not a flag; all settings look like --name=value."),

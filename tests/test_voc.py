@@ -154,6 +154,22 @@ def test_lists_with_a_mark_of_windows(folder):
     assert load(folder).fingerprint == wanted
 
 
+def not_xml_of_voc(folder):
+    (folder / "Annotations/p1.xml").write_text("<html><body>404</body></html>")
+
+
+def wide_digits(folder):
+    file = folder / "Annotations/p0.xml"
+    file.write_text(file.read_text().replace("<xmin>11", "<xmin>\uff11_1", 1), "utf-8")
+
+
+def test_sides_with_a_decimal_point(folder):
+    file = folder / "Annotations/p1.xml"
+    size = "<size><width>80.0</width><height>48.0</height></size></annotation>"
+    file.write_text(file.read_text().replace("</annotation>", size))
+    load(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -166,6 +182,9 @@ def test_lists_with_a_mark_of_windows(folder):
             lambda f: (f / "Annotations/p1.xml").write_text("<annotation>\n<object>"),
             r"p1.xml is broken XML .*line 2",
         ),
+        (not_xml_of_voc, r"p1.xml is no annotation of VOC, for its root is <html>"),
+        (wide_digits, r"object 1 in .*p0.xml has the name 'cat' and the edges"),
+        (lambda f: write_split(f, "val", ["p2  1"]), r"line 'p2  1'.*names alone"),
         (half_a_box, r"object 1 in .*p0.xml has the name 'cat' and the edges .*'x'"),
         (other_size, r"p1.xml says 48 x 80 pixels, but .*p1.png has 80 x 48"),
         (no_area, r"of the boxes of .* none is left in a training picture"),

@@ -114,6 +114,13 @@ def test_a_file_in_the_way_is_named(tmp_path):
             workdir.check_writable(bad)
 
 
+def test_the_root_of_all_folders_is_refused():
+    with pytest.raises(errors.UserError, match="--workdir is /, the root of all folders"):
+        workdir.check_writable("/")
+    with pytest.raises(errors.UserError, match="--output net/ is a folder"):
+        workdir.check_output("net/", "--output")
+
+
 def test_an_unwritable_folder_is_refused():
     # Root may write to folders without permission, but not to /proc.
     with pytest.raises(errors.UserError, match="choose another --workdir"):

@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import glob
 import json
-import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -215,7 +215,8 @@ def _numbers(summary, rows, evaluation) -> dict[str, float]:
     if peaks:
         known["memory/peak_bytes"] = max(peaks)
     numbers = {key: value for key, value in known.items() if isinstance(value, int | float)}
-    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+    most = sys.float_info.max  # a whole number may be beyond
+    return {key: value for key, value in numbers.items() if -most <= value <= most}
 
 
 def _costs(folder, model, numbers) -> dict[str, float]:
@@ -240,6 +241,6 @@ def _costs(folder, model, numbers) -> dict[str, float]:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

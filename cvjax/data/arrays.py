@@ -88,8 +88,11 @@ def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with open(file, "rb") as content, np.load(content, allow_pickle=False) as arrays:
             return dict(arrays)
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise UserError(
+            f"{file} says that it holds more than fits into memory ({error}); if it does "
+            "not, it is broken."
+        ) from error
     # zipfile and NumPy meet broken files with errors of any kind.
     except Exception as error:
         raise UserError(

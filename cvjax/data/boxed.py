@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def picture_size(picture: pathlib.Path) -> tuple[int, int]:
         return 0, 0
     try:
         with quiet(), Image.open(picture) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # as EXIF says, on its side
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # as EXIF says
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, Image.DecompressionBombError):
         return 0, 0
@@ -71,6 +72,7 @@ def check_size(
       UserError: the two differ.
     """
     sides = [str(0 if side is None else side).strip() or "0" for side in given]
+    sides = [re.sub(r"\.0*$", "", text) for text in sides]  # 64.0
     known = [text for text in sides if text != "0"]
     if known and size != (0, 0) and sides != [str(side) for side in size]:
         raise UserError(

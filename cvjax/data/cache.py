@@ -150,5 +150,6 @@ def _read(entry: pathlib.Path) -> Decoded | None:
             fingerprint=manifest["fingerprint"],
         )
     # Damaged files mean anything.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    # Of damaged JSON, of other things than a manifest, of files that are not there.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -26,6 +26,8 @@ BORDER = 1 / 16
 RESIZES = ("crop", "squash")
 
 _MODES = {1: "L", 3: "RGB"}
+# Of JPEG: the markers of the first pixels and of the end; zeros that no encoder ends with.
+_SCAN, _END, _ZEROS = b"\xda", b"\xff\xd9", bytes(64)
 
 
 def load_picture(
@@ -155,11 +157,37 @@ def _decode(path: pathlib.Path, mode: str) -> Image.Image:
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(path)
-        if image.format == "PNG":
-            # Else the checksums of the pixels are passed over, and zeros are read.
-            with Image.open(path, formats=("PNG",)) as again:
-                again.verify()
+        check_whole(path)
         return _convert(ImageOps.exif_transpose(image), mode, path)
+
+
+def check_whole(path: pathlib.Path) -> None:
+    """Raises an error, of any kind, for a PNG or JPEG file of which a part is lost.
+
+    A disk that fills up, or a download that breaks off, may leave zeros at the end, which
+    decoders take for pixels: Pillow passes over the checksums of PNG, and of JPEG a file
+    that never says that it ends is read too.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        kind = image.format
+        if kind == "PNG":
+            image.verify()
+    if kind in ("JPEG", "MPO"):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - len(_ZEROS)))
+            if file.read() != _ZEROS:
+                return
+        content = path.read_bytes()
+        if _END not in content[_first_scan(content) :]:
+            raise ValueError("its end is lost, and there are zeros instead")
+
+
+def _first_scan(jpeg: bytes) -> int:
+    """Where the pixels begin, behind all headers and whatever picture these hold."""
+    place = 2
+    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != _SCAN:
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4])
+    return place
 
 
 def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
@@ -168,6 +196,11 @@ def _convert(image: Image.Image, mode: str, path: pathlib.Path) -> Image.Image:
         if values.min() < 0 or values.max() > 65_535:
             raise UserError(
                 f"{path} has pixels of more than 16 bits; save it with 8 or 16."
+            )
+        if 0 < values.max() <= 255:
+            raise UserError(
+                f"{path} has pixels of 16 bits and none above {values.max()}, of 65,535, "
+                "which is black; if its values are those of 8 bits, save it with 8."
             )
         # Pillow would cut off everything above 255, and forget what is transparent. By
         # rows, as wider numbers of a large picture would fill the memory.

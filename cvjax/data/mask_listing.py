@@ -8,9 +8,10 @@ import dataclasses
 import pathlib
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
-from cvjax.data.image_files import FORMATS, quiet, read_picture
+from cvjax.data.image_files import FORMATS, check_whole, quiet, read_picture
 from cvjax.data.label_maps import classes_of_instances
 from cvjax.data.splits import check_val_examples, stratified
 from cvjax.errors import UserError
@@ -83,6 +84,7 @@ def list_pictures(
         if own.is_dir():
             kinds = {name: kind for (part, name), kind in rows.items() if part == split}
             listed[split] = _pair(own, None, kinds, instances)
+            _check_names(table, kinds, {entry.name for entry in listed[split]})
         elif rows and any(part == split for part, _ in rows):
             kinds = {name: kind for (part, name), kind in rows.items() if part == split}
             listed[split] = _pair(folder, set(kinds), kinds, instances)
@@ -108,6 +110,19 @@ def list_pictures(
         listed["val"] = [train[k] for k in val]
         listed["train"] = [train[k] for k in rest]
     return {split: listed[split] for split in SPLITS}
+
+
+def _check_names(table: pathlib.Path, kinds: dict[str, str], names: set[str]) -> None:
+    """Says that rows of index.csv are of no picture; refused if all of a split are."""
+    strange = sorted(kinds.keys() - names)
+    what = (
+        f"{table} names {len(strange)} pictures that are not there, the first is "
+        f"{strange[0] if strange else ''!r}; names are those of the files without ending"
+    )
+    if strange and len(strange) == len(kinds):
+        raise UserError(f"{what}.")
+    if strange:
+        logging.warning("%s.", what)
 
 
 def _read_table(table: pathlib.Path) -> dict[tuple[str, str], str]:
@@ -188,6 +203,12 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return files
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels stand in the file, in Pillow's words."""
+    settings = image.tile[0][3] if image.tile else ""
+    return str(settings[0] if isinstance(settings, tuple) else settings)
+
+
 def read_labels(path: pathlib.Path) -> np.ndarray:
     """The numbers in a label picture, int32 [height, width].
 
@@ -199,8 +220,11 @@ def read_labels(path: pathlib.Path) -> np.ndarray:
     if path.exists() and not path.is_file():  # a pipe or a device may have no end
         raise UserError(f"{path} is not a regular file.")
     try:
+        check_whole(path)
         with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
+            # Pillow spreads the numbers of 2 and 4 bits over 0 to 255.
+            apart = {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
+            mode, values = image.mode, np.asarray(image) // apart
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     # Pillow's decoders meet broken files with errors of any kind.

@@ -11,6 +11,7 @@ between pixels. What cannot be read is refused; for what is odd about a box see
 
 import collections
 import pathlib
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,6 +25,8 @@ from cvjax.files import read_text, user_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 EDGES = ("xmin", "ymin", "xmax", "ymax")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_FARTHEST = 1e9  # pixels
 
 
 def load_voc(
@@ -65,7 +68,7 @@ def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]
         if split == "val" and not file.exists():
             continue
         try:
-            lists[split] = read_text(file).split()
+            lists[split] = list(filter(None, map(str.strip, read_text(file).split("\n"))))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{file} cannot be read ({getattr(error, 'strerror', None) or error}); it "
@@ -73,6 +76,12 @@ def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]
             ) from error
         if not lists[split]:
             raise UserError(f"{file} is empty; it takes one name per line.")
+        numbered = [name for name in lists[split] if re.search(r"\s-?[01]$", name)]
+        if numbered:
+            raise UserError(
+                f"{file} has the line {numbered[0]!r}, a picture and a number, as VOC's "
+                "lists of one class have; it takes the names alone, one per line."
+            )
         odd = [name for name in lists[split] if not name.isprintable()]
         if odd:
             raise UserError(
@@ -109,15 +118,18 @@ def _read_picture(folder: pathlib.Path, name: str) -> Boxed:
         raise UserError(
             f"{file} is broken XML ({error}); save it as XML in UTF-8."
         ) from error
+    if root.tag != "annotation":
+        raise UserError(
+            f"{file} is no annotation of VOC, for its root is <{root.tag[:40]}>; that of "
+            "one is <annotation>, without objects if there are none."
+        )
     kinds, corners = [], []
     for number, item in enumerate(root.iter("object"), start=1):
         kind = (item.findtext("name") or "").strip()
         texts = [item.findtext(f"bndbox/{edge}") for edge in EDGES]
-        try:
-            box = [float(text) for text in texts]
-        except (TypeError, ValueError):
-            box = [np.nan]
-        if not kind or not np.isfinite(box).all():
+        are_numbers = all(_NUMBER.fullmatch((text or "").strip()) for text in texts)
+        box = [float(text) for text in texts] if are_numbers else [np.nan]
+        if not kind or not (np.abs(box) < _FARTHEST).all():
             raise UserError(
                 f"object {number} in {file} has the name {kind!r} and the edges {texts}; "
                 f"it takes a name and a bndbox of four numbers, {', '.join(EDGES)}."

@@ -7,6 +7,7 @@ from cvjax import data
 from cvjax.checks import check_positive
 from cvjax.data.dataset import read_class_names
 from cvjax.errors import UserError
+from cvjax.training import memory
 
 # Mean and standard deviation of each channel, of images in [0, 1].
 NORMALIZATIONS = {
@@ -19,6 +20,7 @@ NORMALIZATIONS = {
 }
 
 MOST_CLASSES = 1_000_000  # of an imported network: each has a name
+SMALLEST_STD = 1e-6  # of images in [0, 1], which have steps of 1/255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +61,10 @@ def create_inputs(values) -> Inputs:
         mean, std = _numbers("--mean", values.mean), _numbers("--std", values.std)
     else:
         mean, std = NORMALIZATIONS[values.normalization]
-    if len(mean) != len(std) or not all(0 < number < float("inf") for number in std):
+    if len(mean) != len(std) or not all(number >= SMALLEST_STD for number in std):
         raise UserError(
-            "--mean and --std take one number for each channel, --std above 0, got "
-            f"{mean} and {std}."
+            f"--mean and --std take one number for each channel, --std of {SMALLEST_STD:g} "
+            f"or more, got {mean} and {std}."
         )
     # No channel of images in [0, 1] has others; 1 is the --std of no normalisation.
     if not all(0 <= number <= 1 for number in mean) or max(std) > 1:
@@ -89,10 +91,16 @@ def create_inputs(values) -> Inputs:
             f"--num_classes={values.num_classes} is more than {MOST_CLASSES:,}; give the "
             "number of classes that the file's last layer has."
         )
+    size = values.image_size
+    memory.check_fits(
+        4 * len(mean) * size**2,
+        f"--image_size={size}: an image of that size",
+        "that of the network's own images",
+    )
     names = tuple(str(number) for number in range(values.num_classes))
     if values.class_names:
         names = _read_class_names(values.class_names, values.num_classes)
-    size, resize = values.image_size, values.resize or 0
+    resize = values.resize or 0
     if resize and resize < size:
         raise UserError(
             f"--resize={resize} is the short side before the centre of --image_size={size} "

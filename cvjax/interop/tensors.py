@@ -28,7 +28,7 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}.")
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
-    state = readers.get(path.suffix, _read_torch)(path)
+    state = readers.get(path.suffix.lower(), _read_torch)(path)
     counters = [name for name in state if name.split(".")[-1] in COUNTERS]
     if counters:
         kinds = " and ".join(sorted({name.split(".")[-1] for name in counters}))
@@ -40,12 +40,18 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
     while any(all(name.startswith(found := p) for name in tensors) for p in PREFIXES):
         tensors = {name.removeprefix(found): tensors[name] for name in tensors}
     for name, tensor in tensors.items():
-        if np.asarray(tensor).dtype.kind not in "fiub":
-            raise UserError(f"{name} in {path} holds no real numbers.")
+        kind = np.asarray(tensor).dtype
+        if kind.kind != "f" and kind.name != "bfloat16":
+            raise UserError(
+                f"{name} in {path} holds {kind.name}, no real numbers; save the weights as "
+                "floats, not quantised."
+            )
     arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f"{name} in {path} has values that are not finite numbers.")
+        if name.endswith("running_var") and array.min(initial=0) < 0:
+            raise UserError(f"{name} in {path} has variances below 0; the file is damaged.")
     return arrays
 
 
@@ -56,9 +62,8 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
     # Bytes that mean something else make its unpickler raise whatever they lead it to.
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as a file of tensors "
-            f"({str(error).partition(chr(10))[0][:200]}); save the network's state_dict() "
-            "alone, with torch.save or as .safetensors."
+            f"{path} cannot be read as a file of tensors ({type(error).__name__}); save "
+            "the network's state_dict() alone, with torch.save or as .safetensors."
         ) from error
     while isinstance(content, Mapping):
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
@@ -79,6 +84,11 @@ def _plain(name: Any, tensor, path: pathlib.Path) -> np.ndarray:
         raise UserError(f"{path} has the tensor name {name!r}; names are text.")
     if tensor.is_complex():
         raise UserError(f"{name} in {path} holds complex numbers; save real ones.")
+    if not tensor.is_floating_point() and name.split(".")[-1] not in COUNTERS:
+        raise UserError(
+            f"{name} in {path} holds {tensor.dtype}, no real numbers; save the weights as "
+            "floats, not quantised."
+        )
     try:
         return tensor.detach().float().numpy()  # NumPy does not know bfloat16
     # Sparse, quantised and meta tensors: each has an error of its own.

@@ -38,7 +38,7 @@ def read_info(folder: pathlib.Path) -> dict:
         raise
     except OSError:
         raise Damaged("info.json cannot be read") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged("info.json is garbled") from None
     text = json.dumps(info, sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != checksum:

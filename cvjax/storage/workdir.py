@@ -51,6 +51,11 @@ def check_writable(workdir: Path, flag: str = "--workdir") -> pathlib.Path:
     """
     folder = files.user_path(workdir, flag)
     real = pathlib.Path(os.path.realpath(folder))
+    if real == pathlib.Path(real.anchor):
+        raise errors.UserError(
+            f"{flag} is {real}, the root of all folders (is a shell variable unset?); name "
+            "a folder of its own."
+        )
     run = _run_above(real)
     if run is not None and real.relative_to(run).parts[0] in _FOLDERS:
         raise errors.UserError(
@@ -97,6 +102,8 @@ def check_output(path: Path, flag: str, endings: Sequence[str] = ()) -> pathlib.
       UserError: it would replace a file of a run, is no file, or cannot be written.
     """
     file = files.user_path(path, flag)
+    if os.fspath(path).endswith(os.sep):
+        raise errors.UserError(f"{flag} {path} is a folder; name a file in it.")
     files.refuse_special(file)
     real = pathlib.Path(os.path.realpath(file))
     run = _run_above(real)

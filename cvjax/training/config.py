@@ -131,6 +131,13 @@ def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
         )
     complete = default_config(model["name"]).to_dict()
     for key, value in config.items():
+        names = [key, *(value if isinstance(value, dict) else ())]
+        if any("." in str(name) for name in names):
+            raise UserError(
+                "the config.json of the run is damaged: a setting has a dot in its name "
+                f"({', '.join(names)[:40]}), where groups are objects; put a good copy "
+                "there, or train again in another --workdir."
+            )
         group = isinstance(complete.get(key), dict)
         if group and not isinstance(value, dict):
             raise UserError(

@@ -46,8 +46,7 @@ def load_data(run: RunConfig, folder: pathlib.Path, resumes: bool):
     if run.init_from and not resumes:
         source = transfer.load_source(run.init_from, run.model, folder, run.init_refine)
     dataset = data.load(**run.data.source)
-    check_data(run, len(dataset.train), dataset.image_shape)
-    _check_targets(run, dataset)
+    check_dataset(run, dataset)
     if isinstance(dataset.train, StreamedSplit):
         # While an evaluation reads its batches, those of the training stay ready.
         rows = run.data.batch_size + run.data.eval_batch_size
@@ -70,8 +69,9 @@ def _statistics(
     return transfer.statistics_like(source.statistics, images.shape[1:])
 
 
-def _check_targets(run: RunConfig, dataset: Dataset) -> None:
-    """Raises UserError if the task takes other targets than the data set has."""
+def check_dataset(run: RunConfig, dataset: Dataset) -> None:
+    """Raises UserError if settings, or the task, do not fit the data set."""
+    check_data(run, len(dataset.train), dataset.image_shape)
     rank = dataset.train.target_rank
     if rank not in TASKS[run.task].ranks:
         fitting = [name for name, task in TASKS.items() if rank in task.ranks]
