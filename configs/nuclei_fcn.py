@@ -5,8 +5,9 @@ All settings but the network's are those of configs/nuclei_unet.py.
 Paper:    Long et al. 2014 (arXiv:1411.4038) on a ResNet-18 of a quarter the width
 Command:  python train.py --config=configs/nuclei_fcn.py --workdir=runs/nuclei_fcn
           and --config.data.data_dir=DIR
-Cost:     not measured
-Expected: not measured
+Cost:     13 to 23 minutes on one CPU core of an Intel Xeon with AMX, beside other work
+Expected: on the Bowl's 65 test pictures (n = 3) a Dice coefficient of the foreground of
+          0.784 +- 0.005, the Bowl's score 0.373 +- 0.002
 """
 
 from configs import nuclei_unet

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cvjax.report.figures import label_axes, save_figure
 from cvjax.report.statistics import spread
@@ -53,8 +54,9 @@ def draw_errors(
         places = [k + shift for k in range(len(scores))]
         _plot(right, places, rows, {**style, "linestyle": "none"})
     left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.tick_params(axis="y", which="both", labelsize=8)
     texts = [
         str(least) if least == most else f"{least}–{most}" if most else f"{least} +"
