@@ -17,8 +17,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
     "CVJAX_TEST_CACHE", f"{tempfile.gettempdir()}/cvjax-test-xla"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# A third of the tests' time would go to XLA's optimisations, and to emitters of fusions that
-# JAX 0.12 cannot leave out. There programs are compiled as users have them, and here
+# A third of the tests' time would go to XLA's optimisations, and to emitters of fusions
+# that JAX 0.12 cannot leave out. There programs are compiled as users have them, and here
 # with XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true".
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
