@@ -50,10 +50,7 @@ def user_path(given: Path, name: str) -> pathlib.Path:
             "or copy it there."
         )
     if re.search(r"\$\{?[A-Za-z_]|%[A-Za-z_]+%", text) or (os.sep == "/" and "\\" in text):
-        raise UserError(
-            f"{name} takes a path as it is, got {text!r}: a variable that no shell has put "
-            "in, or a path of Windows; write out where it leads."
-        )
+        raise UserError(f"{name} takes a path as it is, without variables, got {text!r}.")
     if is_pretrained(text):
         raise UserError(
             f"{name} takes a path, got {text!r}, which means a trained network of cvjax: "

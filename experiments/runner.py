@@ -34,12 +34,7 @@ import ml_collections
 from absl import flags, logging
 
 from cvjax.comparison.runs import training_seconds
-from cvjax.errors import (
-    DivergedError,
-    InterruptedRun,
-    UserError,
-    WorkdirInUse,
-)
+from cvjax.errors import DivergedError, InterruptedRun, UserError, WorkdirInUse
 from cvjax.files import read_json, to_json, write_json
 from cvjax.storage import metrics_log, provenance
 from cvjax.storage import workdir as workdirs
@@ -235,19 +230,17 @@ def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
     key = json.loads(json.dumps(key))
     if path.exists():
         known = read_json(path, {}, "delete it, and it is measured again.", object)
-        if known == {"key": key, **_with_digest(known)}:
+        if isinstance(known, dict) and known == _signed(key, known.get("value")):
             return known["value"]
-    write_json(path, {"key": key, **_with_digest({"value": measure()})})
+    write_json(path, _signed(key, measure()))
     return json.loads(path.read_text())["value"]
 
 
-def _with_digest(known: Any) -> dict[str, Any]:
-    """The value and what tells whether it was changed since; {} where there is none."""
-    if not isinstance(known, dict) or "value" not in known:
-        return {}
-    value = json.loads(to_json(known["value"]))
-    text = json.dumps(value, sort_keys=True)
-    return {"value": value, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+def _signed(key: Any, value: Any) -> dict[str, Any]:
+    """What `cached` keeps, with a digest that tells whether it was changed since."""
+    value = json.loads(to_json(value))
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return {"key": key, "value": value, "sha256": digest}
 
 
 def join_parts(parts: Mapping[str, Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -96,14 +96,16 @@ def check_all(configs: Mapping[pathlib.Path, ml_collections.ConfigDict]) -> None
     Raises:
       UserError: naming the run.
     """
-    datasets = {}
+    datasets, sources = {}, set()
     for folder, config in configs.items():
         if (folder / "config.json").exists():
             continue
         run = parse_config(config)
         try:
-            if run.init_from:
+            source = json.dumps([run.init_from, run.model, run.init_refine], default=str)
+            if run.init_from and source not in sources:
                 load_source(run.init_from, run.model, folder, run.init_refine)
+                sources.add(source)
             key = json.dumps(run.data.source, default=str)
             if key not in datasets:
                 datasets[key] = data.load(**run.data.source)
