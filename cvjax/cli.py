@@ -40,6 +40,9 @@ class _Terminated(KeyboardInterrupt):
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags, calls `main` with the other arguments, and exits."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
     def guarded(arguments: Sequence[str]) -> int:
         sys.unraisablehook = _report_unraisable
@@ -256,9 +259,6 @@ def _report_unraisable(unraisable) -> None:
 def prepare() -> None:
     """Sets up log, warnings, memory and the compilation cache of this process."""
     memory.keep_freed()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.showwarning = _show_warning
     os.environ["MPLBACKEND"] = "agg"  # figures are files; another one may not be there
     threading.excepthook = _report_thread

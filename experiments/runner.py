@@ -232,12 +232,13 @@ def cached(path: Path, key: Any, measure: Callable[[], Any]) -> Any:
         known = read_json(path, {}, "delete it, and it is measured again.", object)
         if isinstance(known, dict) and known == _signed(key, known.get("value")):
             return known["value"]
-    write_json(path, _signed(key, measure()))
-    return json.loads(path.read_text())["value"]
+    kept = _signed(key, measure())
+    write_json(path, kept)
+    return kept["value"]
 
 
 def _signed(key: Any, value: Any) -> dict[str, Any]:
-    """What `cached` keeps, with a digest that tells whether it was changed since."""
+    """What `cached` keeps, with a digest that shows whether it was changed since."""
     value = json.loads(to_json(value))
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     return {"key": key, "value": value, "sha256": digest}

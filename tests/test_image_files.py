@@ -148,20 +148,20 @@ def test_first_frame_of_a_moving_picture(ending, tmp_path):
     assert_constant(load_picture(tmp_path / f"a.{ending}", COLOR), (255, 0, 0), 1)
 
 
-def write_png_header(path, width, height):
-    """A file of 57 bytes that claims to hold an image of any size."""
+def write_png(path, width, height, bits, kind, rows=b""):
+    """A PNG of any header: `kind` 0 is grey, 2 RGB; without rows it has no pixels."""
 
-    def chunk(kind, content):
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
+    def chunk(name, content):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data))
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, chunks, chunks.values())))
 
 
 def test_decompression_bomb_is_refused(tmp_path):
-    write_png_header(tmp_path / "bomb.png", 20_000, 20_000)
+    write_png(tmp_path / "bomb.png", 20_000, 20_000, 8, 2)
     with pytest.raises(UserError, match=r"bomb\.png has more than 178,956,970 pixels"):
         load_picture(tmp_path / "bomb.png", GREY)
 

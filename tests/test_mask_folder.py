@@ -1,12 +1,11 @@
 """Folders of pictures and label pictures: what is read, how it is cut, what is refused."""
 
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_image_files import write_png
 
 from cvjax import data
 from cvjax.data.mask_listing import read_labels
@@ -168,16 +167,7 @@ def test_numbers_of_few_bits(bits, tmp_path):
         ).tobytes()
         for row in numbers
     )
-    header = struct.pack(">2I5B", 8, 6, bits, 0, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    content = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data))
-        + kind
-        + data
-        + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts
-    )
-    (tmp_path / "few.png").write_bytes(content)
+    write_png(tmp_path / "few.png", 8, 6, bits, 0, rows)
     np.testing.assert_array_equal(read_labels(tmp_path / "few.png"), numbers)
 
 

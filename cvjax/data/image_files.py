@@ -157,20 +157,21 @@ def _decode(path: pathlib.Path, mode: str) -> Image.Image:
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(path)
-        check_whole(path)
+        check_whole(path, image.format)
         return _convert(ImageOps.exif_transpose(image), mode, path)
 
 
-def check_whole(path: pathlib.Path) -> None:
+def check_whole(path: pathlib.Path, kind: str | None) -> None:
     """Raises an error, of any kind, for a PNG or JPEG file of which a part is lost.
+
+    `kind` is the format, as Pillow names it.
 
     A disk that fills up, or a download that breaks off, may leave zeros at the end, which
     decoders take for pixels: Pillow passes over the checksums of PNG, and of JPEG a file
     that never says that it ends is read too.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        kind = image.format
-        if kind == "PNG":
+    if kind == "PNG":
+        with Image.open(path, formats=("PNG",)) as image:
             image.verify()
     if kind in ("JPEG", "MPO"):
         with open(path, "rb") as file:

@@ -220,8 +220,8 @@ def read_labels(path: pathlib.Path) -> np.ndarray:
     if path.exists() and not path.is_file():  # a pipe or a device may have no end
         raise UserError(f"{path} is not a regular file.")
     try:
-        check_whole(path)
         with Image.open(path) as image:
+            check_whole(path, image.format)
             # Pillow spreads the numbers of 2 and 4 bits over 0 to 255.
             apart = {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
             mode, values = image.mode, np.asarray(image) // apart

@@ -26,6 +26,10 @@ class Asked(NamedTuple):
     threshold: float | None = None
     drawings: Drawings | None = None
 
+    def least(self, usual: float) -> float:
+        """The threshold, or what is usual."""
+        return usual if self.threshold is None else self.threshold
+
 
 class Answer(NamedTuple):
     """What is said of a picture.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cvjax.data.image_files import load_picture, quiet, read_picture, seen_part
+from cvjax.data.image_files import fit_picture, quiet, read_picture, seen_part
 from cvjax.data.normalize import normalize
 from cvjax.errors import DivergedError
 from cvjax.evaluation.detection import Found, decode
@@ -44,12 +44,12 @@ def answer(network: Network, path: str, asked: Asked) -> Answer:
       UserError: it cannot be read, or the drawing cannot be written.
     """
     shape, resize = network.image_shape, network.run.data.resize
-    image = load_picture(path, shape, asked.border, resize)
     with quiet():
         picture = read_picture(path, shape[-1])
+    image = fit_picture(picture, shape, asked.border, resize)
     part = seen_part(picture.size, shape, asked.border, resize)
     found = place(locate(network, image), part, shape)
-    confident = found.scores >= (THRESHOLD if asked.threshold is None else asked.threshold)
+    confident = found.scores >= asked.least(THRESHOLD)
     corners, kinds, scores = (
         found.corners[confident],
         found.classes[confident],

@@ -43,8 +43,7 @@ def answer_several(network: Network, path: str, asked: Asked) -> Answer:
       UserError: it cannot be read.
     """
     scores = _scores(network, path, asked)
-    threshold = THRESHOLD if asked.threshold is None else asked.threshold
-    return _named(network, scores, int((scores >= threshold).sum()))
+    return _named(network, scores, int((scores >= asked.least(THRESHOLD)).sum()))
 
 
 def _scores(network: Network, path: str, asked: Asked) -> np.ndarray:

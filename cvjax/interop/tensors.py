@@ -84,13 +84,10 @@ def _plain(name: Any, tensor, path: pathlib.Path) -> np.ndarray:
         raise UserError(f"{path} has the tensor name {name!r}; names are text.")
     if tensor.is_complex():
         raise UserError(f"{name} in {path} holds complex numbers; save real ones.")
-    if not tensor.is_floating_point() and name.split(".")[-1] not in COUNTERS:
-        raise UserError(
-            f"{name} in {path} holds {tensor.dtype}, no real numbers; save the weights as "
-            "floats, not quantised."
-        )
     try:
-        return tensor.detach().float().numpy()  # NumPy does not know bfloat16
+        tensor = tensor.detach()
+        # NumPy does not know bfloat16; other types than floats are refused later.
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     # Sparse, quantised and meta tensors: each has an error of its own.
     except (NotImplementedError, RuntimeError, TypeError) as error:
         raise UserError(

@@ -125,30 +125,26 @@ def complete_config(config: dict[str, Any]) -> ml_collections.ConfigDict:
     """
     model = config.get("model")
     if not isinstance(model, dict) or "name" not in model:
-        raise UserError(
-            "the config.json of the run is damaged: its config has no model with a name; "
-            "put a good copy there, or train again in another --workdir."
-        )
+        raise _damaged("its config has no model with a name")
     complete = default_config(model["name"]).to_dict()
     for key, value in config.items():
-        names = [key, *(value if isinstance(value, dict) else ())]
-        if any("." in str(name) for name in names):
-            raise UserError(
-                "the config.json of the run is damaged: a setting has a dot in its name "
-                f"({', '.join(names)[:40]}), where groups are objects; put a good copy "
-                "there, or train again in another --workdir."
-            )
         group = isinstance(complete.get(key), dict)
         if group and not isinstance(value, dict):
-            raise UserError(
-                f"the config.json of the run is damaged: its {key} is {str(value)[:40]!r}, "
-                "no group of settings; put a good copy there, or train again in another "
-                "--workdir."
-            )
+            raise _damaged(f"its {key} is {str(value)[:40]!r}, no group of settings")
         complete[key] = complete[key] | value if group else value
     data = complete["data"]
     # Before a stream had names of its own.
     if data["streaming"] and "short_side_max" not in config.get("data", {}):
         for end in ("min", "max"):
             data[f"short_side_{end}"], data[f"scale_{end}"] = data[f"scale_{end}"], 0
-    return ml_collections.ConfigDict(complete)
+    try:
+        return ml_collections.ConfigDict(complete)
+    except ValueError as error:  # of a name with a dot
+        raise _damaged(str(error)) from error
+
+
+def _damaged(problem: str) -> UserError:
+    return UserError(
+        f"the config.json of the run is damaged: {problem}; put a good copy there, or "
+        "train again in another --workdir."
+    )
