@@ -76,9 +76,9 @@ def test_rows_of_a_seed_share_stem_and_head():
 
 
 def test_equal_compute_and_equal_parameters():
-    def cost(row):
-        config = presets.create_config(presets.mnist, row)
-        counted = account(create_model(num_classes=10, **config.model), 28, 1)
+    def cost(row, base=presets.mnist, size=(28, 1)):
+        config = presets.create_config(base, row)
+        counted = account(create_model(num_classes=10, **config.model), *size)
         return counted.macs, counted.parameters
 
     for row, blocks in tables.SAME_COMPUTE:
@@ -86,6 +86,12 @@ def test_equal_compute_and_equal_parameters():
         assert cost(row)[0] == pytest.approx(cost(blocks)[0], rel=0.01), row
     for row in tables.ONE_F:
         assert cost(row)[1] == pytest.approx(cost("1 block")[1], rel=0.01), row
+    ode, four, one = (
+        cost(row, presets.cifar10, (32, 3))
+        for row in ("Heun, 2 steps", "4 blocks", "1 block")
+    )
+    assert ode[0] == pytest.approx(four[0], rel=0.01)
+    assert ode[1] == pytest.approx(one[1], rel=0.02)
 
 
 def test_full_preset_is_the_published_recipe():

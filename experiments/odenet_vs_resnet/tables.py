@@ -10,10 +10,12 @@ from cvjax.report.statistics import paired_difference, spread
 from cvjax.report.tables import percent, percent_interval
 
 # What is claimed: a block helps, and more of them; one f over depth against one block
-# (equal parameters), six and eight of them (equal compute: `SAME_COMPUTE`); two ways to
+# (equal parameters), four to eight of them (equal compute: `SAME_COMPUTE`); two ways to
 # write one function; what adaptive steps and the kinetic energy do.
-ONE_F = ("tied, 6 steps", "Euler, 6 steps", "Heun, 4 steps", "RK4, 2 steps", "Dopri5")
+ONE_F = ("tied, 6 steps", "Euler, 6 steps", "Heun, 2 steps", "Heun, 4 steps")
+ONE_F += ("RK4, 2 steps", "Dopri5")
 SAME_COMPUTE = (
+    ("Heun, 2 steps", "4 blocks"),
     ("tied, 6 steps", "6 blocks"),
     ("Euler, 6 steps", "6 blocks"),
     ("Heun, 4 steps", "8 blocks"),
@@ -21,6 +23,7 @@ SAME_COMPUTE = (
 )
 PAIRS = (
     ("1 block", "no block"),
+    ("4 blocks", "1 block"),
     ("6 blocks", "1 block"),
     ("8 blocks", "6 blocks"),
     *((row, "1 block") for row in ONE_F),
