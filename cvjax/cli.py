@@ -173,6 +173,15 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
         )
 
 
+def refuse_beside(flag: str, *others: str) -> None:
+    """Raises UserError if one of the others is given too, as it would have no effect."""
+    for other in others:
+        if flags.FLAGS[other].present:
+            raise UserError(
+                f"--{other} has no effect beside --{flag}; leave one of them out."
+            )
+
+
 def parse_fields(texts: Sequence[str]) -> dict[str, Any]:
     """["depth=20", "shortcut=A"] -> {"depth": 20, "shortcut": "A"}.
 

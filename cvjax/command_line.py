@@ -208,9 +208,10 @@ def check_config_file(text: str) -> ml_collections.ConfigDict:
     path, colon, argument = text.partition(":")
     user_path(path, "--config")
     if not os.path.isfile(path):
+        flaw = "is no file" if os.path.exists(path) else "does not exist"
         raise UserError(
-            f"the config file {path!r} does not exist; those that come along are in the "
-            "folder configs/."
+            f"the config file {path!r} {flaw}; those that come along are in the folder "
+            "configs/."
         )
     if not path.endswith(".py"):
         raise UserError(f"{path} is no config: it takes a Python file with get_config().")

@@ -285,3 +285,18 @@ def test_a_signal_while_a_program_starts(tmp_path):
             text=True,
         )
         assert done.returncode == expected and "Traceback" not in done.stderr
+
+
+def test_flags_without_effect_are_refused(call_program, tmp_path):
+    members = ["-m", "experiments.cascade", "--members=a,b", f"--workdir={tmp_path / 'w'}"]
+    run = ["-m", "experiments.filters", "--run=a", f"--workdir={tmp_path / 'w'}"]
+    for arguments, flag in (
+        (members, "seeds=3"),
+        (members, "steps=9"),
+        (run, "preset=quick"),
+    ):
+        done = call_program(*arguments, f"--{flag}")
+        assert done.returncode == 2
+        name = flag.partition("=")[0]
+        assert f"--{name} has no effect beside --" in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -98,6 +98,51 @@ def test_stopped_process_says_so_and_goes_on_in_a_new_one(
     assert mine == other
 
 
+SIGNALLED = """
+import os, runpy, signal, sys
+from cvjax.training import trainer
+
+{phase} = trainer.{phase}
+
+def signalled(*arguments):
+    os.kill(os.getpid(), signal.{name})
+    return {phase}(*arguments)
+
+trainer.{phase} = signalled
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "code"),
+    [
+        ("load_data", "SIGTERM", 75),
+        ("_finish", "SIGTERM", 75),
+        pytest.param("_finish", "SIGINT", 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_before_the_first_step_and_in_the_final_evaluation(
+    phase, name, code, uninterrupted, tmp_path
+):
+    program = SIGNALLED.format(phase=phase, name=name)
+    stopped = subprocess.run(
+        [sys.executable, "-c", program, *command(tmp_path)[2:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert stopped.returncode == code and "Traceback" not in stopped.stderr
+    assert f"stopped by {'SIGTERM' if code == 75 else 'Ctrl-C'}" in stopped.stderr
+    assert not (tmp_path / "summary.json").exists()
+    if phase == "load_data":
+        return
+    assert run(tmp_path).returncode == 0
+    files = (workdir / "summary.json" for workdir in (tmp_path, uninterrupted))
+    mine, other = (json.loads(file.read_text()) for file in files)
+    assert mine == other
+
+
 def test_second_process_on_one_workdir_is_refused(tmp_path):
     # Not over before the second one has started, however fast the machine is.
     long = "--config.total_steps=1000000"
@@ -140,6 +185,7 @@ def test_finished_run_says_so(uninterrupted):
         (["--config.data=digits"], "--config.data takes no value of its own, as it is"),
         (["--config=configs/nope.py"], "the config file 'configs/nope.py' does not exist"),
         (["--config.model.widths[9]=5"], "no setting of that number"),
+        (["--config=configs"], "the config file 'configs' is no file"),
         (["surprise"], "'surprise' is not a flag; all settings look like --name=value."),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (
@@ -156,6 +202,31 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, tmp_path, ca
     assert line.startswith("train.py: ")
     assert sentence in line
     assert all("is given 2 times; the last one counts" in notice for notice in notices)
+
+
+PADDED = """
+from cvjax.training import default_config
+
+def get_config():
+    config = default_config("convnet")
+    config.model.paddings = (100_000, 0)
+    return config
+"""
+
+
+def test_what_no_memory_holds_is_refused(tmp_path, call_program):
+    (tmp_path / "padded.py").write_text(PADDED)
+    wide = command(tmp_path / "w", "--config.model.widths=(3000000,3000000)")[1:]
+    padded = [
+        "train.py",
+        f"--config={tmp_path / 'padded.py'}",
+        f"--workdir={tmp_path / 'w'}",
+    ]
+    for arguments in (wide, padded):
+        done = call_program(*arguments, seconds=60)
+        assert done.returncode == 2
+        assert "GB of memory at least, and there are" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe--x"])

@@ -116,6 +116,7 @@ def main(arguments):
     check_targets(values.target_accuracy, values.target_cost)
     given = [parse_member(text) for text in values.members]
     if given:
+        cli.refuse_beside("members", "preset", "seeds", "steps", "processes", "ray")
         check_places(given)
     folder = workdirs.check_writable(values.workdir)
     settings = {key: getattr(values, key) for key in SETTINGS}

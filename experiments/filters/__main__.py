@@ -80,7 +80,10 @@ def main(arguments):
     cli.refuse_arguments(arguments)
     values = flags.FLAGS
     fields = cli.parse_fields(values.fields)
-    run_dir = check_run(values.run) if values.run else None
+    run_dir = None
+    if values.run:
+        cli.refuse_beside("run", "preset")
+        run_dir = check_run(values.run)
     folder = workdirs.check_writable(values.workdir)
     if run_dir is None:
         run_dir = folder / "run"
