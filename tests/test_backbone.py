@@ -22,21 +22,33 @@ BACKBONE = {"depth": 18, "width": 2, "stem": "small"}
 CLASSES = ("ant", "cat")
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """The workdir of a ResNet for ten classes of grey images, as an import writes it."""
-    folder = tmp_path_factory.mktemp("classifier")
-    config = default_config("resnet")
-    config.model.update(BACKBONE)
+OTHERS = {
+    "resnet_cifar": {"depth": 8, "shortcut": "B", "width": 2},
+    "vgg": {"depth": 11, "width": 2},
+}
+
+
+def write_classifier(folder, name="resnet", fields=BACKBONE):
+    """The workdir of a classifier of ten classes of grey images, as an import writes it."""
+    config = default_config(name)
+    config.model.update(fields)
     recipe = create_recipe(parse_config(config), 10)
-    variables = create_variables(initial_rng(3), model=recipe.model, image_shape=(8, 8, 1))
+    variables = create_variables(
+        initial_rng(3), model=recipe.model, image_shape=(32, 32, 1)
+    )
     model = {key: config.model[key] for key in config.model if key not in SAME_EQUATION}
     record = Record(data_fingerprint="none", model=model)
     checkpoint.save(folder, 0, variables, dataclasses.asdict(record))
-    statistics = Statistics(np.full((8, 8, 1), 0.25, "f4"), np.full((8, 8, 1), 0.5, "f4"))
-    write_inputs(folder, statistics, tuple("0123456789"))
+    mean, deviation = (np.full((32, 32, 1), value, "f4") for value in (0.25, 0.5))
+    write_inputs(folder, Statistics(mean, deviation), tuple("0123456789"))
     write_json(folder / "config.json", {"config": config.to_dict()})
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Of the backbone that detectors have by default."""
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
 def detector(name, **fields):
@@ -78,6 +90,29 @@ def test_a_detector_takes_the_layers_of_stem_and_stages(
     )
 
 
+@pytest.mark.parametrize("backbone", OTHERS)
+def test_other_backbones(backbone, tmp_path):
+    batch_norm = {"batch_norm": True} if backbone == "vgg" else {}
+    place = write_classifier(tmp_path, backbone, OTHERS[backbone] | batch_norm)
+    fields = {"stem": "imagenet", **OTHERS[backbone], "stride": 4}
+    model, drawn = detector("yolo", backbone=backbone, **fields)
+    source = transfer.load_source(place, model, tmp_path / "run")
+    state = transfer.start_from(drawn, source, str(place), model, CLASSES)
+    theirs, ours = flat(**source.variables), flat(state.params, state.batch_stats)
+    shared = [path for path in ours if "/head" not in path]
+    assert len(shared) == len(ours) - 7  # a convolution with BatchNorm, a dense layer
+    for path in shared:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_a_classifier_of_other_layers_is_refused(tmp_path):
+    place = write_classifier(tmp_path, "vgg", OTHERS["vgg"])
+    fields = {"stem": "imagenet", **OTHERS["vgg"], "stride": 4}
+    model, _ = detector("yolo", backbone="vgg", **fields)
+    with pytest.raises(UserError, match=r"of another network \(model.batch_norm"):
+        transfer.load_source(place, model, tmp_path / "run")
+
+
 def test_its_normalisation_can_be_taken_for_images_of_another_size(classifier, tmp_path):
     model, _ = detector("yolo", stride=2)
     statistics = transfer.load_source(classifier, model, tmp_path).statistics
@@ -90,7 +125,7 @@ def test_another_backbone_is_refused(classifier, tmp_path):
     with pytest.raises(UserError, match=r"of another network \(model.width.*2.*4"):
         transfer.load_source(
             classifier,
-            {**BACKBONE, "name": "yolo", "version": "1.5", "shortcut": "B", "width": 4},
+            {**BACKBONE, "name": "yolo", "stride": 4, "width": 4},
             tmp_path,
         )
 

@@ -98,6 +98,7 @@ OTHERS = {
     "optim.schedule": "cosine",
     "optim.boundaries": (0.25, 100),
     "loss.name": "sigmoid",
+    "model.backbone": "vgg",
     "model.body": "tied",
     "model.depth_init": "smooth",
     "model.blocks": (3, 3, 3),
@@ -117,6 +118,7 @@ OTHERS = {
 }
 # What a value needs beside it.
 NEEDED = {
+    "model.backbone": {"model.depth": 16},
     "model.stem": {"model.stride": 8},  # of model yolo
     "task": {"loss.name": "sigmoid"},
     "init_refine": {"init_from": "runs/coarse"},

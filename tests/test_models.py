@@ -118,6 +118,22 @@ GOLDEN = [
         10,
         (11_689_512 - 513_000) + (9 * 512 * 256 + 512) + (256 + 1) * (2 * 5 + 10),
     ),
+    # Those of the CIFAR ResNet-20 and VGG-16 with BatchNorm less their dense heads.
+    (
+        "yolo",
+        {"backbone": "resnet_cifar", "depth": 20, "shortcut": "A", "width": 16}
+        | {"stride": 4, "features": 64},
+        CIFAR,
+        10,
+        (269_722 - 650) + (9 * 64 * 64 + 2 * 64) + (64 + 1) * (2 * 5 + 10),
+    ),
+    (
+        "yolo",
+        {"backbone": "vgg", "depth": 16},
+        IMAGENET,
+        10,
+        (14_719_818 - 5_130 + 2 * 4_224) + (9 * 512 * 256 + 512) + (256 + 1) * (2 * 5 + 10),
+    ),
     # torchvision's ResNet-18 likewise, 1x1 with bias from its last three stages, and two
     # 4x4 of classes to classes.
     (

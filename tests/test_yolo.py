@@ -152,8 +152,13 @@ def test_the_grid_follows_from_the_stride(stem, stride, cells):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"stride": 64}, "stride must be one of 4, 8, 16, 32 with the stem 'imagenet'"),
-        ({"stride": 32, "stem": "small"}, "one of 1, 2, 4, 8 with the stem 'small'"),
+        ({"stride": 64}, "stride must be one of 4, 8, 16, 32 with this backbone, got 64"),
+        ({"stride": 32, "stem": "small"}, "one of 1, 2, 4, 8 with this backbone"),
+        ({"backbone": "vgg", "depth": 16, "stride": 64}, "stride must be one of 2, 4, 8"),
+        ({"backbone": "vgg"}, "depth must be one of 11, 13, 16, 19, got 18"),
+        ({"backbone": "vgg", "depth": 16, "stem": "small"}, "'vgg' has no stem; leave"),
+        ({"backbone": "resnet_cifar", "depth": 20}, "stride must be one of 1, 2, 4 with"),
+        ({"backbone": "unet"}, "backbone must be one of resnet, resnet_cifar, vgg"),
         ({"boxes": 0}, "boxes must be 1 or more"),
     ],
 )

@@ -162,8 +162,8 @@ def check_backbone(net: nn.Module, stages: Sequence[int] = ()) -> None:
 def resnet_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:
     """The maps at the end of each of the four stages, for networks built on them.
 
-    To be called in the compact method of `net`, whose own the layers become; its fields are
-    those of `ResNet`.
+    To be called in the compact method of a network, whose own the layers become. It is
+    `net`, or that says which layers: its fields are those of `ResNet`.
     """
     dtype = DTYPES[net.dtype]
     norm = batch_norm(net, train)

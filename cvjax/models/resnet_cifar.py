@@ -23,7 +23,7 @@ Nets without BatchNorm, or with sigmoids, are in neither paper. They show what g
 without these (experiments/vanishing_gradients); convolutions then have biases instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -133,40 +133,53 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
-        dtype, act = DTYPES[self.dtype], ACTIVATIONS[self.activation]
-        use_bias = self.norm == "none"
-        norm = batch_norm(self, train) if self.norm == "batch" else _no_norm
-        f = PreActivation if self.pre_activation else PostActivation
-        block = partial(
-            Block,
-            f=partial(f, act=act),
-            shortcut=self.shortcut,
-            norm=norm,
-            act=None if self.pre_activation else act,
-            step_size=self.step_size,
-            pad_channels=self.pad_channels,
-            use_bias=use_bias,
-            dtype=dtype,
-        )
-        stem = {"padding": 1, "use_bias": use_bias, "dtype": dtype, "name": "stem_conv"}
-        x = Conv(self.width, 3, **stem)(images)
-        if not self.pre_activation:
-            x = act(norm(name="stem_bn")(x))
-        for stage, length in enumerate(self.stage_blocks, start=1):
-            features = self.width * 2 ** (stage - 1)
-            if stage > 1:
-                transition = partial(block, step_size=1.0, name=f"stage{stage}_transition")
-                x = transition(features, stride=2)(x)
-                length -= 1
-            same = partial(block, features, stride=1)
-            blocks = depth_axis.Stage(
-                same, length, self.loop, self.remat, name=f"stage{stage}"
-            )
-            x = blocks(x)
+        *_, x = cifar_stages(self, images, train)
         if self.pre_activation:
-            x = act(norm(name="head_bn")(x))
+            norm = batch_norm(self, train) if self.norm == "batch" else _no_norm
+            x = ACTIVATIONS[self.activation](norm(name="head_bn")(x))
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)
+
+
+def cifar_stages(net: CifarResNet, images: jax.Array, train: bool) -> Iterator[jax.Array]:
+    """The maps at the end of each of the three stages.
+
+    To be called in the compact method of a network, whose own the layers become.
+
+    Args:
+      net: it, or a `CifarResNet` whose fields say which layers.
+      images: [batch, height, width, channels].
+      train: whether BatchNorm uses the statistics of the batch.
+    """
+    dtype, act = DTYPES[net.dtype], ACTIVATIONS[net.activation]
+    use_bias = net.norm == "none"
+    norm = batch_norm(net, train) if net.norm == "batch" else _no_norm
+    f = PreActivation if net.pre_activation else PostActivation
+    block = partial(
+        Block,
+        f=partial(f, act=act),
+        shortcut=net.shortcut,
+        norm=norm,
+        act=None if net.pre_activation else act,
+        step_size=net.step_size,
+        pad_channels=net.pad_channels,
+        use_bias=use_bias,
+        dtype=dtype,
+    )
+    stem = {"padding": 1, "use_bias": use_bias, "dtype": dtype, "name": "stem_conv"}
+    x = Conv(net.width, 3, **stem)(images)
+    if not net.pre_activation:
+        x = act(norm(name="stem_bn")(x))
+    for stage, length in enumerate(net.stage_blocks, start=1):
+        features = net.width * 2 ** (stage - 1)
+        if stage > 1:
+            transition = partial(block, step_size=1.0, name=f"stage{stage}_transition")
+            x = transition(features, stride=2)(x)
+            length -= 1
+        same = partial(block, features, stride=1)
+        blocks = depth_axis.Stage(same, length, net.loop, net.remat, name=f"stage{stage}")
+        x = blocks(x)
+        yield x
 
 
 def _no_norm(name: str) -> Callable[[jax.Array], jax.Array]:

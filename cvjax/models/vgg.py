@@ -22,6 +22,9 @@ deviation 0.01, and deeper nets started from the trained VGG-11; torchvision: fa
 Images of other sizes are averaged to 7x7 before fc6, as in torchvision.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import jax
 from flax import linen as nn
 
@@ -97,30 +100,34 @@ class VGG(nn.Module):
                 f"VGG needs images of {SMALLEST} pixels per side or more, got "
                 f"{height}x{width}; use larger images, or resnet_cifar for small ones."
             )
-        dtype = DTYPES[self.dtype]
-        norm = batch_norm(self, train)
-        x = images
-        for stage, length in enumerate(STAGES[self.depth], start=1):
-            features = self.width * min(2 ** (stage - 1), 8)
-            for layer in range(1, length + 1):
-                conv = Conv(
-                    features,
-                    3,
-                    padding=1,
-                    use_bias=True,
-                    dtype=dtype,
-                    name=f"conv{stage}_{layer}",
-                )
-                x = conv(x)
-                if self.batch_norm:
-                    x = norm(name=f"bn{stage}_{layer}")(x)
-                x = nn.relu(x)
-            x = max_pool(x, 2, 2)
-
+        *_, x = vgg_stages(self, images, train)
         if self.head == "imagenet":
-            head = DenseHead(
-                self.num_classes, 7, self.hidden, self.dropout, dtype, name="head"
-            )
+            shape = (self.num_classes, 7, self.hidden, self.dropout)
+            head = DenseHead(*shape, DTYPES[self.dtype], name="head")
             return head(x, train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
         return nn.Dense(self.num_classes, name="head")(x)
+
+
+def vgg_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:
+    """The maps behind the pooling of each of the five stages.
+
+    To be called in the compact method of a network, whose own the layers become.
+
+    Args:
+      net: it, or another with the fields of `VGG`, which are those of the layers.
+      images: [batch, height, width, channels].
+      train: whether BatchNorm uses the statistics of the batch.
+    """
+    norm = batch_norm(net, train)
+    x = images
+    for stage, length in enumerate(STAGES[net.depth], start=1):
+        features = net.width * min(2 ** (stage - 1), 8)
+        conv = partial(Conv, padding=1, use_bias=True, dtype=DTYPES[net.dtype])
+        for layer in range(1, length + 1):
+            x = conv(features, 3, name=f"conv{stage}_{layer}")(x)
+            if net.batch_norm:
+                x = norm(name=f"bn{stage}_{layer}")(x)
+            x = nn.relu(x)
+        x = max_pool(x, 2, 2)
+        yield x

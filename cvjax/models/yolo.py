@@ -1,7 +1,7 @@
 """You only look once, the first one (Redmon et al. 2015, arXiv:1506.02640).
 
     layer      output                 features
-    stages     up to S x S            of a ResNet (models/resnet.py), of any depth and width
+    stages     up to S x S            of a classifier (models/backbones.py)
     head       S x S                  3x3, bn, relu, then 1x1 to 5 B + classes
 
 The image is a grid of S x S cells. Each cell gives B boxes (where the centre is in the
@@ -17,14 +17,17 @@ convolutions and two dense layers on 448 pixels), S follows from the image's siz
 in a cell the first one of the list is taken.
 """
 
+import itertools
+
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.checks import check_positive
+from cvjax.checks import check_choice, check_positive
 from cvjax.data.boxes import Boxes, overlaps, suppress
+from cvjax.errors import UserError
+from cvjax.models.backbones import BACKBONES, check_fields, stage_strides
 from cvjax.models.norm_layers import batch_norm
-from cvjax.models.resnet import check_backbone, resnet_stages, stage_stride
 from cvjax.nn.conv import DTYPES, Conv
 
 PLACE_WEIGHT, NOTHING_WEIGHT = 5.0, 0.5
@@ -37,10 +40,14 @@ class YOLO(nn.Module):
 
     Attributes:
       num_classes: kinds of objects.
+      backbone: the classifier whose stages it has: "resnet", "resnet_cifar" or "vgg" (with
+        BatchNorm), see `backbones.BACKBONES`.
       depth, shortcut, version, stem, width, norm_momentum, norm_group, loop, remat, dtype:
-        of the backbone, see `resnet.ResNet`.
-      stride: pixels of a cell: 4, 8, 16 or 32 with the stem "imagenet", a quarter of that
-        with "small". Stages behind that resolution are left out.
+        of the backbone, see there; the others have no `version` and `stem`, and VGG has no
+        `shortcut`, `loop` and `remat` besides.
+      stride: pixels of a cell, one of the backbone's: 4, 8, 16 or 32 of "resnet" with the
+        stem "imagenet", a quarter of that with "small"; 1, 2 or 4 of "resnet_cifar"; 2 to
+        32 of "vgg". Stages behind that resolution are left out.
       boxes: B, of each cell.
       features: of the head.
       max_detections: of an image.
@@ -50,6 +57,7 @@ class YOLO(nn.Module):
     """
 
     num_classes: int
+    backbone: str = "resnet"
     depth: int = 18
     shortcut: str = "B"
     version: str = "1.5"
@@ -66,19 +74,26 @@ class YOLO(nn.Module):
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_positive(
-            boxes=self.boxes, features=self.features, max_detections=self.max_detections
-        )
-        check_backbone(self, stages=(1, 2, 3, 4))
+        names = ("num_classes", "boxes", "features", "max_detections")
+        check_positive(**{name: getattr(self, name) for name in names})
+        check_choice("backbone", self.backbone, tuple(BACKBONES))
+        check_fields(self)
+        strides = stage_strides(self.backbone, BACKBONES[self.backbone].network(self))
+        if self.stride not in strides:
+            raise UserError(
+                f"stride must be one of {', '.join(map(str, strides))} with this backbone, "
+                f"got {self.stride}."
+            )
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] -> float32 [batch, S, S, 5 boxes + classes]."""
         dtype = DTYPES[self.dtype]
-        count = (self.stride // stage_stride(self.stem, 1)).bit_length()
-        stages = resnet_stages(self, images, train)
-        *_, x = (next(stages) for _ in range(count))
+        backbone = BACKBONES[self.backbone]
+        network = backbone.network(self)
+        count = 1 + stage_strides(self.backbone, network).index(self.stride)
+        *_, x = itertools.islice(backbone.stages(network, images, train), count)
         x = Conv(self.features, 3, padding=1, dtype=dtype, name="head_conv")(x)
         x = nn.relu(batch_norm(self, train)(name="head_bn")(x)).astype(jnp.float32)
         return nn.Dense(BOX * self.boxes + self.num_classes, name="head")(x)

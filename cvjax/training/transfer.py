@@ -12,9 +12,9 @@ With `config.init_refine = 2` that network first gets two blocks for each one th
 (`nn.depth.refine`), and the fields of the one that is trained are those of
 `models.resnet_cifar.refined_fields`.
 
-A detector may also start from a classifier, a network `resnet` with the fields of its
-backbone (`models.resnet.BACKBONE`), trained or imported: it takes the layers of the stem
-and of the stages that it has, and what lies behind them is re-initialised.
+A detector may also start from a classifier with the layers of its backbone
+(`models.backbones.BACKBONES`), trained or imported: it takes those of the stages that it
+has, and what lies behind them is re-initialised.
 
 With `config.data.normalization = "init_from"` images are normalised as they were for that
 network; else by the statistics of the new training images, which suits a network that is
@@ -36,7 +36,7 @@ from cvjax.data.normalize import Statistics
 from cvjax.errors import UserError
 from cvjax.files import Path, is_pretrained, user_path
 from cvjax.models import DETECTORS, SAME_PARAMETERS, create_model
-from cvjax.models.resnet import BACKBONE
+from cvjax.models.backbones import BACKBONES
 from cvjax.models.resnet_cifar import refined_fields
 from cvjax.nn.depth import refine
 from cvjax.storage import workdir as workdirs
@@ -75,7 +75,12 @@ def load_source(
         network = _refined(network, factor)
     fields = _fixed(network.run.model), _fixed(model)
     if _gives_backbone(network, model):
-        fields = [{key: group[key] for key in BACKBONE} for group in fields]
+        backbone = BACKBONES[network.run.model["name"]]
+        ours = backbone.network(create_model(num_classes=1, **model))
+        fields = (
+            {key: network.run.model[key] for key in backbone.layers},
+            {key: getattr(ours, key) for key in backbone.layers},
+        )
     differences = workdirs.config_differences(*({"model": group} for group in fields))
     if differences:
         raise UserError(
@@ -247,12 +252,13 @@ def _fixed(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gives_backbone(source: Network, model: Mapping[str, Any]) -> bool:
     """Whether the source is a classifier, and what is trained a detector built on it."""
-    return source.run.model["name"] == "resnet" and model["name"] in DETECTORS
+    backbone = model.get("backbone", "resnet")
+    return source.run.model["name"] == backbone and model["name"] in DETECTORS
 
 
 def _in_backbone(path: tuple[str, ...]) -> bool:
-    """Whether an array of a detector or of a ResNet belongs to stem or stages."""
-    return path[1].startswith(("stem", "stage"))
+    """Whether an array of a detector or of a classifier belongs to stem or stages."""
+    return path[1].startswith(("stem", "stage", "conv", "bn"))
 
 
 def initial_variables(
