@@ -24,12 +24,14 @@ class Backbone:
     Attributes:
       classifier: the class of the network.
       stages: yields the maps of its stages, within another network's compact method.
+      strides: of the network, pixels of the image per pixel of each of these maps.
       layers: its fields that say which layers there are, and what they compute.
       fixed: its fields that have one value here.
     """
 
     classifier: type[nn.Module]
     stages: Callable[[nn.Module, jax.Array, bool], Iterator[jax.Array]]
+    strides: Callable[[nn.Module], tuple[int, ...]]
     layers: tuple[str, ...]
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -45,26 +47,29 @@ class Backbone:
 
 
 BACKBONES = {
-    "resnet": Backbone(ResNet, resnet_stages, resnet.BACKBONE),
+    "resnet": Backbone(
+        ResNet,
+        resnet_stages,
+        lambda net: tuple(resnet.stage_stride(net.stem, stage) for stage in (1, 2, 3, 4)),
+        resnet.BACKBONE,
+    ),
     "resnet_cifar": Backbone(
         CifarResNet,
         cifar_stages,
+        lambda net: (1, 2, 4),
         (
             *("depth", "blocks", "shortcut", "pad_channels", "pre_activation", "width"),
             *("step_size", "norm", "activation"),
         ),
     ),
     "vgg": Backbone(
-        VGG, vgg_stages, ("depth", "batch_norm", "width"), {"batch_norm": True}
+        VGG,
+        vgg_stages,
+        lambda net: (2, 4, 8, 16, 32),
+        ("depth", "batch_norm", "width"),
+        {"batch_norm": True},
     ),
 }
-
-
-def stage_strides(name: str, network: nn.Module) -> tuple[int, ...]:
-    """Pixels of the image per pixel of the map of each stage of a backbone."""
-    if name == "resnet":
-        return tuple(resnet.stage_stride(network.stem, stage) for stage in (1, 2, 3, 4))
-    return (1, 2, 4) if name == "resnet_cifar" else (2, 4, 8, 16, 32)
 
 
 def check_fields(net: nn.Module) -> None:

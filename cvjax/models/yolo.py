@@ -26,7 +26,7 @@ from jax import numpy as jnp
 from cvjax.checks import check_choice, check_positive
 from cvjax.data.boxes import Boxes, overlaps, suppress
 from cvjax.errors import UserError
-from cvjax.models.backbones import BACKBONES, check_fields, stage_strides
+from cvjax.models.backbones import BACKBONES, check_fields
 from cvjax.models.norm_layers import batch_norm
 from cvjax.nn.conv import DTYPES, Conv
 
@@ -78,7 +78,8 @@ class YOLO(nn.Module):
         check_positive(**{name: getattr(self, name) for name in names})
         check_choice("backbone", self.backbone, tuple(BACKBONES))
         check_fields(self)
-        strides = stage_strides(self.backbone, BACKBONES[self.backbone].network(self))
+        backbone = BACKBONES[self.backbone]
+        strides = backbone.strides(backbone.network(self))
         if self.stride not in strides:
             raise UserError(
                 f"stride must be one of {', '.join(map(str, strides))} with this backbone, "
@@ -92,7 +93,7 @@ class YOLO(nn.Module):
         dtype = DTYPES[self.dtype]
         backbone = BACKBONES[self.backbone]
         network = backbone.network(self)
-        count = 1 + stage_strides(self.backbone, network).index(self.stride)
+        count = 1 + backbone.strides(network).index(self.stride)
         *_, x = itertools.islice(backbone.stages(network, images, train), count)
         x = Conv(self.features, 3, padding=1, dtype=dtype, name="head_conv")(x)
         x = nn.relu(batch_norm(self, train)(name="head_bn")(x)).astype(jnp.float32)
