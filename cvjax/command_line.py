@@ -208,7 +208,7 @@ def check_config_file(text: str) -> ml_collections.ConfigDict:
     path, colon, argument = text.partition(":")
     user_path(path, "--config")
     if not os.path.isfile(path):
-        flaw = "is no file" if os.path.exists(path) else "does not exist"
+        flaw = "is not a file" if os.path.exists(path) else "does not exist"
         raise UserError(
             f"the config file {path!r} {flaw}; those that come along are in the folder "
             "configs/."

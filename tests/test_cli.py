@@ -292,7 +292,7 @@ def test_flags_without_effect_are_refused(call_program, tmp_path):
     run = ["-m", "experiments.filters", "--run=a", f"--workdir={tmp_path / 'w'}"]
     for arguments, flag in (
         (members, "seeds=3"),
-        (members, "steps=9"),
+        (members, "ray_cpus=2"),
         (run, "preset=quick"),
     ):
         done = call_program(*arguments, f"--{flag}")

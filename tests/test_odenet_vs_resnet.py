@@ -15,7 +15,7 @@ from cvjax.errors import UserError
 from cvjax.models import create_model
 from cvjax.report.tables import percent
 from experiments.odenet_vs_resnet import __main__ as experiment
-from experiments.odenet_vs_resnet import presets, tables
+from experiments.odenet_vs_resnet import figure, presets, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,8 +59,11 @@ def test_rows_are_what_their_names_say():
     kinetic = presets.create_config(presets.quick, "Dopri5, kinetic")
     assert kinetic.loss.kinetic_weight > 0
     assert presets.create_config(presets.quick, "Dopri5").loss.kinetic_weight == 0
-    for fields in presets.SWAPS.values():
-        create_model("odenet", 10, **fields)
+    trained = presets.create_config(presets.cifar10, "Heun, 2 steps").model.to_dict()
+    assert trained.pop("dtype") == "bfloat16"
+    for fields in presets.SWAPS.values():  # in float32, as `measure_swaps` has them
+        create_model(num_classes=10, **{**trained, **fields})
+    assert figure.ROW_COLORS.keys() == presets.ROWS.keys()
 
 
 def test_rows_of_a_seed_share_stem_and_head():

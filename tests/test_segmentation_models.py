@@ -198,7 +198,7 @@ def test_maps_have_the_size_of_any_image(name, fields, stride):
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
-        ("fcn", {"stride": 4}, "stride must be one of 32, 16, 8 with the stem 'imagenet'"),
+        ("fcn", {"stride": 4}, "stride must be one of 8, 16, 32 with the backbone"),
         ("fcn", {"depth": 20}, "depth must be one of 18, 34"),
         ("unet", {"levels": 0}, "levels must be 1 or more, got 0"),
         ("unet", {"norm": "group"}, "norm must be one of batch, none, got 'group'"),

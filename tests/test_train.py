@@ -185,7 +185,7 @@ def test_finished_run_says_so(uninterrupted):
         (["--config.data=digits"], "--config.data takes no value of its own, as it is"),
         (["--config=configs/nope.py"], "the config file 'configs/nope.py' does not exist"),
         (["--config.model.widths[9]=5"], "no setting of that number"),
-        (["--config=configs"], "the config file 'configs' is no file"),
+        (["--config=configs"], "the config file 'configs' is not a file"),
         (["surprise"], "'surprise' is not a flag; all settings look like --name=value."),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (

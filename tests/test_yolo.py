@@ -150,10 +150,32 @@ def test_the_grid_follows_from_the_stride(stem, stride, cells):
 
 
 @pytest.mark.parametrize(
+    ("backbone", "depth", "stride", "cells"),
+    [("resnet", 18, 16, (3, 2)), ("resnet_cifar", 8, 4, (10, 5)), ("vgg", 11, 16, (3, 2))],
+)
+def test_a_cell_that_reaches_out_of_the_image_counts(backbone, depth, stride, cells):
+    fields = {"backbone": backbone, "depth": depth, "stride": stride}
+    model = create_model("yolo", CLASSES, width=2, features=2, **fields)
+    images = np.random.default_rng(0).normal(size=(2, 40, 20, 1)).astype(np.float32)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    shape = (2, *cells, 10 + CLASSES)
+
+    @jax.jit
+    def loss(params):
+        state = {**variables, "params": params}
+        outputs, _ = model.apply(state, images, train=True, mutable="batch_stats")
+        assert outputs.shape == shape
+        return model.losses(outputs, boxes.unpack(np.stack([TARGET] * 2))).sum()
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"stride": 64}, "stride must be one of 4, 8, 16, 32 with this backbone, got 64"),
-        ({"stride": 32, "stem": "small"}, "one of 1, 2, 4, 8 with this backbone"),
+        ({"stride": 64}, "one of 4, 8, 16, 32 with the backbone 'resnet' and the stem"),
+        ({"stride": 32, "stem": "small"}, "one of 1, 2, 4, 8 with .* stem 'small'"),
         ({"backbone": "vgg", "depth": 16, "stride": 64}, "stride must be one of 2, 4, 8"),
         ({"backbone": "vgg"}, "depth must be one of 11, 13, 16, 19, got 18"),
         ({"backbone": "vgg", "depth": 16, "stem": "small"}, "'vgg' has no stem; leave"),

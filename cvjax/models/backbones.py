@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from cvjax.checks import check_choice
 from cvjax.errors import UserError
 from cvjax.models import resnet
 from cvjax.models.resnet import ResNet, resnet_stages
@@ -25,6 +26,7 @@ class Backbone:
       classifier: the class of the network.
       stages: yields the maps of its stages, within another network's compact method.
       strides: of the network, pixels of the image per pixel of each of these maps.
+      rounds_up: whether a side that is no multiple of a stride makes one pixel more.
       layers: its fields that say which layers there are, and what they compute.
       fixed: its fields that have one value here.
     """
@@ -32,6 +34,7 @@ class Backbone:
     classifier: type[nn.Module]
     stages: Callable[[nn.Module, jax.Array, bool], Iterator[jax.Array]]
     strides: Callable[[nn.Module], tuple[int, ...]]
+    rounds_up: bool
     layers: tuple[str, ...]
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -51,12 +54,14 @@ BACKBONES = {
         ResNet,
         resnet_stages,
         lambda net: tuple(resnet.stage_stride(net.stem, stage) for stage in (1, 2, 3, 4)),
+        True,
         resnet.BACKBONE,
     ),
     "resnet_cifar": Backbone(
         CifarResNet,
         cifar_stages,
         lambda net: (1, 2, 4),
+        True,
         (
             *("depth", "blocks", "shortcut", "pad_channels", "pre_activation", "width"),
             *("step_size", "norm", "activation"),
@@ -66,22 +71,39 @@ BACKBONES = {
         VGG,
         vgg_stages,
         lambda net: (2, 4, 8, 16, 32),
+        False,
         ("depth", "batch_norm", "width"),
         {"batch_norm": True},
     ),
 }
 
 
-def check_fields(net: nn.Module) -> None:
-    """Raises UserError if `net` has a field set that is another backbone's only."""
-    ours = _names(BACKBONES[net.backbone].classifier)
-    every = {*COMPUTED, *(name for one in BACKBONES.values() for name in one.layers)}
+def check_backbone(net: nn.Module, first_stage: int = 1) -> None:
+    """Raises UserError for fields of a network on a backbone that make no net.
+
+    Args:
+      net: with the fields of its backbone, and perhaps `backbone` and `stride`.
+      first_stage: the first of the stages whose stride `stride` may be.
+    """
+    kind = getattr(net, "backbone", "resnet")
+    check_choice("backbone", kind, tuple(BACKBONES))
+    backbone = BACKBONES[kind]
+    layers = {name for one in BACKBONES.values() for name in one.layers}
     for field in dataclasses.fields(net):
-        if field.name in every - ours and getattr(net, field.name) != field.default:
+        if field.name not in layers - _names(backbone.classifier):
+            continue
+        if getattr(net, field.name) != field.default:
             raise UserError(
-                f"the backbone {net.backbone!r} has no {field.name}; leave it at "
-                f"{field.default!r}."
+                f"the backbone {kind!r} has no {field.name}; leave it at {field.default!r}."
             )
+    network = backbone.network(net)
+    strides = backbone.strides(network)[first_stage - 1 :]
+    if "stride" in _names(type(net)) and net.stride not in strides:
+        stem = f" and the stem {net.stem!r}" if kind == "resnet" else ""
+        raise UserError(
+            f"stride must be one of {', '.join(map(str, strides))} with the backbone "
+            f"{kind!r}{stem}, got {net.stride}."
+        )
 
 
 def _names(network: type[nn.Module]) -> set[str]:

@@ -28,8 +28,9 @@ from jax import numpy as jnp
 
 from cvjax.checks import check_positive
 from cvjax.data.boxes import Boxes
+from cvjax.models.backbones import check_backbone
 from cvjax.models.norm_layers import batch_norm
-from cvjax.models.resnet import check_backbone, resnet_stages
+from cvjax.models.resnet import resnet_stages
 from cvjax.nn.conv import DTYPES, Conv
 
 STRIDE = 4  # pixels of a cell

@@ -24,7 +24,8 @@ from jax import lax
 from jax import numpy as jnp
 
 from cvjax.checks import check_positive
-from cvjax.models.resnet import check_backbone, resnet_stages, stage_stride
+from cvjax.models.backbones import check_backbone
+from cvjax.models.resnet import resnet_stages, stage_stride
 from cvjax.models.resnet_layers import head_init
 from cvjax.models.unet import pad_to_multiple
 from cvjax.nn.conv import Conv
@@ -59,7 +60,7 @@ class FCN(nn.Module):
 
     def __post_init__(self):
         check_positive(num_classes=self.num_classes)
-        check_backbone(self, stages=(4, 3, 2))
+        check_backbone(self, first_stage=2)
         super().__post_init__()
 
     @nn.compact

@@ -27,7 +27,7 @@ padded by one on each side, as in torchvision. With the stem "small" (3x3, not h
 pooling) the net takes images of 32 pixels to 4x4, as in kuangliu/pytorch-cifar.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -142,28 +142,11 @@ def stage_stride(stem: str, stage: int) -> int:
     return FIRST_STRIDE[stem] * 2 ** (stage - 1)
 
 
-def check_backbone(net: nn.Module, stages: Sequence[int] = ()) -> None:
-    """Raises UserError for fields of a network on `resnet_stages` that make no net.
-
-    Args:
-      net: the network.
-      stages: those whose stride the network's field `stride` may be; () if it has none.
-    """
-    names = (*BACKBONE, "loop", "dtype")
-    ResNet(net.num_classes, **{name: getattr(net, name) for name in names})
-    strides = [stage_stride(net.stem, stage) for stage in stages]
-    if strides and net.stride not in strides:
-        raise UserError(
-            f"stride must be one of {', '.join(map(str, strides))} with the stem "
-            f"{net.stem!r}, got {net.stride}."
-        )
-
-
 def resnet_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:
     """The maps at the end of each of the four stages, for networks built on them.
 
-    To be called in the compact method of a network, whose own the layers become. It is
-    `net`, or that says which layers: its fields are those of `ResNet`.
+    To be called in the compact method of a network, whose own the layers become: that is
+    `net`, or a network whose fields, those of `ResNet`, say which layers.
     """
     dtype = DTYPES[net.dtype]
     norm = batch_norm(net, train)

@@ -141,15 +141,11 @@ class CifarResNet(nn.Module):
         return nn.Dense(self.num_classes, name="head", kernel_init=head_init)(x)
 
 
-def cifar_stages(net: CifarResNet, images: jax.Array, train: bool) -> Iterator[jax.Array]:
+def cifar_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:
     """The maps at the end of each of the three stages.
 
-    To be called in the compact method of a network, whose own the layers become.
-
-    Args:
-      net: it, or a `CifarResNet` whose fields say which layers.
-      images: [batch, height, width, channels].
-      train: whether BatchNorm uses the statistics of the batch.
+    To be called in the compact method of a network, whose own the layers become: that is
+    `net`, or a network whose fields, those of `CifarResNet`, say which layers.
     """
     dtype, act = DTYPES[net.dtype], ACTIVATIONS[net.activation]
     use_bias = net.norm == "none"

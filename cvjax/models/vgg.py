@@ -102,8 +102,10 @@ class VGG(nn.Module):
             )
         *_, x = vgg_stages(self, images, train)
         if self.head == "imagenet":
-            shape = (self.num_classes, 7, self.hidden, self.dropout)
-            head = DenseHead(*shape, DTYPES[self.dtype], name="head")
+            dtype = DTYPES[self.dtype]
+            head = DenseHead(
+                self.num_classes, 7, self.hidden, self.dropout, dtype, name="head"
+            )
             return head(x, train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
         return nn.Dense(self.num_classes, name="head")(x)
@@ -112,12 +114,8 @@ class VGG(nn.Module):
 def vgg_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.Array]:
     """The maps behind the pooling of each of the five stages.
 
-    To be called in the compact method of a network, whose own the layers become.
-
-    Args:
-      net: it, or another with the fields of `VGG`, which are those of the layers.
-      images: [batch, height, width, channels].
-      train: whether BatchNorm uses the statistics of the batch.
+    To be called in the compact method of a network, whose own the layers become: that is
+    `net`, or a network whose fields, those of `VGG`, say which layers.
     """
     norm = batch_norm(net, train)
     x = images

@@ -1,7 +1,8 @@
 """You only look once, the first one (Redmon et al. 2015, arXiv:1506.02640).
 
     layer      output                 features
-    stages     up to S x S            of a classifier (models/backbones.py)
+    stages     up to S x S            of a classifier of any depth and width
+                                      (models/backbones.py)
     head       S x S                  3x3, bn, relu, then 1x1 to 5 B + classes
 
 The image is a grid of S x S cells. Each cell gives B boxes (where the centre is in the
@@ -23,11 +24,11 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cvjax.checks import check_choice, check_positive
+from cvjax.checks import check_positive
 from cvjax.data.boxes import Boxes, overlaps, suppress
-from cvjax.errors import UserError
-from cvjax.models.backbones import BACKBONES, check_fields
+from cvjax.models.backbones import BACKBONES, check_backbone
 from cvjax.models.norm_layers import batch_norm
+from cvjax.models.unet import pad_to_multiple
 from cvjax.nn.conv import DTYPES, Conv
 
 PLACE_WEIGHT, NOTHING_WEIGHT = 5.0, 0.5
@@ -43,11 +44,11 @@ class YOLO(nn.Module):
       backbone: the classifier whose stages it has: "resnet", "resnet_cifar" or "vgg" (with
         BatchNorm), see `backbones.BACKBONES`.
       depth, shortcut, version, stem, width, norm_momentum, norm_group, loop, remat, dtype:
-        of the backbone, see there; the others have no `version` and `stem`, and VGG has no
-        `shortcut`, `loop` and `remat` besides.
+        of the backbone, see its class; the defaults are for "resnet". The others have no
+        `version` and no `stem`, and "vgg" has no `shortcut` either.
       stride: pixels of a cell, one of the backbone's: 4, 8, 16 or 32 of "resnet" with the
         stem "imagenet", a quarter of that with "small"; 1, 2 or 4 of "resnet_cifar"; 2 to
-        32 of "vgg". Stages behind that resolution are left out.
+        32 of "vgg". Later stages are left out.
       boxes: B, of each cell.
       features: of the head.
       max_detections: of an image.
@@ -76,15 +77,7 @@ class YOLO(nn.Module):
     def __post_init__(self):
         names = ("num_classes", "boxes", "features", "max_detections")
         check_positive(**{name: getattr(self, name) for name in names})
-        check_choice("backbone", self.backbone, tuple(BACKBONES))
-        check_fields(self)
-        backbone = BACKBONES[self.backbone]
-        strides = backbone.strides(backbone.network(self))
-        if self.stride not in strides:
-            raise UserError(
-                f"stride must be one of {', '.join(map(str, strides))} with this backbone, "
-                f"got {self.stride}."
-            )
+        check_backbone(self)
         super().__post_init__()
 
     @nn.compact
@@ -93,6 +86,8 @@ class YOLO(nn.Module):
         dtype = DTYPES[self.dtype]
         backbone = BACKBONES[self.backbone]
         network = backbone.network(self)
+        if not backbone.rounds_up:
+            images = pad_to_multiple(images, self.stride)
         count = 1 + backbone.strides(network).index(self.stride)
         *_, x = itertools.islice(backbone.stages(network, images, train), count)
         x = Conv(self.features, 3, padding=1, dtype=dtype, name="head_conv")(x)

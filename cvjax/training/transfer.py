@@ -74,8 +74,16 @@ def load_source(
     if factor > 1:
         network = _refined(network, factor)
     fields = _fixed(network.run.model), _fixed(model)
+    advice = f"the model fields that it has{' when refined' if factor > 1 else ''}"
+    kind, wanted = network.run.model["name"], model.get("backbone", "")
+    if wanted and kind in BACKBONES and kind != wanted:
+        raise UserError(
+            f"init_from {source} is a network {kind!r} and model.backbone is {wanted!r}; "
+            f"set model.backbone to {kind!r} for its layers."
+        )
     if _gives_backbone(network, model):
-        backbone = BACKBONES[network.run.model["name"]]
+        backbone = BACKBONES[kind]
+        advice = "those of them that are fields of the detector too"
         ours = backbone.network(create_model(num_classes=1, **model))
         fields = (
             {key: network.run.model[key] for key in backbone.layers},
@@ -85,7 +93,7 @@ def load_source(
     if differences:
         raise UserError(
             f"init_from {source} is of another network ({'; '.join(differences)}); give "
-            f"the model fields that it has{' when refined' if factor > 1 else ''}."
+            f"{advice}."
         )
     is_run = isinstance(source, pathlib.Path)
     if is_run and not (source / "summary.json").exists() and network.step:

@@ -10,9 +10,11 @@ from cvjax.data.normalize import normalize
 from cvjax.evaluation.predictions import first_examples
 from cvjax.report.figures import label_axes, save_figure
 from cvjax.training.trained_network import Network, load_network
+from experiments.odenet_vs_resnet.presets import ROWS
 
-ROW_COLORS = ("#8c8c8c", "#c8553d", "#d99a2b", "#7a9a3a", "#2f8f83")
-ROW_COLORS += ("#1f5a99", "#5b4a9e", "#a0408a", "#3d3d3d")
+COLORS = ("#8c8c8c", "#c8553d", "#e08214", "#d99a2b", "#7a9a3a", "#2f8f83")
+COLORS += ("#1f5a99", "#4a90c2", "#5b4a9e", "#a0408a", "#3d3d3d", "#7f3b08")
+ROW_COLORS = dict(zip(ROWS, COLORS, strict=True))
 
 
 def trajectories(network: Network, images: np.ndarray) -> np.ndarray:
@@ -41,7 +43,7 @@ def draw_comparison(part: dict[str, Any], path: str | os.PathLike[str]) -> None:
       path: the PNG, replaced when it is complete.
     """
     figure, panels = _figure(3)
-    colors = dict(zip([row["row"] for row in part["table"]], ROW_COLORS, strict=False))
+    colors = {row["row"]: ROW_COLORS[row["row"]] for row in part["table"]}
     for row in part["table"]:
         error, nfe = row["test/error"], row["nfe"]
         bar = {"yerr": 100 * (error["std"] or 0), "color": colors[row["row"]]}
@@ -110,9 +112,8 @@ def draw_dynamics(
     from sklearn.decomposition import PCA
 
     figure, panels = _figure(2)
-    rows = list(dict.fromkeys(run["row"] for run in runs))
     for run in runs:
-        color = ROW_COLORS[1 + 4 * rows.index(run["row"])]
+        color = ROW_COLORS[run["row"]]
         label = run["row"] if run["seed"] == runs[0]["seed"] else None
         steps = [point["step"] for point in run["curve"]]
         nfe = [point["nfe"] for point in run["curve"]]

@@ -10,7 +10,7 @@ from cvjax.report.statistics import paired_difference, spread
 from cvjax.report.tables import percent, percent_interval
 
 # What is claimed: a block helps, and more of them; one f over depth against one block
-# (equal parameters), four to eight of them (equal compute: `SAME_COMPUTE`); two ways to
+# (equal parameters), four, six and eight (equal compute: `SAME_COMPUTE`); two ways to
 # write one function; what adaptive steps and the kinetic energy do.
 ONE_F = ("tied, 6 steps", "Euler, 6 steps", "Heun, 2 steps", "Heun, 4 steps")
 ONE_F += ("RK4, 2 steps", "Dopri5")
