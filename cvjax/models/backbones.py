@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from cvjax.checks import check_choice
+from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
 from cvjax.models import resnet
 from cvjax.models.resnet import ResNet, resnet_stages
@@ -85,6 +85,7 @@ def check_backbone(net: nn.Module, first_stage: int = 1) -> None:
       net: with the fields of its backbone, and perhaps `backbone` and `stride`.
       first_stage: the first of the stages whose stride `stride` may be.
     """
+    check_positive(num_classes=net.num_classes)
     kind = getattr(net, "backbone", "resnet")
     check_choice("backbone", kind, tuple(BACKBONES))
     backbone = BACKBONES[kind]

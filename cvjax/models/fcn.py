@@ -23,7 +23,6 @@ from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 
-from cvjax.checks import check_positive
 from cvjax.models.backbones import check_backbone
 from cvjax.models.resnet import resnet_stages, stage_stride
 from cvjax.models.resnet_layers import head_init
@@ -59,7 +58,6 @@ class FCN(nn.Module):
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_positive(num_classes=self.num_classes)
         check_backbone(self, first_stage=2)
         super().__post_init__()
 

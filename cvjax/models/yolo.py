@@ -75,7 +75,7 @@ class YOLO(nn.Module):
     dtype: str = "float32"
 
     def __post_init__(self):
-        names = ("num_classes", "boxes", "features", "max_detections")
+        names = ("boxes", "features", "max_detections")
         check_positive(**{name: getattr(self, name) for name in names})
         check_backbone(self)
         super().__post_init__()
