@@ -198,3 +198,45 @@ print(faults())
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         counts.append(int(done.stdout))
     assert counts[0] < 100 < counts[1]
+
+
+PINNED = """
+import hashlib, os, pathlib, sys
+
+os.sched_setaffinity(0, {int(core) for core in sys.argv[1].split(",")})
+
+import jax
+import numpy as np
+
+from cvjax.nn.conv import Conv
+
+x = np.random.default_rng(0).normal(size=(32, 16, 16, 16)).astype("f4")
+net = Conv(16, 3, padding=1)
+variables = net.init(jax.random.key(0), x)
+square = jax.jit(jax.grad(lambda v, x: (net.apply(v, x) ** 2).sum(), argnums=(0, 1)))
+leaves = jax.tree.leaves(jax.device_get(square(variables, x)))
+names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+print(digest, names.count("tf_XLAEigen"))
+"""
+
+
+@needs_onednn
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_cores_that_are_allowed_and_processes_side_by_side():
+    """A process has as many threads as cores; two on one core get the same bits."""
+    cores = sorted(os.sched_getaffinity(0))
+    masks = [str(cores[0])] * 2 + [",".join(map(str, cores[:2]))] * (len(cores) > 1)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PINNED, mask],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "CVJAX_CONV": "onednn"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for mask in masks
+    ]
+    answers = [process.communicate(timeout=200)[0].split() for process in processes]
+    assert [threads for _, threads in answers] == ["1", "1", "2"][: len(masks)]
+    assert answers[0] == answers[1]
