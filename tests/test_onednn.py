@@ -215,7 +215,8 @@ net = Conv(16, 3, padding=1)
 variables = net.init(jax.random.key(0), x)
 square = jax.jit(jax.grad(lambda v, x: (net.apply(v, x) ** 2).sum(), argnums=(0, 1)))
 leaves = jax.tree.leaves(jax.device_get(square(variables, x)))
-names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+tasks = pathlib.Path("/proc/self/task").glob("*/comm")
+names = [path.read_text().strip() for path in tasks]
 digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
 print(digest, names.count("tf_XLAEigen"))
 """
