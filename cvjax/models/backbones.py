@@ -26,17 +26,17 @@ class Backbone:
       classifier: the class of the network.
       stages: yields the maps of its stages, within another network's compact method.
       strides: of the network, pixels of the image per pixel of each of these maps.
-      rounds_up: whether a side that is no multiple of a stride makes one pixel more.
       layers: its fields that say which layers there are, and what they compute.
       fixed: its fields that have one value here.
+      rounds_up: whether a side that is no multiple of a stride makes one pixel more.
     """
 
     classifier: type[nn.Module]
     stages: Callable[[nn.Module, jax.Array, bool], Iterator[jax.Array]]
     strides: Callable[[nn.Module], tuple[int, ...]]
-    rounds_up: bool
     layers: tuple[str, ...]
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rounds_up: bool = True
 
     def network(self, net: nn.Module) -> nn.Module:
         """The classifier with those fields of `net` that it has.
@@ -54,14 +54,12 @@ BACKBONES = {
         ResNet,
         resnet_stages,
         lambda net: tuple(resnet.stage_stride(net.stem, stage) for stage in (1, 2, 3, 4)),
-        True,
         resnet.BACKBONE,
     ),
     "resnet_cifar": Backbone(
         CifarResNet,
         cifar_stages,
         lambda net: (1, 2, 4),
-        True,
         (
             *("depth", "blocks", "shortcut", "pad_channels", "pre_activation", "width"),
             *("step_size", "norm", "activation"),
@@ -71,9 +69,9 @@ BACKBONES = {
         VGG,
         vgg_stages,
         lambda net: (2, 4, 8, 16, 32),
-        False,
         ("depth", "batch_norm", "width"),
         {"batch_norm": True},
+        rounds_up=False,
     ),
 }
 
