@@ -23,7 +23,8 @@ Command:  python train.py --config=configs/folder_finetune.py --workdir=runs/own
           more than fit in memory: --config.data.streaming=true --config.data.num_workers=8
 Cost:     1,000 steps of 32 images of 224 pixels, 1.81 GMAC per image (forward): minutes on
           a GPU, hours on two CPU cores (with image_size=64 a tenth)
-Expected: nothing in general; it depends on the pictures
+Expected: nothing in general; it depends on the pictures (945 crops of blood cells at 64
+          pixels, from scratch: test error 0.32 %, one seed, 9 minutes on one CPU core)
 """
 
 from cvjax.training import default_config
