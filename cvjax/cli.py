@@ -174,12 +174,13 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
 
 
 def refuse_beside(flag: str, *others: str) -> None:
-    """Raises UserError if one of the others is given too, as it would have no effect."""
-    for other in others:
-        if flags.FLAGS[other].present:
-            raise UserError(
-                f"--{other} has no effect beside --{flag}; leave one of them out."
-            )
+    """Raises UserError for other flags that say what to train, where `flag` trains none."""
+    given = [f"--{other}" for other in others if flags.FLAGS[other].present]
+    if given:
+        raise UserError(
+            f"--{flag} trains nothing, so {', '.join(given)} cannot stand beside it; leave "
+            "one of them out."
+        )
 
 
 def parse_fields(texts: Sequence[str]) -> dict[str, Any]:

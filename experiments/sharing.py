@@ -28,6 +28,7 @@ class Sharing:
 
 
 ALONE = Sharing()
+FLAGS = tuple(field.name for field in dataclasses.fields(Sharing))
 NOT_INSTALLED = (
     "--ray needs the package ray, which is not installed: `pip install 'ray>=2.50,<3'` (it "
     "is the extra cvjax[ray])."
@@ -61,9 +62,7 @@ def from_flags() -> Sharing:
       UserError: for --processes beside --ray, an address that is none, half GPUs beside
         whole ones, or without Ray.
     """
-    given = Sharing(
-        *(getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Sharing))
-    )
+    given = Sharing(*(getattr(flags.FLAGS, name) for name in FLAGS))
     if given.ray and given.processes > 1:
         raise UserError(
             "--ray and --processes are two ways to share runs; leave one of them out."

@@ -298,5 +298,5 @@ def test_flags_without_effect_are_refused(call_program, tmp_path):
         done = call_program(*arguments, f"--{flag}")
         assert done.returncode == 2
         name = flag.partition("=")[0]
-        assert f"--{name} has no effect beside --" in done.stderr
+        assert f"trains nothing, so --{name} cannot stand beside it" in done.stderr
     assert not any(tmp_path.iterdir())

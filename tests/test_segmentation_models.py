@@ -198,7 +198,11 @@ def test_maps_have_the_size_of_any_image(name, fields, stride):
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
-        ("fcn", {"stride": 4}, "stride must be one of 8, 16, 32 with the backbone"),
+        (
+            "fcn",
+            {"stride": 4},
+            "8, 16, 32 with the backbone 'resnet' and the stem 'imagenet'",
+        ),
         ("fcn", {"depth": 20}, "depth must be one of 18, 34"),
         ("unet", {"levels": 0}, "levels must be 1 or more, got 0"),
         ("unet", {"norm": "group"}, "norm must be one of batch, none, got 'group'"),

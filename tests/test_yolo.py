@@ -174,8 +174,11 @@ def test_a_cell_that_reaches_out_of_the_image_counts(backbone, depth, stride, ce
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"stride": 64}, "one of 4, 8, 16, 32 with the backbone 'resnet' and the stem"),
-        ({"stride": 32, "stem": "small"}, "one of 1, 2, 4, 8 with .* stem 'small'"),
+        ({"stride": 64}, "be one of 4, 8, 16, 32 with .* 'resnet' and the stem 'imagenet'"),
+        (
+            {"stride": 32, "stem": "small"},
+            "one of 1, 2, 4, 8 with .* 'resnet' and the stem 'small'",
+        ),
         ({"backbone": "vgg", "depth": 16, "stride": 64}, "stride must be one of 2, 4, 8"),
         ({"backbone": "vgg"}, "depth must be one of 11, 13, 16, 19, got 18"),
         ({"backbone": "vgg", "depth": 16, "stem": "small"}, "'vgg' has no stem; leave"),

@@ -54,7 +54,7 @@ BACKBONES = {
         ResNet,
         resnet_stages,
         lambda net: tuple(resnet.stage_stride(net.stem, stage) for stage in (1, 2, 3, 4)),
-        resnet.BACKBONE,
+        ("depth", "shortcut", "version", "stem", "width"),
     ),
     "resnet_cifar": Backbone(
         CifarResNet,

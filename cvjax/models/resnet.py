@@ -53,8 +53,6 @@ SHORTCUTS = ("A", "B", "C", "none")
 VERSIONS = ("1", "1.5")
 STEMS = ("imagenet", "small")
 EXPANSION = 4  # of a bottleneck
-# The fields that say which layers a net has before its head.
-BACKBONE = ("depth", "shortcut", "version", "stem", "width")
 FIRST_STRIDE = {"imagenet": 4, "small": 1}  # of stage 1, by the stem
 
 

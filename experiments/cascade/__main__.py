@@ -24,7 +24,6 @@ not chosen (small points), the time is computed from those of their nets.
 Trained nets and measured seeds are found again when the same command is given again.
 """
 
-import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -117,8 +116,7 @@ def main(arguments):
     check_targets(values.target_accuracy, values.target_cost)
     given = [parse_member(text) for text in values.members]
     if given:
-        shared = (field.name for field in dataclasses.fields(sharing.Sharing))
-        cli.refuse_beside("members", "preset", "seeds", "steps", *shared)
+        cli.refuse_beside("members", "preset", "seeds", "steps", *sharing.FLAGS)
         check_places(given)
     folder = workdirs.check_writable(values.workdir)
     settings = {key: getattr(values, key) for key in SETTINGS}

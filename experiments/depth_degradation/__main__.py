@@ -63,7 +63,8 @@ def main(arguments):
     cli.refuse_arguments(arguments)
     values, shared = flags.FLAGS, sharing.from_flags()
     if values.gather:
-        refuse_with_gather()
+        names = ("preset", "depths", "nets", "seeds", "first_seed", "steps")
+        cli.refuse_beside("gather", *names, *sharing.FLAGS)
         sources = [user_path(path, "--gather") for path in values.gather]
         collect(sources)  # what is refused is refused before anything is written
         folder = workdirs.check_writable(values.workdir)
@@ -89,18 +90,6 @@ def main(arguments):
         if any(map(runner.is_finished, runs)):
             write()
             show(folder)
-
-
-def refuse_with_gather() -> None:
-    """Raises UserError for flags that mean nothing when nothing is trained."""
-    names = ("preset", "depths", "nets", "seeds", "first_seed", "steps", "processes")
-    names += ("ray", "ray_cpus", "ray_gpus")
-    given = [f"--{name}" for name in names if flags.FLAGS[name].present]
-    if given:
-        raise UserError(
-            f"--gather trains nothing, so {', '.join(given)} cannot stand beside it; leave "
-            "one of them out."
-        )
 
 
 def plan(create_config, depths, seeds, steps: int | None):
