@@ -285,18 +285,3 @@ def test_a_signal_while_a_program_starts(tmp_path):
             text=True,
         )
         assert done.returncode == expected and "Traceback" not in done.stderr
-
-
-def test_flags_without_effect_are_refused(call_program, tmp_path):
-    members = ["-m", "experiments.cascade", "--members=a,b", f"--workdir={tmp_path / 'w'}"]
-    run = ["-m", "experiments.filters", "--run=a", f"--workdir={tmp_path / 'w'}"]
-    for arguments, flag in (
-        (members, "seeds=3"),
-        (members, "ray_cpus=2"),
-        (run, "preset=quick"),
-    ):
-        done = call_program(*arguments, f"--{flag}")
-        assert done.returncode == 2
-        name = flag.partition("=")[0]
-        assert f"trains nothing, so --{name} cannot stand beside it" in done.stderr
-    assert not any(tmp_path.iterdir())

@@ -251,3 +251,18 @@ def test_sigterm_stops_all_and_a_failure_is_handed_on(tmp_path):
     process, _ = start(tmp_path / "again", "--code=3")
     process.communicate(timeout=60)
     assert process.returncode == 3
+
+
+def test_flags_without_effect_are_refused(call_program, tmp_path):
+    members = ["-m", "experiments.cascade", "--members=a,b", f"--workdir={tmp_path / 'w'}"]
+    run = ["-m", "experiments.filters", "--run=a", f"--workdir={tmp_path / 'w'}"]
+    for arguments, flag in (
+        (members, "seeds=3"),
+        (members, "ray_cpus=2"),
+        (run, "preset=quick"),
+    ):
+        done = call_program(*arguments, f"--{flag}")
+        assert done.returncode == 2
+        name = flag.partition("=")[0]
+        assert f"trains nothing, so --{name} cannot stand beside it" in done.stderr
+    assert not any(tmp_path.iterdir())
