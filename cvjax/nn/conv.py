@@ -213,9 +213,7 @@ def _lower_on_cpu(ctx, a, b, *, wanted, shape, **settings):
     shapes = tuple((arrays | {wanted: shape})[role] for role in ROLES)
     dtype = ctx.avals_in[0].dtype.name
     call = onednn.Call(ROLES.index(wanted), dtype, shapes, **settings)
-    # XLA cuts its own convolutions up among devices, but no foreign call.
-    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-    if devices == 1 and onednn.takes(call):
+    if onednn.on_one_device(ctx) and onednn.takes(call):
         return onednn.lower(ctx, a, b, call)
     rule = functools.partial(_by_xla, channels_last=True)
     lower = mlir.lower_fun(rule, multiple_results=False)

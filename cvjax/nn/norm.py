@@ -8,7 +8,7 @@ arXiv:1705.08741).
 
 Both are y = (x - mean) * a + bias with a = scale / sqrt(var + epsilon). Their derivative is
 written out below: the sums over an image map are two in the forward pass and two in the
-backward pass, all others are over a few numbers per channel. The variance is E[x^2] -
+backward pass (nn/channel_sums.py), all others are over a few numbers per channel. The variance is E[x^2] -
 mean^2, one pass over the map; where a mean is so far from zero that this would cost digits,
 a second pass makes it E[(x - mean)^2].
 """
@@ -22,16 +22,18 @@ from jax import lax
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
+from cvjax.nn.channel_sums import channel_sums, spread
 
 # mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
 _FAR = 256.0
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def normalize(
-    axes: tuple[int, ...],
+    lead: int,
     channels: int,
     epsilon: float,
+    dtype: Any,
     x: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
@@ -39,27 +41,36 @@ def normalize(
     """(x - mean) / sqrt(var + epsilon) * scale + bias, with the statistics of x.
 
     Args:
-      axes: what statistics are taken over, with `channels` neighbours on the last axis.
-      channels: see `axes`; a divisor of the features.
+      lead: statistics are taken over all axes but the first `lead` and the last one, of
+        which `channels` neighbours share theirs.
+      channels: see `lead`; a divisor of the features.
       epsilon: added to variances.
+      dtype: of the result.
       x: [..., features].
       scale, bias: [1, ..., 1, features].
 
     Returns:
-      The result, and mean and variance (divided by the number of elements), which have
-      length 1 along `axes`.
+      The result, and mean and variance (divided by the number of elements), float32 at
+      least, which have length 1 along the axes that they are taken over.
     """
-    mean = x.mean(axes, keepdims=True)
-    var = jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean)
+    mean, square = _averages(x, x, lead)
+    var = square - jnp.square(mean)
     var = lax.cond(
         jnp.any(jnp.square(mean) > _FAR * var),
-        lambda: jnp.square(x - mean).mean(axes, keepdims=True),
+        lambda: jnp.square(x - mean).mean(range(lead, x.ndim - 1), keepdims=True),
         lambda: var,
     )
     if channels > 1:
         mean, channel_mean = _over_neighbours(mean, channels), mean
         var = _over_neighbours(var + jnp.square(channel_mean - mean), channels)
-    return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
+    y = (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
+    return y.astype(dtype), mean, var
+
+
+def _averages(x, y, lead):
+    """Of x and of x * y, per channel."""
+    sums = channel_sums(x, y, lead)
+    return tuple(total * (total.size / x.size) for total in sums)
 
 
 def _over_neighbours(array, channels):
@@ -71,20 +82,17 @@ def _over_neighbours(array, channels):
 
 
 @normalize.defjvp
-def _normalize_jvp(axes, channels, epsilon, primals, tangents):
+def _normalize_jvp(lead, channels, epsilon, dtype, primals, tangents):
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    y, mean, var = normalize(axes, channels, epsilon, x, scale, bias)
-
-    def average(array):
-        return _over_neighbours(array.mean(axes, keepdims=True), channels)
-
+    y, mean, var = normalize(lead, channels, epsilon, dtype, x, scale, bias)
+    dmean, product = (_over_neighbours(a, channels) for a in _averages(dx, x, lead))
     slope = lax.rsqrt(var + epsilon)
-    dmean = average(dx)
-    drift = slope * (average(x * dx) - mean * dmean)
+    drift = slope * (product - mean * dmean)
     # Products over whole maps are few, and sums with x; backwards, these are the two sums.
     factor = slope * scale
     along = slope * (dscale - factor * drift)
-    dy = factor * dx + x * along + (dbias - factor * dmean - mean * along)
+    rest = dbias - factor * dmean - mean * along
+    dy = (factor * dx).astype(dtype) + spread(rest, along, x, lead, dtype)
     return (y, mean, var), (dy, dmean, 2 / slope * drift)
 
 
@@ -109,10 +117,10 @@ class GroupNorm(nn.Module):
         features = x.shape[-1]
         scale = self.param("scale", self.scale_init, (features,))
         bias = self.param("bias", nn.initializers.zeros_init(), (features,))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        axes, size = tuple(range(1, x.ndim - 1)), features // self.groups
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
         scale, bias = (a.reshape(*(1,) * (x.ndim - 1), -1) for a in (scale, bias))
-        return normalize(axes, size, self.epsilon, x, scale, bias)[0]
+        size = features // self.groups
+        return normalize(1, size, self.epsilon, dtype, x, scale, bias)[0]
 
 
 class BatchNorm(nn.Module):
@@ -156,19 +164,18 @@ class BatchNorm(nn.Module):
         if is_grouped:
             check_group("The group of BatchNorm", self.group, len(x))
             x = x.reshape(-1, self.group, *x.shape[1:])
-        axes = tuple(range(1 if is_grouped else 0, x.ndim - 1))
         scale, bias = (a.reshape(*(1,) * (x.ndim - 1), -1) for a in (scale, bias))
         if self.use_running_average:
             mean, var = (a.value.reshape(bias.shape) for a in (running_mean, running_var))
             y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
             return y.astype(dtype)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y, mean, var = normalize(axes, 1, self.epsilon, x, scale, bias)
+        lead = 1 if is_grouped else 0
+        y, mean, var = normalize(lead, 1, self.epsilon, dtype, x, scale, bias)
         if not self.is_initializing():
             for running, now in ((running_mean, mean), (running_var, var)):
                 now = now.mean(axis=0).ravel() if is_grouped else now.ravel()
                 running.value = self.momentum * running.value + (1 - self.momentum) * now
-        return y.astype(dtype).reshape(shape)
+        return y.reshape(shape)
 
 
 def check_group(name: str, group: int, batch_size: int) -> None:

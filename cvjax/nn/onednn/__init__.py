@@ -1,8 +1,8 @@
-"""oneDNN's convolutions, called by XLA on the CPU.
+"""oneDNN's convolutions, and sums per channel, called by XLA on the CPU.
 
-conv.cc calls oneDNN. `library` finds oneDNN and builds conv.cc against it, at the first use
-or ahead of it by `python -m cvjax.nn.onednn`, which `make` runs at set-up; here it is
-registered with XLA. Where oneDNN or a C++ compiler is missing, one line of the log says so
+conv.cc calls oneDNN; sums.cc does what oneDNN has no kernel for. `library` finds oneDNN and
+builds both, at the first use or ahead of it by `python -m cvjax.nn.onednn`, which `make`
+runs at set-up; here they are registered with XLA. Where oneDNN or a C++ compiler is missing, one line of the log says so
 and XLA's own kernels take over. The environment variable CVJAX_CONV decides instead: "xla"
 never looks for oneDNN, "onednn" fails where it cannot be used.
 """
@@ -113,6 +113,23 @@ def lower(ctx, a, b, call: Call):
     )
 
 
+def adds_up(x: jax.core.ShapedArray) -> bool:
+    """Whether sums.cc makes the sums of nn/channel_sums.py; it takes what `takes` does."""
+    return not _off and x.dtype.name in TYPES and x.size > 0 and _registered() is not None
+
+
+def on_one_device(ctx) -> bool:
+    """Whether a program may call these kernels: XLA cuts no foreign call up among devices."""
+    return getattr(ctx.module_context.axis_context, "num_devices", 1) == 1
+
+
+def lower_sums(ctx, x, y, lead: int):
+    """The lowering of sums per channel: a call of sums.cc."""
+    lowering = jax.ffi.ffi_lowering(_registered().sums)
+    limit = np.int64(cpu_limit())
+    return lowering(ctx, x, y, lead=np.int64(lead), most_threads=limit)
+
+
 def cpu_limit(folder: str = "/sys/fs/cgroup") -> int:
     """The CPUs that the container's quota allows, rounded up; 0 for no limit.
 
@@ -137,6 +154,7 @@ class Library(NamedTuple):
     """
 
     target: str
+    sums: str
     version: str
     has_bfloat16: bool
     can: Callable[..., int]
@@ -154,11 +172,14 @@ def _registered() -> Library | None:
         found = native.find()
         path = native.build(found)
         loaded = ctypes.CDLL(str(path))
-        handler, can = loaded.cvjax_convolve, loaded.cvjax_can_convolve
+        handlers = [loaded.cvjax_convolve, loaded.cvjax_add_up]
+        can = loaded.cvjax_can_convolve
         has_bfloat16 = bool(loaded.cvjax_has_bfloat16())
         # Named after its build: a program in JAX's compilation cache never meets another.
-        target = f"cvjax_convolve_{path.stem.rpartition('-')[2]}"
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+        key = path.stem.rpartition("-")[2]
+        names = [f"cvjax_convolve_{key}", f"cvjax_add_up_{key}"]
+        for name, handler in zip(names, handlers, strict=True):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     # RuntimeError is XLA's, for a handler of another version of its interface.
     except (native.Unavailable, OSError, AttributeError, RuntimeError) as reason:
         if choice == "onednn":
@@ -168,4 +189,4 @@ def _registered() -> Library | None:
         )
         return None
     can.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
-    return Library(target, found.version, has_bfloat16, can)
+    return Library(*names, found.version, has_bfloat16, can)

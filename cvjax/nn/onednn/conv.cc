@@ -17,22 +17,20 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <condition_variable>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "dnnl.hpp"
+#include "share.h"
 #include "xla/ffi/api/ffi.h"
 
 #if DNNL_CPU_RUNTIME == DNNL_RUNTIME_OMP
@@ -98,51 +96,6 @@ std::byte* Scratch(int slot, size_t bytes) {
   }
   auto address = reinterpret_cast<uintptr_t>(own.memory.get());
   return reinterpret_cast<std::byte*>((address + 63) / 64 * 64);
-}
-
-// Calls run(0), ..., run(count - 1) in the calling thread and free threads of the pool.
-//
-// Nobody waits for a part that has not begun, so that a pool full of waiting callers cannot
-// block itself.
-void Share(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> run) {
-  if (count == 1) return run(0);
-  struct Work {
-    std::function<void(int64_t)> run;
-    int64_t count;
-    std::atomic<int64_t> begun{0}, ended{0};
-    std::mutex mutex;
-    std::condition_variable all_ended;
-    std::exception_ptr error;
-
-    void Take() {
-      for (int64_t part; (part = begun.fetch_add(1)) < count;) {
-        try {
-          run(part);
-        } catch (...) {
-          std::lock_guard lock(mutex);
-          error = std::current_exception();
-        }
-        if (ended.fetch_add(1) + 1 == count) {
-          std::lock_guard lock(mutex);
-          all_ended.notify_all();
-        }
-      }
-    }
-  };
-  auto work = std::make_shared<Work>();
-  work->run = std::move(run);
-  work->count = count;
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Take(); });
-  work->Take();
-  for (int i = 0; i < 2000 && work->ended != count; ++i) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  std::unique_lock lock(work->mutex);
-  work->all_ended.wait(lock, [&] { return work->ended == count; });
-  if (work->error) std::rethrow_exception(work->error);
 }
 
 enum Wanted { kX, kY, kKernel };  // as ROLES in ../conv.py
@@ -323,8 +276,8 @@ void AddUp(const Shape& s, const float* x, const float* y, float* sum) {
 
 // Kernels' gradients, each part for some of the features and all images: for a kernel that is
 // larger than y, where sums of parts for some of the images would take as long as the parts.
-void SliceKernel(ffi::ThreadPool& pool, const Shape& shape, int64_t members, int64_t parts,
-                 const float* x, float* kernel, const float* y) {
+void SliceKernel(ffi::ThreadPool& pool, int64_t threads, const Shape& shape, int64_t members,
+                 int64_t parts, const float* x, float* kernel, const float* y) {
   Shape slice = shape;
   slice.features /= parts;
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
@@ -333,7 +286,7 @@ void SliceKernel(ffi::ThreadPool& pool, const Shape& shape, int64_t members, int
       shape.kernel_height * shape.kernel_width * shape.channels * shape.features;
   const bool adds_up = AddsUp(kKernel, slice);
   const auto product = adds_up ? nullptr : Find(kKernel, slice);
-  Share(pool, members * parts, [&](int64_t number) {
+  Share(pool, threads, members * parts, [&](int64_t number) {
     OneThread one_thread;
     const int64_t member = number / parts, first = number % parts * slice.features;
     const float* seen = x + member * x_size;
@@ -396,15 +349,14 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   auto* y = static_cast<std::byte*>(y_buffer.untyped_data());
 
   // Parts for each member: of equal numbers of images, but for the last one.
-  int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  if (most_threads > 0) threads = std::min(threads, most_threads);
+  const int64_t threads = Threads(pool, most_threads);
   const int64_t macs = shape.batch * shape.out_height * shape.out_width * kernel_size;
   int64_t parts = std::min({(threads + members - 1) / members, shape.batch,
                             std::max<int64_t>(1, macs / kSmallest)});
   if (wanted == kKernel) parts = std::min(parts, kMostKernelParts);
   if (wanted == kKernel && is_float && groups == 1 && parts > 1 &&
       shape.features % (kSlice * parts) == 0 && shape.batch * y_size < kernel_size) {
-    SliceKernel(pool, shape, members, parts, reinterpret_cast<const float*>(x),
+    SliceKernel(pool, threads, shape, members, parts, reinterpret_cast<const float*>(x),
                 reinterpret_cast<float*>(kernel), reinterpret_cast<const float*>(y));
     return ffi::Error::Success();
   }
@@ -432,7 +384,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
       if (packed_last)
         Reorder(*last, last->plain_kernel, own, last->kernel, place + packed);
     }
-    Share(pool, members * parts, [&](int64_t number) {
+    Share(pool, threads, members * parts, [&](int64_t number) {
       OneThread one_thread;
       const int64_t member = number / parts, part = number % parts;
       const bool is_last = part == parts - 1;
@@ -451,7 +403,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   float* sums = nullptr;
   if (!is_direct)
     sums = reinterpret_cast<float*>(Scratch(1, 4 * members * parts * kernel_size));
-  Share(pool, members * parts, [&](int64_t number) {
+  Share(pool, threads, members * parts, [&](int64_t number) {
     OneThread one_thread;
     const int64_t member = number / parts, part = number % parts;
     const int64_t image = member * shape.batch + part * images;
@@ -471,7 +423,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer s
   });
   if (is_direct) return ffi::Error::Success();
   const int64_t pieces = (kernel_size + kPiece - 1) / kPiece;
-  Share(pool, members * pieces, [&](int64_t number) {
+  Share(pool, threads, members * pieces, [&](int64_t number) {
     const int64_t member = number / pieces, begin = number % pieces * kPiece;
     const int64_t length = std::min(kPiece, kernel_size - begin);
     float* sum = sums + member * parts * kernel_size + begin;

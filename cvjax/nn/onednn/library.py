@@ -1,4 +1,4 @@
-"""Finds an installed oneDNN, and builds conv.cc against it.
+"""Finds an installed oneDNN, and builds conv.cc and sums.cc against it.
 
 oneDNN 3 is looked for in $DNNLROOT, in what pkg-config says, in the environment of this
 Python (conda-forge, or the PyPI packages onednn-devel-cpu-gomp and onednn-cpu-gomp that
@@ -27,7 +27,8 @@ from absl import logging
 
 from cvjax.files import file_digest, locked, user_cache
 
-SOURCE = pathlib.Path(__file__).with_name("conv.cc")
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = [FOLDER / "conv.cc", FOLDER / "sums.cc"]
 
 
 class Unavailable(Exception):
@@ -107,7 +108,7 @@ def _installed_file(distribution: str, name: str) -> pathlib.Path:
 
 
 def build(found: OneDNN) -> pathlib.Path:
-    """The library made of conv.cc, compiled if it was not yet.
+    """The library made of `SOURCES`, compiled if it was not yet.
 
     Several processes may ask at once, and any of them may be killed: the library is moved
     to its place when it is whole, together with its hash, without which it is not used.
@@ -116,18 +117,18 @@ def build(found: OneDNN) -> pathlib.Path:
       Unavailable: there is no compiler, or it fails.
     """
     parts = [
-        SOURCE.read_bytes(),
+        *(path.read_bytes() for path in (*SOURCES, FOLDER / "share.h")),
         *map(str.encode, (jaxlib.__version__, found.version, str(found.library))),
         *map(str.encode, (platform.platform(), platform.machine())),
     ]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = user_cache("native")
-    path = folder / f"conv-{key}.so"
+    path = folder / f"kernels-{key}.so"
     if _is_whole(path):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"conv-{key}.lock"):
+        with locked(folder / f"kernels-{key}.lock"):
             if not _is_whole(path):
                 _compile(found, path)
     except (OSError, NotImplementedError):  # read-only, or full
@@ -159,8 +160,8 @@ def _is_whole(path: pathlib.Path) -> bool:
 
 
 def _compile(found: OneDNN, path: pathlib.Path) -> None:
-    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    compiler = next((name for name in names if name and shutil.which(name)), None)
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    compiler = next((name for name in compilers if name and shutil.which(name)), None)
     if compiler is None:
         raise Unavailable(
             "a C++ compiler is missing; install g++ (Debian: `apt install g++`, conda: "
@@ -170,14 +171,15 @@ def _compile(found: OneDNN, path: pathlib.Path) -> None:
         output = pathlib.Path(folder, path.name)
         library = next(iter(sorted(found.library.glob("libdnnl.*"))))
         command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-w"]
-        command += [f"-I{jax.ffi.include_dir()}", f"-I{found.include}", str(SOURCE)]
+        command += [f"-I{jax.ffi.include_dir()}", f"-I{found.include}", *map(str, SOURCES)]
         command += ["-o", str(output), str(library), f"-Wl,-rpath,{found.library}"]
-        logging.info("Compiling %s for oneDNN %s, once.", SOURCE.name, found.version)
+        names = " and ".join(path.name for path in SOURCES)
+        logging.info("Compiling %s for oneDNN %s, once.", names, found.version)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise Unavailable(
-                f"{SOURCE.name} does not compile against oneDNN {found.version} and jaxlib "
+                f"{names} do not compile against oneDNN {found.version} and jaxlib "
                 f"{jaxlib.__version__} ({said[0]}); `{' '.join(command)}` shows all."
             )
         new_hash = _hash_of(output)
