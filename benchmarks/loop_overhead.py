@@ -22,6 +22,7 @@ from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
 from cvjax.storage import metrics_log
 from cvjax.training import default_config, devices, loop, steps
+from cvjax.training.compilation import compile_step
 from cvjax.training.config import parse_config
 from cvjax.training.dispatch import open_dispatch
 from cvjax.training.recipe import create_recipe
@@ -58,7 +59,7 @@ def time_both(
     single = dataclasses.replace(run, steps_per_dispatch=1)
     with open_dispatch(dataset.train, single, constants, mesh, start=0) as dispatch:
         batch, _ = dispatch.feed(0, 1)
-    compiled = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
+    compiled = compile_step(steps.train_step.lower(state, batch, constants, recipe=recipe))
 
     def in_loop() -> None:
         nonlocal state, record

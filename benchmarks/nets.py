@@ -16,6 +16,7 @@ from cvjax.data.dataset import Batch
 from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
 from cvjax.training import devices, steps
+from cvjax.training.compilation import compile_step
 from cvjax.training.losses import LossConfig
 from cvjax.training.optim import OptimConfig
 from cvjax.training.recipe import Recipe
@@ -115,7 +116,7 @@ def create_step(
             state, devices.divide(batch, mesh), constants, recipe=create_recipe(model)
         )
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = compile_step(lowered)
     seconds = time.perf_counter() - start
 
     def step(batch):

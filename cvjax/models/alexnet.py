@@ -36,6 +36,7 @@ from jax import numpy as jnp
 
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv, he_normal
 from cvjax.nn.pool import max_pool
 
@@ -97,7 +98,7 @@ class DenseHead(nn.Module):
             dense = nn.Dense(
                 self.hidden, dtype=self.dtype, kernel_init=he_normal, name=layer
             )
-            x = nn.relu(dense(x))
+            x = relu(dense(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="fc8")(x)
 
@@ -167,7 +168,7 @@ class AlexNet(nn.Module):
             conv = Conv(
                 *shape, use_bias=True, groups=groups, dtype=dtype, name=f"conv{layer}"
             )
-            x = nn.relu(conv(x))
+            x = relu(conv(x))
             if layer in variant.normalized:
                 x = local_response_norm(x)
             if layer in POOLED:

@@ -31,6 +31,7 @@ from cvjax.data.boxes import Boxes
 from cvjax.models.backbones import check_backbone
 from cvjax.models.norm_layers import batch_norm
 from cvjax.models.resnet import resnet_stages
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 
 STRIDE = 4  # pixels of a cell
@@ -95,13 +96,13 @@ class CenterNet(nn.Module):
             lateral = conv(self.features, 1, f"up{level}_lateral")(stages[level - 1])
             lateral = norm(name=f"up{level}_bn")(lateral)
             x = lateral if x is None else lateral + _enlarge(x, lateral.shape)
-            x = nn.relu(x)
-        x = nn.relu(norm(name="up_bn")(conv(self.features, 3, "up_conv")(x)))
+            x = relu(x)
+        x = relu(norm(name="up_bn")(conv(self.features, 3, "up_conv")(x)))
 
         heat_bias = nn.initializers.constant(np.log(FIRST_HEAT / (1 - FIRST_HEAT)))
         outputs = []
         for name, features in (("heat", self.num_classes), ("size", 2), ("offset", 2)):
-            y = nn.relu(conv(self.features, 3, f"{name}_conv", use_bias=True)(x))
+            y = relu(conv(self.features, 3, f"{name}_conv", use_bias=True)(x))
             y = y.astype(jnp.float32)
             bias = heat_bias if name == "heat" else nn.initializers.zeros_init()
             dense = nn.Dense(features, name=name, bias_init=bias)

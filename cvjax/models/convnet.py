@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 from cvjax.nn.pool import max_pool
 
@@ -74,7 +75,7 @@ class ConvNet(nn.Module):
             conv = Conv(
                 *shape, use_bias=True, dtype=DTYPES[self.dtype], name=f"conv{layer}"
             )
-            x = nn.relu(conv(x))
+            x = relu(conv(x))
         if min(x.shape[1:3]) < self.pool_size:
             raise UserError(
                 f"pool_size {self.pool_size} does not fit on the {x.shape[1]}x"

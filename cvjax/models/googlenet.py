@@ -48,6 +48,7 @@ from cvjax.models.alexnet import (
     local_response_norm,
 )
 from cvjax.models.norm_layers import batch_norm
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv, he_normal
 from cvjax.nn.pool import max_pool
 
@@ -112,7 +113,7 @@ class Layer(nn.Module):
         x = conv(x)
         if self.norm is not None:
             x = self.norm(name="bn")(x)
-        return nn.relu(x)
+        return relu(x)
 
 
 class Inception(nn.Module):
@@ -150,7 +151,7 @@ class AuxiliaryHead(nn.Module):
         x = self.layer(128, 1, name="conv")(adaptive_average_pool(x, 4))
         x = x.reshape(x.shape[0], -1)
         dense = nn.Dense(1024, dtype=self.dtype, kernel_init=he_normal, name="fc")
-        x = nn.relu(dense(x))
+        x = relu(dense(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="head")(x)
 

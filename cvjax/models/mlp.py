@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from cvjax.checks import check_choice, check_positive
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, he_normal
 
 
@@ -43,5 +44,5 @@ class MLP(nn.Module):
                 kernel_init=he_normal,
                 name=f"dense{layer}",
             )
-            x = nn.relu(dense(x))
+            x = relu(dense(x))
         return nn.Dense(self.num_classes, name="head")(x)

@@ -9,13 +9,14 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import numpy as jnp
 
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv, he_normal
 from cvjax.nn.conv import conv as convolve
 from cvjax.nn.norm import GroupNorm
 
 NORMS = ("group", "none")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
+    "relu": relu,
     "softplus": nn.softplus,
     "tanh": jnp.tanh,
     "gelu": nn.gelu,

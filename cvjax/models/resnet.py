@@ -38,6 +38,7 @@ from cvjax.errors import UserError
 from cvjax.models.norm_layers import batch_norm
 from cvjax.models.resnet_layers import Block, ModuleDef, PostActivation, head_init
 from cvjax.nn import depth as depth_axis
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 from cvjax.nn.pool import max_pool
 
@@ -70,9 +71,9 @@ class Bottleneck(nn.Module):
         inner = self.features // EXPANSION
         first, second = (self.stride, 1) if self.version == "1" else (1, self.stride)
         y = self.conv(inner, 1, first, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.conv(inner, 3, second, padding=1, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, 1, name="conv3")(y)
         return self.norm(name="bn3")(y)
 
@@ -156,7 +157,7 @@ def resnet_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[ja
     stem = Conv(
         net.width, kernel, stride, padding=kernel // 2, dtype=dtype, name="stem_conv"
     )
-    x = nn.relu(norm(name="stem_bn")(stem(images)))
+    x = relu(norm(name="stem_bn")(stem(images)))
     if net.stem == "imagenet":
         x = max_pool(x, 3, 2, ((1, 1), (1, 1)))
     for stage, length in enumerate(STAGES[net.depth], start=1):

@@ -41,12 +41,13 @@ from cvjax.models.resnet_layers import (
     head_init,
 )
 from cvjax.nn import depth as depth_axis
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 
 SHORTCUTS = ("A", "B", "C", "none")
 PADS = ("end", "both")
 NORMS = ("batch", "none")
-ACTIVATIONS: dict[str, Activation] = {"relu": nn.relu, "sigmoid": nn.sigmoid}
+ACTIVATIONS: dict[str, Activation] = {"relu": relu, "sigmoid": nn.sigmoid}
 
 
 class CifarResNet(nn.Module):

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import Conv
 
 ModuleDef = Callable[..., nn.Module]
@@ -24,7 +25,7 @@ class PostActivation(nn.Module):
     stride: int
     conv: ModuleDef
     norm: ModuleDef
-    act: Activation = nn.relu
+    act: Activation = relu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +42,7 @@ class PreActivation(nn.Module):
     stride: int
     conv: ModuleDef
     norm: ModuleDef
-    act: Activation = nn.relu
+    act: Activation = relu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -105,7 +106,7 @@ class Block(nn.Module):
     f: ModuleDef
     shortcut: str
     norm: ModuleDef
-    act: Activation | None = nn.relu
+    act: Activation | None = relu
     step_size: float = 1.0
     pad_channels: str = "end"
     use_bias: bool = False

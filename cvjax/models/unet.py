@@ -20,6 +20,7 @@ from jax import numpy as jnp
 from cvjax.checks import check_choice, check_positive
 from cvjax.models.norm_layers import batch_norm
 from cvjax.models.resnet_layers import head_init
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 from cvjax.nn.pool import max_pool
 
@@ -74,7 +75,7 @@ class UNet(nn.Module):
                     name=f"{name}_conv{k}",
                 )
                 x = conv(x)
-                x = nn.relu(norm(name=f"{name}_bn{k}")(x) if has_norm else x)
+                x = relu(norm(name=f"{name}_bn{k}")(x) if has_norm else x)
             return x
 
         height, width = images.shape[1:3]

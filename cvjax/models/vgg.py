@@ -32,6 +32,7 @@ from cvjax.checks import check_choice, check_positive
 from cvjax.errors import UserError
 from cvjax.models.alexnet import DenseHead, check_dropout
 from cvjax.models.norm_layers import batch_norm
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 from cvjax.nn.pool import max_pool
 
@@ -126,6 +127,6 @@ def vgg_stages(net: nn.Module, images: jax.Array, train: bool) -> Iterator[jax.A
             x = conv(features, 3, name=f"conv{stage}_{layer}")(x)
             if net.batch_norm:
                 x = norm(name=f"bn{stage}_{layer}")(x)
-            x = nn.relu(x)
+            x = relu(x)
         x = max_pool(x, 2, 2)
         yield x

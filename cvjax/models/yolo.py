@@ -29,6 +29,7 @@ from cvjax.data.boxes import Boxes, overlaps, suppress
 from cvjax.models.backbones import BACKBONES, check_backbone
 from cvjax.models.norm_layers import batch_norm
 from cvjax.models.unet import pad_to_multiple
+from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv
 
 PLACE_WEIGHT, NOTHING_WEIGHT = 5.0, 0.5
@@ -91,7 +92,7 @@ class YOLO(nn.Module):
         count = 1 + backbone.strides(network).index(self.stride)
         *_, x = itertools.islice(backbone.stages(network, images, train), count)
         x = Conv(self.features, 3, padding=1, dtype=dtype, name="head_conv")(x)
-        x = nn.relu(batch_norm(self, train)(name="head_bn")(x)).astype(jnp.float32)
+        x = relu(batch_norm(self, train)(name="head_bn")(x)).astype(jnp.float32)
         return nn.Dense(BOX * self.boxes + self.num_classes, name="head")(x)
 
     @nn.nowrap

@@ -8,9 +8,9 @@ arXiv:1705.08741).
 
 Both are y = (x - mean) * a + bias with a = scale / sqrt(var + epsilon). Their derivative is
 written out below: the sums over an image map are two in the forward pass and two in the
-backward pass (nn/channel_sums.py), all others are over a few numbers per channel. The variance is E[x^2] -
-mean^2, one pass over the map; where a mean is so far from zero that this would cost digits,
-a second pass makes it E[(x - mean)^2].
+backward pass (nn/channel_sums.py), all others are over a few numbers per channel. The
+variance is E[x^2] - mean^2, one pass over the map; where a mean is so far from zero that
+this would cost digits, a second pass makes it E[(x - mean)^2].
 """
 
 import functools

@@ -17,6 +17,7 @@ from cvjax.data.normalize import Statistics
 from cvjax.errors import DivergedError, InterruptedRun
 from cvjax.storage import checkpoint, metrics_log
 from cvjax.training import devices, interrupt, memory, metrics, steps
+from cvjax.training.compilation import compile_step
 from cvjax.training.dispatch import Dispatch
 from cvjax.training.optim import create_schedule
 from cvjax.training.recipe import Recipe
@@ -189,7 +190,7 @@ def train(
             with clock.beside(state):
                 start = time.perf_counter()
                 lowered = dispatch.function.lower(state, *arguments, recipe=recipe)
-                compiled = lowered.compile()
+                compiled = compile_step(lowered)
                 times["time/compile_seconds"] = time.perf_counter() - start
                 logging.info("Compiled in %.1f s.", times["time/compile_seconds"])
         if dispatch.longest > 1:  # or a signal would have to wait for many long calls

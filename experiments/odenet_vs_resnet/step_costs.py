@@ -16,6 +16,7 @@ from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.storage import provenance
 from cvjax.training import steps
+from cvjax.training.compilation import compile_step
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
 from cvjax.training.settings import RunConfig
@@ -84,5 +85,5 @@ def _prepare(run: RunConfig, dataset: Dataset):
     with contextlib.closing(batches):
         batch = next(batches)
     start = time.perf_counter()
-    step = steps.train_step.lower(state, batch, constants, recipe=recipe).compile()
+    step = compile_step(steps.train_step.lower(state, batch, constants, recipe=recipe))
     return step, state, batch, constants, time.perf_counter() - start

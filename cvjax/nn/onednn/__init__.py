@@ -2,9 +2,10 @@
 
 conv.cc calls oneDNN; sums.cc does what oneDNN has no kernel for. `library` finds oneDNN and
 builds both, at the first use or ahead of it by `python -m cvjax.nn.onednn`, which `make`
-runs at set-up; here they are registered with XLA. Where oneDNN or a C++ compiler is missing, one line of the log says so
-and XLA's own kernels take over. The environment variable CVJAX_CONV decides instead: "xla"
-never looks for oneDNN, "onednn" fails where it cannot be used.
+runs at set-up; here they are registered with XLA. Where oneDNN or a C++ compiler is
+missing, one line of the log says so and XLA's own kernels take over. The environment
+variable CVJAX_CONV decides instead: "xla" never looks for oneDNN, "onednn" fails where it
+cannot be used.
 """
 
 import contextlib
@@ -101,7 +102,7 @@ def _takes(call: Call) -> bool:
 
 def lower(ctx, a, b, call: Call):
     """The lowering of a product: a call of conv.cc."""
-    return jax.ffi.ffi_lowering(_registered().target)(
+    return jax.ffi.ffi_lowering(_registered().convolve)(
         ctx,
         a,
         b,
@@ -119,7 +120,7 @@ def adds_up(x: jax.core.ShapedArray) -> bool:
 
 
 def on_one_device(ctx) -> bool:
-    """Whether a program may call these kernels: XLA cuts no foreign call up among devices."""
+    """Whether a program may call these: XLA cuts no foreign call up among devices."""
     return getattr(ctx.module_context.axis_context, "num_devices", 1) == 1
 
 
@@ -148,12 +149,12 @@ def cpu_limit(folder: str = "/sys/fs/cgroup") -> int:
 
 
 class Library(NamedTuple):
-    """What was built: XLA's name for it, oneDNN's version, and the test of a call.
+    """What was built: XLA's names for it, oneDNN's version, and the test of a call.
 
     `has_bfloat16` says whether the processor has instructions for that type.
     """
 
-    target: str
+    convolve: str
     sums: str
     version: str
     has_bfloat16: bool
