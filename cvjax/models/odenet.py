@@ -17,6 +17,8 @@ The norm is GroupNorm in up to 32 groups of two channels or more (see odenet_lay
 example has min(32, features) groups, which not every number of features can be divided by,
 and of fewer than 64 features makes groups of one channel, which then have no mean for the
 head to average). BatchNorm is refused: in an ODE there is no one average for it to keep.
+With a `norm_grid` f's norms are temporal-adaptive BatchNorm (nn/temporal_norm.py) instead,
+which has averages, scales and biases for a grid of times.
 
 `augment` adds channels of zeros to what the stem gives (Dupont et al. 2019,
 arXiv:1904.01681), so that trajectories need not cross.
@@ -101,6 +103,8 @@ class ODENet(nn.Module):
       stem: "conv", "res" or "none", see the top of this file.
       stages: number of ODE blocks; features double and sides halve between them.
       norm: "group" or "none".
+      norm_grid: M of f's temporal-adaptive BatchNorm, about as many as there are fixed
+        steps, which it needs in training; 0: f has `norm`, as the other layers.
       activation: a key of `ACTIVATIONS`. f is smooth with "softplus", "tanh" and "gelu";
         with the papers' "relu" it is not, and methods of high order lose their order.
       zero_init: whether f starts as zero, so that a block starts as the identity.
@@ -123,6 +127,7 @@ class ODENet(nn.Module):
     stages: int = 1
     norm: str = "group"
     activation: str = "relu"
+    norm_grid: int = 0
     zero_init: bool = False
     theta: str = "constant"
     pieces: int = 1
@@ -144,6 +149,8 @@ class ODENet(nn.Module):
         check_choice("theta", self.theta, THETAS)
         check_choice("loop", self.loop, depth_axis.LOOPS)
         check_pieces(self.theta, self.pieces, _solver(self))
+        if self.norm_grid < 0:
+            raise UserError(f"norm_grid must be 0 or more, got {self.norm_grid}.")
         if self.dtype == "bfloat16" and not self.steps:
             raise UserError(
                 "dtype 'bfloat16' does not go with adaptive steps (steps 0), which would "
@@ -154,8 +161,9 @@ class ODENet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[batch, height, width, channels] floats -> [batch, num_classes] logits."""
-        f = partial(Residual, self.norm, self.activation, self.zero_init, self.dtype)
-        settings = (self.theta, self.pieces, self.loop, train)
+        layers = (self.norm, self.activation, self.zero_init, self.dtype)
+        f = partial(Residual, *layers, self.norm_grid, train)
+        settings = (self.theta, self.pieces, self.loop, train, self.norm_grid > 0)
 
         def block(suffix):
             return ODEBlock(f, _solver(self), *settings, name=f"ode{suffix}")

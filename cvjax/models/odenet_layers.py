@@ -13,6 +13,7 @@ from cvjax.nn.activation import relu
 from cvjax.nn.conv import DTYPES, Conv, he_normal
 from cvjax.nn.conv import conv as convolve
 from cvjax.nn.norm import GroupNorm
+from cvjax.nn.temporal_norm import TemporalBatchNorm
 
 NORMS = ("group", "none")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -89,19 +90,28 @@ class Residual(nn.Module):
 
     Called with t it is f of an ODE: see the top of models/odenet.py. `zero_init` starts it
     as zero, and what it is in as the identity: by its last norm's scale, or without a norm
-    its last kernel.
+    its last kernel. With t and a `norm_grid` M its norms are temporal-adaptive BatchNorm at
+    M + 1 times, which in training (`train`) takes the batch's statistics.
     """
 
     norm: str
     activation: str
     zero_init: bool = False
     dtype: str = "float32"
+    norm_grid: int = 0
+    train: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array | None = None) -> jax.Array:
         act, continuous = ACTIVATIONS[self.activation], t is not None
         zeros = nn.initializers.zeros_init()
-        norm_ends = continuous and self.norm != "none"
+        norm_ends = continuous and (self.norm != "none" or self.norm_grid > 0)
+
+        def norm(x, name, **init):
+            if continuous and self.norm_grid:
+                settings = {"use_running_average": not self.train, "name": name, **init}
+                return TemporalBatchNorm(self.norm_grid, **settings)(x, t)
+            return Norm(self.norm, name=name, **init)(x)
 
         def layer(x, name, **init):
             features = x.shape[-1]
@@ -111,11 +121,11 @@ class Residual(nn.Module):
             return conv(x, features, 3, padding=1, name=name, dtype=self.dtype, **init)
 
         last_kernel = {"kernel_init": zeros} if self.zero_init and not norm_ends else {}
-        y = layer(act(Norm(self.norm, name="norm1")(x)), "conv1")
-        y = layer(act(Norm(self.norm, name="norm2")(y)), "conv2", **last_kernel)
+        y = layer(act(norm(x, "norm1")), "conv1")
+        y = layer(act(norm(y, "norm2")), "conv2", **last_kernel)
         if norm_ends:
             init = {"scale_init": zeros} if self.zero_init else {}
-            y = Norm(self.norm, name="norm3", **init)(y)
+            y = norm(y, "norm3", **init)
         return y
 
 

@@ -14,7 +14,8 @@ What a block's solver did is sown into the collection "solver" as `Stats`. If th
 of the mean of f**2 over an image's values, [batch]: the first of the two terms of Finlay et
 al. 2020 (arXiv:2002.02798), with a factor 1 and without their norm of f's Jacobian.
 If the collection "trajectory" is asked for, it sows x before the first and after each of
-its fixed steps, [steps + 1, batch, height, width, channels].
+its fixed steps, [steps + 1, batch, height, width, channels]. f may keep running averages
+(nn/temporal_norm.py), which fixed steps move in training, at each evaluation of f.
 """
 
 import dataclasses
@@ -47,10 +48,13 @@ class ODEBlock(nn.Module):
       pieces: of the time from 0 to 1.
       loop: whether fixed steps are a loop, one of `nn.depth.LOOPS`.
       train: whether the call is for training (see `nn.solver.Solver`).
+      keeps_averages: whether f has running averages for each time, in "batch_stats", where
+        the block has them under `f`; they have no depth axis.
 
     Raises:
-      UserError: if f has variables that are not parameters, such as BatchNorm's averages,
-        or if `pieces` do not fit.
+      UserError: if f has other variables that are not parameters, such as BatchNorm's
+        averages, if `pieces` do not fit, or in training, if averages are to be kept
+        without the fixed steps of nn/runge_kutta.py.
     """
 
     field: Callable[..., nn.Module]
@@ -59,25 +63,37 @@ class ODEBlock(nn.Module):
     pieces: int = 1
     loop: str = "auto"
     train: bool = False
+    keeps_averages: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, height, width, channels] -> the same."""
         check_pieces(self.theta, self.pieces, self.solver)
         theta = self.param("f", self._init_theta, x)
+        averages = None
+        if self.keeps_averages:
+            averages = self.variable("batch_stats", "f", self._init_averages, x)
         if self.is_initializing():
             self._sow(Stats(*[jnp.zeros(len(x), jnp.int32)] * 4))
             return x
+        moves = self.keeps_averages and self.train
+        if moves and not self.solver.unrolls:
+            raise UserError(
+                "Averages over time are kept in training with fixed steps alone, and not "
+                "by 'reversible_heun' or 'backsolve'; set steps, or another norm in f."
+            )
         rolled = depth.is_rolled(self.loop, self.solver.steps)
-        f = self._vector_field()
+        f, before = self._vector_field(moves), averages.value if averages else {}
         wants_energy = self.is_mutable_collection("kinetic")
         if wants_energy:
             f = _with_energy(f)
         start = (x, jnp.zeros(len(x), x.dtype)) if wants_energy else x
         if self.solver.unrolls:
-            end, stats = self._equal_steps(f, theta, start, rolled)
+            (end, after), stats = self._equal_steps(f, theta, start, before, rolled)
+            if moves:
+                averages.value = after
         else:
-            end, stats = self._diffrax(f, theta, start)
+            end, stats = self._diffrax(f, theta, start, before)
         if wants_energy:
             end, energy = end
             self.sow("kinetic", "energy", energy, reduce_fn=lambda _, new: new)
@@ -95,7 +111,8 @@ class ODEBlock(nn.Module):
 
         def init(rng):
             variables = field.init(rng, x, jnp.zeros((), x.dtype))
-            others = sorted(set(variables) - {"params"})
+            kept = {"batch_stats"} if self.keeps_averages else set()
+            others = sorted(set(variables) - {"params"} - kept)
             if others:
                 raise UserError(
                     f"f of an ODE has variables that are not parameters ({others[0]}), as "
@@ -106,11 +123,19 @@ class ODEBlock(nn.Module):
 
         return jax.vmap(init)(jax.random.split(rng, slices))
 
-    def _vector_field(self):
-        """f as a function of (theta, x, t, piece), with theta the whole depth axis."""
-        field = self.field(parent=None, name="f")
+    def _init_averages(self, x: jax.Array):
+        field, time = self.field(parent=None), jnp.zeros((), x.dtype)
+        return field.init(jax.random.key(0), x, time)["batch_stats"]
 
-        def f(theta, x, t, piece):
+    def _vector_field(self, moves: bool):
+        """f and its averages, moved or not, by (theta, averages, x, t, piece).
+
+        theta is the whole depth axis.
+        """
+        field = self.field(parent=None, name="f")
+        mutable = ["batch_stats"] if moves else []
+
+        def f(theta, averages, x, t, piece):
             if self.theta == "piecewise_linear":
                 part = t * self.pieces - piece
                 now = jax.tree.map(
@@ -118,16 +143,18 @@ class ODEBlock(nn.Module):
                 )
             else:
                 now = jax.tree.map(lambda leaf: leaf[piece], theta)
+            variables = {"params": now, "batch_stats": averages}
             t = jnp.asarray(t, x.dtype)
             if self.solver.steps:
-                return field.apply({"params": now}, x, t)
+                slope, new = field.apply(variables, x, t, mutable=mutable)
+                return slope, new["batch_stats"] if moves else averages
             # The noise of fast matrix units would be taken for error and made smaller.
             with jax.default_matmul_precision("highest"):
-                return field.apply({"params": now}, x, t)
+                return field.apply(variables, x, t), averages
 
         return f
 
-    def _equal_steps(self, f, theta, x, rolled: bool):
+    def _equal_steps(self, f, theta, x, averages, rolled: bool):
         solver = self.solver
         if solver.method in runge_kutta.TABLEAUS:
             tableau = runge_kutta.TABLEAUS[solver.method]
@@ -137,16 +164,21 @@ class ODEBlock(nn.Module):
             tableau = tableau_of(solver.method)
         h, steps_per_piece = 1 / solver.steps, solver.steps // self.pieces
 
-        def one_step(theta, x, number):
+        def one_step(theta, state, number):
+            x, averages = state
             piece = number // steps_per_piece if self.pieces > 1 else 0
-            return runge_kutta.step(
-                tableau, lambda x, t: f(theta, x, t, piece), x, number * h, h
-            )
+
+            def slope(x, t):
+                nonlocal averages
+                slope, averages = f(theta, averages, x, t, piece)
+                return slope
+
+            return runge_kutta.step(tableau, slope, x, number * h, h), averages
 
         if self.is_mutable_collection("trajectory"):
-            x, path = jax.lax.scan(
-                lambda x, number: (one_step(theta, x, number), x),
-                x,
+            (x, averages), path = jax.lax.scan(
+                lambda state, number: (one_step(theta, state, number), state[0]),
+                (x, averages),
                 jnp.arange(solver.steps),
             )
             path = jax.tree.map(lambda leaf, end: jnp.vstack([leaf, end[None]]), path, x)
@@ -155,16 +187,20 @@ class ODEBlock(nn.Module):
             checkpoint = solver.gradient == "checkpoint" or (
                 solver.gradient == "auto" and depth.is_rolled("auto", solver.steps)
             )
-            x = runge_kutta.integrate(
-                one_step, theta, x, solver.steps, rolled=rolled, checkpoint=checkpoint
+            compiled = {"rolled": rolled, "checkpoint": checkpoint}
+            x, averages = runge_kutta.integrate(
+                one_step, theta, (x, averages), solver.steps, **compiled
             )
         batch = jax.tree.leaves(x)[0].shape[0]
         evaluations = jnp.full(batch, solver.steps * len(tableau.b), jnp.int32)
         steps = jnp.full(batch, solver.steps, jnp.int32)
         zeros = jnp.zeros(batch, jnp.int32)
-        return x, Stats(evaluations, steps, rejected=zeros, result=zeros)
+        return (x, averages), Stats(evaluations, steps, rejected=zeros, result=zeros)
 
-    def _diffrax(self, f, theta, x):
+    def _diffrax(self, f_and_averages, theta, x, averages):
+        def f(theta, x, t, piece):
+            return f_and_averages(theta, averages, x, t, piece)[0]
+
         batch = jax.tree.leaves(x)[0].shape[0]
         alone = self.solver.per_sample == "always" or (
             self.solver.per_sample == "eval" and not self.train
@@ -211,10 +247,10 @@ def _solve_pieces(f, theta, solver: Solver, pieces: int, x):
 def _with_energy(f):
     """The vector field of (x, kinetic energy so far)."""
 
-    def both(theta, state, t, piece):
+    def both(theta, averages, state, t, piece):
         x, _ = state
-        slope = f(theta, x, t, piece)
-        return slope, (slope**2).mean(axis=range(1, x.ndim))
+        slope, averages = f(theta, averages, x, t, piece)
+        return (slope, (slope**2).mean(axis=range(1, x.ndim))), averages
 
     return both
 

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from cvjax.errors import UserError
 from cvjax.nn.norm import BatchNorm
+from cvjax.nn.temporal_norm import TemporalBatchNorm
 from cvjax.training import memory
 from cvjax.training.recipe import Recipe
 from cvjax.training.settings import RunConfig
@@ -64,9 +65,11 @@ def _sizes(
 def _refuse_single_values(call, arguments, keywords, context):
     """Of a single value mean and variance say nothing: what comes out is always zero."""
     module = context.module
-    if isinstance(module, BatchNorm) and context.method_name == "__call__":
+    norms = (BatchNorm, TemporalBatchNorm)
+    if isinstance(module, norms) and context.method_name == "__call__":
         x = arguments[0]
-        count = (module.group or len(x)) * int(np.prod(x.shape[1:-1]))
+        examples = getattr(module, "group", 0) or len(x)
+        count = examples * int(np.prod(x.shape[1:-1]))
         if count == 1 and not module.use_running_average:
             raise UserError(
                 f"BatchNorm {'/'.join(module.path)} would see single values (a batch "
