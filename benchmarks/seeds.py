@@ -29,6 +29,7 @@ from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
+from cvjax.training.compilation import compile_step
 from cvjax.training.state import create_train_state
 
 TURNS, VMAP, PROCESSES = "one after the other", "vmap", "processes"
@@ -113,7 +114,7 @@ def create_vmapped(net: nets.Net, batch, seeds: int):
         return steps.train_step(state, batch, constants, recipe=recipe)
 
     start = time.perf_counter()
-    compiled = jax.jit(jax.vmap(step)).lower(state, batches, keys).compile()
+    compiled = compile_step(jax.jit(jax.vmap(step)).lower(state, batches, keys))
     seconds = time.perf_counter() - start
 
     def together():

@@ -16,7 +16,7 @@
 namespace ffi = xla::ffi;
 
 // Compiled for several vector lengths, of which the processor takes its own at run time.
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__GLIBC__)
 #define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDE
