@@ -12,7 +12,7 @@ from jax import numpy as jnp
 
 from cvjax.nn import onednn
 from cvjax.nn.activation import relu
-from cvjax.nn.channel_sums import channel_sums, spread
+from cvjax.nn.channel_sums import add_affine, channel_sums
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One channel, fewer and more than a vector's, not a multiple; several parts; single rows.
@@ -53,7 +53,7 @@ def test_sums_are_those_of_float64(shape, lead, dtype):
         assert np.all(np.abs(a - b) <= 1e-6 * size)
 
 
-def test_native_sums_lose_less_than_one_digit_of_float32():
+def test_long_sums_lose_less_than_a_digit_of_float32():
     """131,072 terms that are all positive."""
     x = draw((128, 32, 32, 16), offset=10.0)
     total, squares = jax.jit(channel_sums)(x, x)
@@ -83,25 +83,48 @@ def test_derivatives_in_both_modes_and_of_second_order(lead):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_spread_is_the_transpose_and_has_derivatives():
-    y, z, dy = (draw((3, 4, 2, 5), seed) for seed in range(3))
-    s, p, ds, dp = (draw((3, 1, 1, 5), seed) for seed in range(3, 7))
+def test_the_two_are_transposes_and_have_derivatives():
+    y, z, dy, m, dm = (draw((3, 4, 2, 5), seed) for seed in range(5))
+    s, p, ds, dp = (draw((3, 1, 1, 5), seed) for seed in range(5, 9))
     x = draw(y.shape, 9)
     left = sum((a * b).sum() for a, b in zip(channel_sums(x, y, 1), (s, p), strict=True))
-    right = (spread(s, p, y, 1, jnp.float32) * x).sum()
+    right = (add_affine(jnp.zeros_like(y), s, p, y, 1, jnp.float32) * x).sum()
     np.testing.assert_allclose(left, right, rtol=1e-5)
 
-    def quantities(spread):
-        def total(s, p, y):
-            return (jnp.sin(spread(s, p, y)) * z).sum()
+    def quantities(affine):
+        def total(m, s, p, y):
+            return (jnp.sin(affine(m, s, p, y)) * z).sum()
 
-        slope = jax.grad(total, (0, 1, 2))
-        return slope(s, p, y), jax.jvp(slope, (s, p, y), (ds, dp, dy))
+        slope = jax.grad(total, (0, 1, 2, 3))
+        return slope(m, s, p, y), jax.jvp(slope, (m, s, p, y), (dm, ds, dp, dy))
 
-    ours = quantities(lambda s, p, y: spread(s, p, y, 1, jnp.float32))
-    wanted = quantities(lambda s, p, y: s + p * y)
+    ours = quantities(lambda *four: add_affine(*four, 1, jnp.float32))
+    wanted = quantities(lambda m, s, p, y: m + s + p * y)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_each_operand_may_be_the_linear_one():
+    x, y, m = (draw((3, 4, 2, 5), seed) for seed in range(3))
+    s, p = (draw((3, 1, 1, 5), seed) for seed in (3, 4))
+    (by_y,) = jax.linear_transpose(lambda y: channel_sums(x, y, 1)[1], y)(p)
+    np.testing.assert_allclose(by_y, p * x, rtol=1e-6)
+    zeros = jnp.zeros_like
+    (by_y,) = jax.linear_transpose(
+        lambda y: add_affine(zeros(m), zeros(s), p, y, 1, jnp.float32), y
+    )(m)
+    np.testing.assert_allclose(by_y, p * m, rtol=1e-6)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    """Native code would read beyond them."""
+    with pytest.raises(TypeError, match="must be alike"):
+        channel_sums(draw((3, 2)), draw((1, 2)))
+    with pytest.raises(TypeError, match="lead must be 0 to 1 for 2 axes, got 2"):
+        channel_sums(draw((3, 2)), draw((3, 2)), 2)
+    s, p, y = draw((1, 2)), draw((1, 3)), draw((4, 2))
+    with pytest.raises(TypeError, match="do not fit"):
+        add_affine(y, s, p, y, 0, jnp.float32)
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (2, None), (None, 3)])
@@ -115,8 +138,9 @@ def test_vmap(axes):
     wanted = jax.vmap(lambda x, y: plain(x, y, 1), axes)(x, y)
     for a, b in zip(both, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    maps = jax.vmap(lambda s, p, y: spread(s, p, y, 1, jnp.float32), (0, 0, axes[1]))
-    plainly = jax.vmap(lambda s, p, y: s + p * y, (0, 0, axes[1]))
+    m = draw(shape, 7)
+    maps = jax.vmap(lambda s, p, y: add_affine(m, s, p, y, 1, jnp.float32), (0, 0, axes[1]))
+    plainly = jax.vmap(lambda s, p, y: m + s + p * y, (0, 0, axes[1]))
     np.testing.assert_allclose(maps(*both, y), plainly(*both, y), rtol=1e-5, atol=1e-5)
 
 

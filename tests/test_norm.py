@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn.norm import BatchNorm, GroupNorm
+from cvjax.nn.norm import BatchNorm, GroupNorm, normalize
 
 SHAPE = (12, 3, 2, 5)
 OURS = partial(BatchNorm, momentum=0.9, epsilon=1e-5)
@@ -194,6 +194,33 @@ def test_statistics_of_bfloat16_are_float32():
     mean = 0.9 * variables["batch_stats"]["mean"] + 0.1 * np.float64(x).mean((0, 1, 2))
     assert updated["batch_stats"]["mean"].dtype == jnp.float32
     np.testing.assert_allclose(updated["batch_stats"]["mean"], mean, rtol=1e-6)
+
+
+def test_the_gradient_of_bfloat16_is_rounded_once():
+    """Two roundings would add up over a channel if the cotangent's mean is not zero."""
+    rng = np.random.default_rng(0)
+    x, cotangent = (
+        jnp.asarray(rng.normal(size=(64, 8, 8, 16)) + offset, jnp.bfloat16)
+        for offset in (0, 10)
+    )
+    scale, bias = jnp.ones((2, 1, 1, 1, 16))
+
+    def gradient(x, dtype):
+        def total(x):
+            y = normalize(0, 1, 1e-5, dtype, x, scale, bias)[0]
+            return (y.astype(jnp.float32) * cotangent.astype(jnp.float32)).sum()
+
+        return np.float64(jax.jit(jax.grad(total))(x))
+
+    got = gradient(x, jnp.bfloat16)
+    wanted = gradient(x.astype(jnp.float32), jnp.float32)
+    assert np.linalg.norm(got - wanted) < 2e-3 * np.linalg.norm(wanted)
+    assert np.abs(got.mean((0, 1, 2))).max() < 3e-4
+
+
+def test_an_empty_batch_is_normalised():
+    params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    assert GroupNorm(2).apply({"params": params}, jnp.zeros((0, 2, 2, 4))).shape[0] == 0
 
 
 @pytest.mark.parametrize("group", [5, -4, 24])

@@ -86,10 +86,9 @@ def test_a_block_moves_the_averages_at_each_evaluation():
         jax.tree.leaves(updated["batch_stats"]["f"]), jax.tree.leaves(averages), strict=True
     ):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-        untouched = updated["batch_stats"]["f"]["norm1"]["mean"][
-            M
-        ]  # Euler never sees t = 1
-        np.testing.assert_array_equal(untouched, 0)
+    for norm in updated["batch_stats"]["f"].values():  # Euler's method never sees t = 1
+        np.testing.assert_array_equal(norm["mean"][M], 0)
+        np.testing.assert_array_equal(norm["var"][M], 1)
 
 
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
@@ -125,10 +124,19 @@ def test_in_evaluation_images_do_not_see_each_other_and_any_solver_will_do():
 @pytest.mark.parametrize("solver", [Solver("dopri5", 0), Solver(gradient="backsolve")])
 def test_training_without_fixed_steps_is_refused(solver):
     x, block = jnp.float32(X), create_block(solver)
-    with pytest.raises(UserError, match="fixed steps"):
+    with pytest.raises(UserError, match="a fixed number of steps"):
         block.apply(block.init(jax.random.key(0), x), x, mutable=["batch_stats"])
     with pytest.raises(UserError, match="norm_grid must be 0 or more, got -1"):
         create_model("odenet", 10, norm_grid=-1)
+
+
+def test_averages_keep_their_type_whatever_the_images_are():
+    block = create_block(Solver("heun", 4))
+    variables = block.init(jax.random.key(0), jnp.float32(X))
+    with jax.enable_x64(True):
+        y, updated = block.apply(variables, jnp.float64(X), mutable=["batch_stats"])
+    assert y.dtype == jnp.float64
+    assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
 
 
 def test_zero_init_starts_as_the_identity():

@@ -1,13 +1,13 @@
-"""Sums over images per channel: two primitives, each the transpose of the other.
+"""Sums over images per channel, and their transpose: two primitives.
 
-    s, p = channel_sums(x, y)    sums of x, and of x * y
-    z    = spread(s, p, y)       s + p * y
+    channel_sums    s, p = sum of x, sum of x * y        linear in x
+    add_affine      z = m + s + p * y, rounded once      linear in m, s and p
 
-The first is linear in x, the second in s and p, and <s', s> + <p', p> = <spread(s', p', y),
-x>. So normalisation, which is made of them (nn/norm.py), may be differentiated in any mode
-and to any order and reduces whole maps nowhere else. On CPU one pass over x and y, in their
-own type, makes both sums (nn/onednn/sums.cc); elsewhere XLA makes them. What is computed
-element by element is XLA's everywhere.
+The cotangents of s and p in the second are the first, of z's cotangent and y. So
+normalisation, which is made of them (nn/norm.py), may be differentiated in any mode and to
+any order, and its gradient reduces whole maps nowhere else. On CPU one pass over x and y,
+in their own type, makes both sums (nn/onednn/sums.cc); elsewhere XLA makes them. What is
+computed element by element is XLA's everywhere.
 """
 
 import functools
@@ -30,23 +30,32 @@ def channel_sums(x: jax.Array, y: jax.Array, lead: int = 0) -> tuple[jax.Array, 
 
     Returns:
       Both sums, float32 at least, of length 1 along the axes that were summed over.
+
+    Raises:
+      TypeError: shapes differ, or have not `lead` axes before the last one.
     """
     dtype = jnp.promote_types(x.dtype, y.dtype)
     return tuple(sums_p.bind(x.astype(dtype), y.astype(dtype), lead=lead))
 
 
-def spread(s: jax.Array, p: jax.Array, y: jax.Array, lead: int, dtype: Any) -> jax.Array:
-    """s + p * y, computed in float32 at least.
+def add_affine(
+    m: jax.Array, s: jax.Array, p: jax.Array, y: jax.Array, lead: int, dtype: Any
+) -> jax.Array:
+    """m + s + p * y, computed in float32 at least.
 
     Args:
+      m: [..., channels], of the type of s and p.
       s, p: as `channel_sums` returns them for `lead`.
       y: [..., channels].
       dtype: of the result, which has y's shape.
+
+    Raises:
+      TypeError: shapes do not fit each other.
     """
-    return spread_p.bind(s, p, y, lead=lead, dtype=jnp.dtype(dtype))
+    return affine_p.bind(m, s, p, y, lead=lead, dtype=jnp.dtype(dtype))
 
 
-sums_p, spread_p = Primitive("channel_sums"), Primitive("spread")
+sums_p, affine_p = Primitive("channel_sums"), Primitive("add_affine")
 sums_p.multiple_results = True
 
 
@@ -54,14 +63,26 @@ def _wide(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _summed(y, lead):
+    """The shape of the sums of a map."""
+    if not 0 <= lead < y.ndim:
+        raise TypeError(f"lead must be 0 to {y.ndim - 1} for {y.ndim} axes, got {lead}.")
+    return (*y.shape[:lead], *(1,) * (y.ndim - 1 - lead), y.shape[-1])
+
+
 @sums_p.def_abstract_eval
 def _sums_abstract(x, y, *, lead):
-    shape = (*x.shape[:lead], *(1,) * (x.ndim - 1 - lead), x.shape[-1])
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise TypeError(f"x and y must be alike, got {x.str_short()}, {y.str_short()}.")
+    shape = _summed(y, lead)
     return [x.update(shape=shape, dtype=_wide(x.dtype), weak_type=False)] * 2
 
 
-@spread_p.def_abstract_eval
-def _spread_abstract(s, p, y, *, lead, dtype):
+@affine_p.def_abstract_eval
+def _affine_abstract(m, s, p, y, *, lead, dtype):
+    if m.shape != y.shape or {s.shape, p.shape} != {_summed(y, lead)}:
+        shapes = ", ".join(a.str_short() for a in (m, s, p, y))
+        raise TypeError(f"m, s, p and y do not fit each other, got {shapes}.")
     return y.update(dtype=dtype, weak_type=False)
 
 
@@ -71,12 +92,12 @@ def _sums_now(x, y, *, lead):
 
 
 @functools.partial(jax.jit, static_argnames=("lead", "dtype"))
-def _spread_now(s, p, y, *, lead, dtype):
-    return spread_p.bind(s, p, y, lead=lead, dtype=dtype)
+def _affine_now(m, s, p, y, *, lead, dtype):
+    return affine_p.bind(m, s, p, y, lead=lead, dtype=dtype)
 
 
 sums_p.def_impl(_sums_now)
-spread_p.def_impl(_spread_now)
+affine_p.def_impl(_affine_now)
 
 
 def _sums_jvp(primals, tangents, *, lead):
@@ -92,32 +113,36 @@ def _sums_jvp(primals, tangents, *, lead):
 
 def _sums_transpose(cotangents, x, y, *, lead):
     s, p = map(ad.instantiate_zeros, cotangents)
-    return [spread_p.bind(s, p, y, lead=lead, dtype=x.aval.dtype), None]
+    if ad.is_undefined_primal(x):
+        return [(s + p * y).astype(x.aval.dtype), None]
+    return [None, (p * x).astype(y.aval.dtype)]
 
 
-def _spread_jvp(primals, tangents, *, lead, dtype):
-    (s, p, y), (ds, dp, dy) = primals, tangents
-    out = spread_p.bind(s, p, y, lead=lead, dtype=dtype)
-    ds, dp = map(ad.instantiate_zeros, (ds, dp))
-    dz = spread_p.bind(ds, dp, y, lead=lead, dtype=dtype)
+def _affine_jvp(primals, tangents, *, lead, dtype):
+    m, s, p, y = primals
+    *linear, dy = tangents
+    out = affine_p.bind(m, s, p, y, lead=lead, dtype=dtype)
+    dm, ds, dp = map(ad.instantiate_zeros, linear)
     if not isinstance(dy, ad.Zero):
-        dz = dz + (p * dy).astype(dtype)
-    return out, dz
+        dm = dm + p * dy
+    return out, affine_p.bind(dm, ds, dp, y, lead=lead, dtype=dtype)
 
 
-def _spread_transpose(cotangent, s, p, y, *, lead, dtype):
+def _affine_transpose(cotangent, m, s, p, y, *, lead, dtype):
     if isinstance(cotangent, ad.Zero):
-        return [None] * 3
+        return [None] * 4
+    if ad.is_undefined_primal(y):
+        return [None] * 3 + [(p * cotangent).astype(y.aval.dtype)]
     sums = channel_sums(cotangent, y, lead)
     return [
-        total.astype(array.aval.dtype) if ad.is_undefined_primal(array) else None
-        for array, total in zip((s, p), sums, strict=True)
+        array.astype(operand.aval.dtype) if ad.is_undefined_primal(operand) else None
+        for operand, array in zip((m, s, p), (cotangent, *sums), strict=True)
     ] + [None]
 
 
-ad.primitive_jvps[sums_p], ad.primitive_jvps[spread_p] = _sums_jvp, _spread_jvp
+ad.primitive_jvps[sums_p], ad.primitive_jvps[affine_p] = _sums_jvp, _affine_jvp
 ad.primitive_transposes[sums_p] = _sums_transpose
-ad.primitive_transposes[spread_p] = _spread_transpose
+ad.primitive_transposes[affine_p] = _affine_transpose
 
 
 def _batch(primitive, arrays, axes, *, lead, **settings):
@@ -131,7 +156,7 @@ def _batch(primitive, arrays, axes, *, lead, **settings):
     return out, [0, 0] if primitive.multiple_results else 0
 
 
-for _primitive in (sums_p, spread_p):
+for _primitive in (sums_p, affine_p):
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
 
 
@@ -141,8 +166,8 @@ def _sums_by_xla(x, y, *, lead):
     return [x.sum(axes, keepdims=True), (x * y).sum(axes, keepdims=True)]
 
 
-def _spread_by_xla(s, p, y, *, lead, dtype):
-    return (s + p * y.astype(_wide(y.dtype))).astype(dtype)
+def _affine_by_xla(m, s, p, y, *, lead, dtype):
+    return (m + (s + p * y)).astype(dtype)
 
 
 def _lower_sums_on_cpu(ctx, x, y, *, lead):
@@ -153,4 +178,4 @@ def _lower_sums_on_cpu(ctx, x, y, *, lead):
 
 mlir.register_lowering(sums_p, mlir.lower_fun(_sums_by_xla, multiple_results=True))
 mlir.register_lowering(sums_p, _lower_sums_on_cpu, platform="cpu")
-mlir.register_lowering(spread_p, mlir.lower_fun(_spread_by_xla, multiple_results=False))
+mlir.register_lowering(affine_p, mlir.lower_fun(_affine_by_xla, multiple_results=False))

@@ -14,6 +14,7 @@ this would cost digits, a second pass makes it E[(x - mean)^2].
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn.channel_sums import channel_sums, spread
+from cvjax.nn.channel_sums import add_affine, channel_sums
 
 # mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
 _FAR = 256.0
@@ -69,14 +70,15 @@ def normalize(
 
 def _averages(x, y, lead):
     """Of x and of x * y, per channel."""
-    sums = channel_sums(x, y, lead)
-    return tuple(total * (total.size / x.size) for total in sums)
+    count = max(1, math.prod(x.shape[lead:-1]))
+    return tuple(total / count for total in channel_sums(x, y, lead))
 
 
 def _over_neighbours(array, channels):
     # Sums of what is repeated, and not repeated sums: XLA would compute those again for
     # each pixel of the loop over the map that uses them.
-    groups = array.reshape(*array.shape[:-1], -1, 1, channels)
+    *axes, features = array.shape
+    groups = array.reshape(*axes, features // channels, 1, channels)
     repeated = jnp.broadcast_to(groups, (*groups.shape[:-2], channels, channels))
     return repeated.mean(-1).reshape(array.shape)
 
@@ -85,6 +87,7 @@ def _over_neighbours(array, channels):
 def _normalize_jvp(lead, channels, epsilon, dtype, primals, tangents):
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
     y, mean, var = normalize(lead, channels, epsilon, dtype, x, scale, bias)
+    dx = dx.astype(mean.dtype)  # so that its gradient, of two terms, is rounded once
     dmean, product = (_over_neighbours(a, channels) for a in _averages(dx, x, lead))
     slope = lax.rsqrt(var + epsilon)
     drift = slope * (product - mean * dmean)
@@ -92,7 +95,7 @@ def _normalize_jvp(lead, channels, epsilon, dtype, primals, tangents):
     factor = slope * scale
     along = slope * (dscale - factor * drift)
     rest = dbias - factor * dmean - mean * along
-    dy = (factor * dx).astype(dtype) + spread(rest, along, x, lead, dtype)
+    dy = add_affine(factor * dx, rest, along, x, lead, dtype)
     return (y, mean, var), (dy, dmean, 2 / slope * drift)
 
 

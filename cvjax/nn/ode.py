@@ -79,8 +79,9 @@ class ODEBlock(nn.Module):
         moves = self.keeps_averages and self.train
         if moves and not self.solver.unrolls:
             raise UserError(
-                "Averages over time are kept in training with fixed steps alone, and not "
-                "by 'reversible_heun' or 'backsolve'; set steps, or another norm in f."
+                "Temporal-adaptive BatchNorm in f can be trained only with a fixed number "
+                "of steps, and not with solver 'reversible_heun' or gradient 'backsolve'; "
+                "set steps (8), another solver or gradient, or norm_grid 0."
             )
         rolled = depth.is_rolled(self.loop, self.solver.steps)
         f, before = self._vector_field(moves), averages.value if averages else {}
@@ -117,7 +118,8 @@ class ODEBlock(nn.Module):
                 raise UserError(
                     f"f of an ODE has variables that are not parameters ({others[0]}), as "
                     "BatchNorm has: a solver evaluates f a varying number of times and "
-                    "at varying t, so there is no one average; use GroupNorm."
+                    "at varying t, so there is no one average; use GroupNorm, or "
+                    "TemporalBatchNorm and keeps_averages."
                 )
             return variables["params"]
 

@@ -17,9 +17,9 @@ from cvjax.nn.norm import normalize
 class TemporalBatchNorm(nn.Module):
     """BatchNorm of x at time t.
 
-    Parameters: `excess` (scale - 1, so that weight decay draws the scale to 1, as the
-    paper's penalty does) and `bias` [intervals + 1, features]; in "batch_stats" the running
-    `mean` and `var` of that shape. At t in training, the running averages of the two times
+    Parameters: `excess` (scale - 1) and `bias` [intervals + 1, features], which weight
+    decay of all parameters draws to 0, as the paper's penalty does; in "batch_stats" the
+    running `mean` and `var` of that shape. At t in training, the running averages of the two times
     around t move by (1 - momentum) times the weights of these in the interpolation.
 
     Attributes:
@@ -58,11 +58,13 @@ class TemporalBatchNorm(nn.Module):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         if self.use_running_average:
             mean, var = now(running_mean.value), now(running_var.value)
-            return (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+            y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+            return y.astype(dtype)
         y, mean, var = normalize(0, 1, self.epsilon, dtype, x, scale, bias)
         if not self.is_initializing():
             rate = (1 - self.momentum) * weights
             for running, batch in ((running_mean, mean), (running_var, var)):
                 batch = lax.stop_gradient(batch).reshape(1, -1)
-                running.value = running.value + rate * (batch - running.value)
+                moved = running.value + rate * (batch - running.value)
+                running.value = moved.astype(running.value.dtype)
         return y

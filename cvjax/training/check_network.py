@@ -71,10 +71,11 @@ def _refuse_single_values(call, arguments, keywords, context):
         examples = getattr(module, "group", 0) or len(x)
         count = examples * int(np.prod(x.shape[1:-1]))
         if count == 1 and not module.use_running_average:
+            name = f"{type(module).__name__} {'/'.join(module.path)}"
+            other = " or model.norm_group" if isinstance(module, BatchNorm) else ""
             raise UserError(
-                f"BatchNorm {'/'.join(module.path)} would see single values (a batch "
+                f"{name} would see single values (a batch "
                 f"or group of 1, on maps of {'x'.join(map(str, x.shape[1:-1])) or '1'}), "
-                "and give zero; choose a larger data.batch_size or model.norm_group, or "
-                "larger images."
+                f"and give zero; choose a larger data.batch_size{other}, or larger images."
             )
     return call(*arguments, **keywords)

@@ -218,18 +218,24 @@ def _scan_stage(stage: depth.Stage, variables, x: jax.Array, slots: jax.Array):
 def _scan_tied_stage(stage: depth.TiedStage, variables, x: jax.Array, slots: jax.Array):
     if not stage.length:
         return x
-    return _scan_steps("euler", stage.f, variables["params"][stage.name]["f"], x, slots)
+    theta = {"params": variables["params"][stage.name]["f"]}
+    return _scan_steps("euler", stage.f, theta, x, slots)
 
 
 def _scan_ode(block: ODEBlock, variables, x: jax.Array, slots: jax.Array):
-    theta = jax.tree.map(lambda leaf: leaf[0], variables["params"][block.name]["f"])
+    params = jax.tree.map(lambda leaf: leaf[0], variables["params"][block.name]["f"])
+    averages = variables["batch_stats"].get(block.name, {}).get("f", {})
+    theta = {"params": params, "batch_stats": averages}
     return _scan_steps(block.solver.method, block.field, theta, x, slots)
 
 
 def _scan_steps(method: str, make_field, theta, x: jax.Array, slots: jax.Array):
     """Integrates from 0 to 1 with a step per slot."""
     tableau, h = runge_kutta.TABLEAUS[method], 1 / len(slots)
-    field = partial(make_field(parent=None).apply, {"params": theta})
+    apply = partial(make_field(parent=None).apply, theta, mutable=["batch_stats"])
+
+    def field(x, t):
+        return apply(x, t)[0]
 
     def body(x, number_and_slot):
         number, slot = number_and_slot
