@@ -19,8 +19,9 @@ class TemporalBatchNorm(nn.Module):
 
     Parameters: `excess` (scale - 1) and `bias` [intervals + 1, features], which weight
     decay of all parameters draws to 0, as the paper's penalty does; in "batch_stats" the
-    running `mean` and `var` of that shape. At t in training, the running averages of the two times
-    around t move by (1 - momentum) times the weights of these in the interpolation.
+    running `mean` and `var` of that shape. At t in training, the running averages of the
+    two times around t move by (1 - momentum) times the weights of these in the
+    interpolation.
 
     Attributes:
       intervals: M, about as many as the solver's steps: an average between two steps that
