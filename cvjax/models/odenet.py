@@ -75,7 +75,8 @@ class Frame:
             raise UserError(
                 "norm 'batch' does not go with an ODE: a solver evaluates f a varying "
                 "number of times and at varying t, so BatchNorm has no one average to "
-                "keep; use 'group' or 'none'."
+                "keep; use 'group' or 'none' (and norm_grid, which gives f of an ODE-net "
+                "BatchNorm with averages for a grid of times)."
             )
         check_choice("norm", self.norm, NORMS)
 

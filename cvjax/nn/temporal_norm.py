@@ -24,8 +24,8 @@ class TemporalBatchNorm(nn.Module):
     interpolation.
 
     Attributes:
-      intervals: M, about as many as the solver's steps: an average between two steps that
-        are further apart than the times around it is never moved.
+      intervals: M, about as many as the solver's steps: an average that no evaluation comes
+        within 1 / M of is never moved.
       use_running_average: instead of the batch's own statistics, as in evaluation.
       momentum: of the running averages.
       epsilon: added to variances.
