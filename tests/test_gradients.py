@@ -190,6 +190,7 @@ def test_each_state_has_a_gradient(name):
     ("name", "fields"),
     [
         ("odenet", {"solver": "midpoint", "steps": 3}),
+        ("odenet", {"solver": "midpoint", "steps": 3, "norm_grid": 3}),
         ("odenet_discrete", {"body": "tied", "length": 3}),
     ],
 )
@@ -202,7 +203,12 @@ def test_steps_in_time_are_those_of_the_model(name, fields):
     assert found.states.shape == (4,)
 
     def loss(params):
-        logits = ode.apply({"params": params}, images, train=True, mutable=["solver"])[0]
+        logits, _ = ode.apply(
+            variables | {"params": params},
+            images,
+            train=True,
+            mutable=["solver", "batch_stats"],
+        )
         return loss_per_example(logits, labels, SOFTMAX).mean()
 
     with jax.enable_x64(True):

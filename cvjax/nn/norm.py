@@ -70,7 +70,7 @@ def normalize(
 
 def _averages(x, y, lead):
     """Of x and of x * y, per channel."""
-    count = max(1, math.prod(x.shape[lead:-1]))
+    count = float(max(1, math.prod(x.shape[lead:-1])))
     return tuple(total / count for total in channel_sums(x, y, lead))
 
 

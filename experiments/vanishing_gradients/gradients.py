@@ -224,7 +224,7 @@ def _scan_tied_stage(stage: depth.TiedStage, variables, x: jax.Array, slots: jax
 
 def _scan_ode(block: ODEBlock, variables, x: jax.Array, slots: jax.Array):
     params = jax.tree.map(lambda leaf: leaf[0], variables["params"][block.name]["f"])
-    averages = variables["batch_stats"].get(block.name, {}).get("f", {})
+    averages = variables.get("batch_stats", {}).get(block.name, {}).get("f", {})
     theta = {"params": params, "batch_stats": averages}
     return _scan_steps(block.solver.method, block.field, theta, x, slots)
 
