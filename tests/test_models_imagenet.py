@@ -800,6 +800,22 @@ def operands(jaxpr, primitives):
     return found
 
 
+def relu_inputs(jaxpr):
+    """What each ReLU takes, before it is widened; wherever they are."""
+    found, made = [], {}
+    for eqn in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+        inner = [value for value in inner if hasattr(value, "eqns")]
+        if [e.params.get("name") for value in inner for e in value.eqns] == ["relu"]:
+            widening = made[eqn.invars[0]]
+            assert widening.primitive.name == "convert_element_type"
+            found.append(widening.invars[0].aval)
+        else:
+            found += [a for value in inner for a in relu_inputs(value)]
+        made |= dict.fromkeys(eqn.outvars, eqn)
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "side"),
     EVERY_MODEL,
@@ -832,7 +848,10 @@ def test_half_precision_is_of_the_computation_only(name, fields, side):
     assert types.count(jnp.bfloat16) == len(types) - heads > 0
     normalising = operands(traced.jaxpr, ("rsqrt", "pow"))
     assert all(operand.dtype == np.float32 for operand in normalising)
-    # What lies between layers is half as large: here, what each BatchNorm takes.
+    # What lies between layers is half as large: here, what each ReLU and BatchNorm takes.
+    images = [a for a in relu_inputs(traced.jaxpr) if a.ndim == 4 and a.shape[0] == 2]
+    assert all(operand.dtype == jnp.bfloat16 for operand in images)
+    assert images or name == "mlp"
     maps = operands(traced.jaxpr, ("channel_sums",))
     assert all(operand.dtype == jnp.bfloat16 for operand in maps)
     assert bool(maps) == bool(variables.get("batch_stats"))
