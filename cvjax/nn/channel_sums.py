@@ -86,18 +86,8 @@ def _affine_abstract(m, s, p, y, *, lead, dtype):
     return y.update(dtype=dtype, weak_type=False)
 
 
-@functools.partial(jax.jit, static_argnames="lead")
-def _sums_now(x, y, *, lead):
-    return sums_p.bind(x, y, lead=lead)
-
-
-@functools.partial(jax.jit, static_argnames=("lead", "dtype"))
-def _affine_now(m, s, p, y, *, lead, dtype):
-    return affine_p.bind(m, s, p, y, lead=lead, dtype=dtype)
-
-
-sums_p.def_impl(_sums_now)
-affine_p.def_impl(_affine_now)
+sums_p.def_impl(jax.jit(sums_p.bind, static_argnames="lead"))
+affine_p.def_impl(jax.jit(affine_p.bind, static_argnames=("lead", "dtype")))
 
 
 def _sums_jvp(primals, tangents, *, lead):

@@ -64,8 +64,25 @@ def normalize(
     if channels > 1:
         mean, channel_mean = _over_neighbours(mean, channels), mean
         var = _over_neighbours(var + jnp.square(channel_mean - mean), channels)
-    y = (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
-    return y.astype(dtype), mean, var
+    return normalize_by(mean, var, epsilon, dtype, x, scale, bias), mean, var
+
+
+def normalize_by(
+    mean: jax.Array,
+    var: jax.Array,
+    epsilon: float,
+    dtype: Any,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+) -> jax.Array:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, with statistics that are given.
+
+    Args:
+      mean, var: of any shape that goes with x.
+      Others: see `normalize`.
+    """
+    return ((x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(dtype)
 
 
 def _averages(x, y, lead):
@@ -170,8 +187,7 @@ class BatchNorm(nn.Module):
         scale, bias = (a.reshape(*(1,) * (x.ndim - 1), -1) for a in (scale, bias))
         if self.use_running_average:
             mean, var = (a.value.reshape(bias.shape) for a in (running_mean, running_var))
-            y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-            return y.astype(dtype)
+            return normalize_by(mean, var, self.epsilon, dtype, x, scale, bias)
         lead = 1 if is_grouped else 0
         y, mean, var = normalize(lead, 1, self.epsilon, dtype, x, scale, bias)
         if not self.is_initializing():

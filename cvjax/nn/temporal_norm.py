@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 
-from cvjax.nn.norm import normalize
+from cvjax.nn.norm import normalize, normalize_by
 
 
 class TemporalBatchNorm(nn.Module):
@@ -59,8 +59,7 @@ class TemporalBatchNorm(nn.Module):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         if self.use_running_average:
             mean, var = now(running_mean.value), now(running_var.value)
-            y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-            return y.astype(dtype)
+            return normalize_by(mean, var, self.epsilon, dtype, x, scale, bias)
         y, mean, var = normalize(0, 1, self.epsilon, dtype, x, scale, bias)
         if not self.is_initializing():
             rate = (1 - self.momentum) * weights
