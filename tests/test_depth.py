@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
+from cvjax.models.resnet_cifar import CifarResNet
 from cvjax.nn import depth
 from cvjax.nn.depth import Stage
 
@@ -85,6 +86,27 @@ def test_only_a_rolled_stage_is_a_loop(length):
         return "stablehlo.while" in jax.jit(stage.apply).lower(variables, X).as_text()
 
     assert has_loop("rolled") and not has_loop("unrolled")
+
+
+@pytest.mark.parametrize(("pre_activation", "kept"), [(False, 3), (True, 2)])
+def test_a_loop_keeps_what_normalisations_take_and_its_input(pre_activation, kept):
+    # Before a sum that keeps it in no other way, the last convolution is not kept.
+    fields = {"depth": 20, "width": 4, "pre_activation": pre_activation, "loop": "rolled"}
+    model = CifarResNet(num_classes=2, **fields)
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+
+    def loss(params, averages):
+        own = {"params": params, "batch_stats": averages}
+        return model.apply(own, images, train=True, mutable=["batch_stats"])[0].sum()
+
+    trace = jax.make_jaxpr(jax.grad(loss))
+    equations = trace(variables["params"], variables["batch_stats"]).eqns
+    for length, side, channels in [(3, 8, 4), (2, 4, 8), (2, 2, 16)]:
+        stack = (length, 2, side, side, channels)
+        forward = (e for e in equations if not e.params.get("reverse", True))
+        shapes = [out.aval.shape for equation in forward for out in equation.outvars]
+        assert shapes.count(stack) == kept
 
 
 def test_auto_rolls_long_stages_only():

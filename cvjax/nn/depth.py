@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from cvjax.errors import UserError
-from cvjax.nn.remat import recompute
+from cvjax.nn.remat import keeps_products, recompute
 
 LOOPS = ("auto", "rolled", "unrolled")
 MOST_UNROLLED = 9  # the stages of nets of up to 62 layers
@@ -79,7 +79,7 @@ class Stage(nn.Module):
         # Initialisation need not be fast, only quickly compiled.
         rolled = is_rolled(self.loop, self.length) or self.is_initializing()
         chain = nn.scan(
-            lambda block, x, _: (jax.lax.optimization_barrier(block(x)), None),
+            _step(rolled, lambda block, x, _: jax.lax.optimization_barrier(block(x))),
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=self.length,
@@ -141,7 +141,7 @@ class TiedStage(nn.Module):
         rolled = is_rolled(self.loop, self.length) or self.is_initializing()
         h = 1 / self.length
         chain = nn.scan(
-            lambda f, x, t: (x + h * f(x, t), None),
+            _step(rolled, lambda f, x, t: x + h * f(x, t)),
             variable_broadcast="params",
             split_rngs={"params": False},
             length=self.length,
@@ -150,6 +150,17 @@ class TiedStage(nn.Module):
         times = h * jnp.arange(self.length, dtype=x.dtype)
         x, _ = chain(self.f(name="f"), x, times)
         return x
+
+
+def _step(rolled: bool, body: Callable) -> Callable:
+    """What `nn.scan` repeats. A loop copies what it keeps, so it keeps little."""
+
+    def step(module, x, *others):
+        return body(module, x, *others), None
+
+    if not rolled:
+        return step
+    return nn.remat(step, prevent_cse=False, policy=keeps_products)
 
 
 def smooth(params: Any) -> Any:

@@ -24,6 +24,7 @@ from jax import numpy as jnp
 
 from cvjax.errors import UserError
 from cvjax.nn.channel_sums import add_affine, channel_sums
+from cvjax.nn.remat import keep
 
 # mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
 _FAR = 256.0
@@ -54,16 +55,7 @@ def normalize(
       The result, and mean and variance (divided by the number of elements), float32 at
       least, which have length 1 along the axes that they are taken over.
     """
-    mean, square = _averages(x, x, lead)
-    var = square - jnp.square(mean)
-    var = lax.cond(
-        jnp.any(jnp.square(mean) > _FAR * var),
-        lambda: jnp.square(x - mean).mean(range(lead, x.ndim - 1), keepdims=True),
-        lambda: var,
-    )
-    if channels > 1:
-        mean, channel_mean = _over_neighbours(mean, channels), mean
-        var = _over_neighbours(var + jnp.square(channel_mean - mean), channels)
+    mean, var = _statistics(x, lead, channels)
     return normalize_by(mean, var, epsilon, dtype, x, scale, bias), mean, var
 
 
@@ -85,6 +77,21 @@ def normalize_by(
     return ((x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias).astype(dtype)
 
 
+def _statistics(x, lead, channels):
+    """Mean and variance, see `normalize`."""
+    mean, square = _averages(x, x, lead)
+    var = square - jnp.square(mean)
+    var = lax.cond(
+        jnp.any(jnp.square(mean) > _FAR * var),
+        lambda: jnp.square(x - mean).mean(range(lead, x.ndim - 1), keepdims=True),
+        lambda: var,
+    )
+    if channels > 1:
+        mean, channel_mean = _over_neighbours(mean, channels), mean
+        var = _over_neighbours(var + jnp.square(channel_mean - mean), channels)
+    return mean, var
+
+
 def _averages(x, y, lead):
     """Of x and of x * y, per channel."""
     count = float(max(1, math.prod(x.shape[lead:-1])))
@@ -103,7 +110,9 @@ def _over_neighbours(array, channels):
 @normalize.defjvp
 def _normalize_jvp(lead, channels, epsilon, dtype, primals, tangents):
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    y, mean, var = normalize(lead, channels, epsilon, dtype, x, scale, bias)
+    mean, var = map(keep, _statistics(x, lead, channels))
+    x = keep(x)
+    y = normalize_by(mean, var, epsilon, dtype, x, scale, bias)
     dx = dx.astype(mean.dtype)  # so that its gradient, of two terms, is rounded once
     dmean, product = (_over_neighbours(a, channels) for a in _averages(dx, x, lead))
     slope = lax.rsqrt(var + epsilon)

@@ -1,12 +1,33 @@
-"""Memory for time: intermediate values computed again for the gradient."""
+"""What a gradient keeps of the forward pass, and what it computes again.
+
+A loop copies all that it keeps into stacks. `keeps_products` has it keep what is dear:
+convolutions, matrix products and what `keep` marks; normalisation and ReLU, computed again
+where they are used, cost no more than a copy would. `recompute` keeps less still.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from cvjax.nn.conv import convolution_p
 
 PyTree = Any
+_KEPT = "kept by loops"
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """x, marked for `keeps_products`."""
+    return checkpoint_name(x, _KEPT)
+
+
+def keeps_products(primitive: Any, *operands: Any, **settings: Any) -> bool:
+    """A policy of `jax.checkpoint`."""
+    if primitive is convolution_p or settings.get("name") == _KEPT:
+        return True
+    return jax.checkpoint_policies.dots_saveable(primitive, *operands, **settings)
 
 
 def recompute(f: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Callable:
