@@ -118,6 +118,26 @@ def test_values_and_gradients_far_from_zero(groups, ratio):
         np.testing.assert_allclose(got, expected, atol=(1e-4 + 5e-7 * ratio) * scale)
 
 
+def test_vmap_makes_the_second_pass_only_where_it_must():
+    x = np.random.default_rng(0).normal(size=(3, 2, 5, 5, 4)).astype(np.float32)
+    x[1] += 100
+    one, zero = jnp.ones((1, 1, 1, 4)), jnp.zeros((1, 1, 1, 4))
+
+    def total(x):
+        y, mean, var = normalize(0, 1, 1e-5, jnp.float32, x, one, zero)
+        return (jnp.sin(y) + mean + var).sum(), (y, mean, var)
+
+    alone = jax.jit(jax.grad(total, has_aux=True))
+    together = jax.jit(jax.vmap(alone))(x)
+    for number, member in enumerate(x):
+        for got, wanted in zip(
+            *map(jax.tree.leaves, (together, alone(member))), strict=True
+        ):
+            np.testing.assert_array_equal(got[number], wanted)
+    conditions = str(jax.make_jaxpr(jax.vmap(alone))(x)).count("cond[")
+    assert conditions == str(jax.make_jaxpr(alone)(x[0])).count("cond[") > 0
+
+
 def test_groupnorm_is_linens_also_in_forward_mode_and_second_order():
     x = create_images()[..., :4]
     params = {"scale": jnp.arange(1.0, 5), "bias": jnp.arange(4.0)}

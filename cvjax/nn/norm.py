@@ -21,6 +21,8 @@ import jax
 from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from cvjax.errors import UserError
 from cvjax.nn.channel_sums import add_affine, channel_sums
@@ -28,6 +30,17 @@ from cvjax.nn.remat import keep
 
 # mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
 _FAR = 256.0
+
+# The identity, but under `vmap` one answer for all: whether it is so for any. A `lax.cond`
+# that asks so remains one, where different answers would have both branches computed.
+for_any_p = Primitive("for_any")
+for_any_p.def_impl(lambda answer: answer)
+for_any_p.def_abstract_eval(lambda answer: answer)
+mlir.register_lowering(for_any_p, lambda ctx, answer: [answer])
+batching.primitive_batchers[for_any_p] = lambda answers, axes: (
+    for_any_p.bind(answers[0].any(axes[0])),
+    None,  # which is not batched
+)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -81,11 +94,13 @@ def _statistics(x, lead, channels):
     """Mean and variance, see `normalize`."""
     mean, square = _averages(x, x, lead)
     var = square - jnp.square(mean)
-    var = lax.cond(
-        jnp.any(jnp.square(mean) > _FAR * var),
-        lambda: jnp.square(x - mean).mean(range(lead, x.ndim - 1), keepdims=True),
-        lambda: var,
-    )
+    far = jnp.any(jnp.square(mean) > _FAR * var)
+
+    def by_second_pass():
+        second = jnp.square(x - mean).mean(range(lead, x.ndim - 1), keepdims=True)
+        return jnp.where(far, second, var)
+
+    var = lax.cond(for_any_p.bind(far), by_second_pass, lambda: var)
     if channels > 1:
         mean, channel_mean = _over_neighbours(mean, channels), mean
         var = _over_neighbours(var + jnp.square(channel_mean - mean), channels)
