@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from absl import logging
@@ -16,8 +16,8 @@ from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
 from cvjax.training import interrupt
 
 
-def run_in_processes(count: int, last_flag: str) -> None:
-    """Gives this very command line to `count` processes, and waits for them.
+def run_in_processes(count: int) -> None:
+    """Gives this command line, with --processes=1, to `count` processes; waits for them.
 
     On Linux each has its share of the processor's cores to itself. Small networks gain by
     it, whose steps are many short calls; a ResNet-20 hardly does (`benchmarks/seeds.py`).
@@ -26,7 +26,6 @@ def run_in_processes(count: int, last_flag: str) -> None:
 
     Args:
       count: of processes, two or more.
-      last_flag: added to the command line, so that the new processes start no others.
 
     Raises:
       UserError: for more processes than cores.
@@ -44,7 +43,7 @@ def run_in_processes(count: int, last_flag: str) -> None:
     with interrupt.watch() as stop, contextlib.ExitStack() as stack:
         workers = [
             subprocess.Popen(
-                [sys.executable, *sys.orig_argv[1:], last_flag],
+                [sys.executable, *_alone(sys.orig_argv[1:])],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -75,6 +74,18 @@ def run_in_processes(count: int, last_flag: str) -> None:
             f"Stopped by {stop.signal_name}, and all {count} processes have saved; the "
             "same command goes on from there."
         )
+
+
+def _alone(arguments: Sequence[str]) -> list[str]:
+    """A command line with --processes=1 instead of what it says."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if name != "processes" or not argument.startswith("-"):
+            kept.append(argument)
+        elif not equals:
+            next(rest)
+    return [*kept, "--processes=1"]
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def trained(
         except UserError as error:
             raise UserError(f"{folder.name}: {error}") from error
     if shared.processes > 1:
-        run_in_processes(shared.processes, "--processes=1")
+        run_in_processes(shared.processes)
     if shared.ray:
         settings = shared.ray, shared.ray_cpus, shared.ray_gpus
         new = runs

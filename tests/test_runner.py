@@ -14,7 +14,7 @@ import pytest
 from cvjax.errors import DivergedError, InterruptedRun, UserError
 from cvjax.storage import workdir
 from cvjax.training import default_config, interrupt, trainer
-from experiments import runner
+from experiments import processes, runner
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -135,7 +135,7 @@ def test_more_processes_than_cores_are_refused(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes are more than the 1 cores of this"):
-        runner.run_in_processes(2, "--processes=1")
+        runner.run_in_processes(2)
 
 
 def test_a_measurement_is_kept_for_its_key(tmp_path):
@@ -177,7 +177,7 @@ flags.DEFINE_integer("code", 0, "")
 
 def main(arguments):
     if flags.FLAGS.processes > 1:
-        runner.run_in_processes(flags.FLAGS.processes, "--processes=1")
+        runner.run_in_processes(flags.FLAGS.processes)
         print("all done")
         return
     import os, pathlib
@@ -202,6 +202,12 @@ needs_two_cores = pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="needs Linux and two cores",
 )
+
+
+def test_a_process_of_many_starts_no_others():
+    for given in (["--processes=2"], ["-processes", "2"], []):
+        line = ["-m", "experiments.x", "--seeds=2", *given, "--steps", "3"]
+        assert processes._alone(line) == [*line[:3], *line[-2:], "--processes=1"]
 
 
 def start(tmp_path, *flags):
