@@ -32,8 +32,8 @@ DEPTH_INITS = ("independent", "smooth")  # initial weights along depth
 def is_rolled(loop: str, length: int) -> bool:
     """Whether `length` blocks become a loop; for "auto", more than `MOST_UNROLLED` do.
 
-    The unrolled stage steps faster, for a loop copies what the gradient needs: ResNet-20
-    1.2 times on CPU, ResNet-20 and -56 1.3 times on an NVIDIA H200. The rolled one compiles
+    The unrolled stage steps faster, for a loop copies what the gradient needs: 1.1 to 1.2
+    times on CPU. The rolled one compiles
     faster, the more so the longer it is. The results are the same up to rounding.
 
     Raises:
