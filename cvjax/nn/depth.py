@@ -32,9 +32,9 @@ DEPTH_INITS = ("independent", "smooth")  # initial weights along depth
 def is_rolled(loop: str, length: int) -> bool:
     """Whether `length` blocks become a loop; for "auto", more than `MOST_UNROLLED` do.
 
-    The unrolled stage steps faster, for a loop copies what the gradient needs: 1.1 to 1.2
-    times on CPU. The rolled one compiles
-    faster, the more so the longer it is. The results are the same up to rounding.
+    The unrolled stage steps faster, 1.1 to 1.2 times on CPU, for a loop copies what the
+    gradient needs. The rolled one compiles faster, the more so the longer it is. The
+    results are the same up to rounding.
 
     Raises:
       UserError: if `loop` is not one of `LOOPS`.
