@@ -72,13 +72,13 @@ def main(arguments):
 
 
 def in_fresh_process(*arguments: Any) -> dict[str, float]:
-    """`compile_step` in a process that has nothing in memory."""
+    """`time_compilation` in a process that has nothing in memory."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(compile_step, *arguments).result()
+        return pool.submit(time_compilation, *arguments).result()
 
 
-def compile_step(
+def time_compilation(
     depth: int, loop: str, batch_size: int, image_size: int, cache: str
 ) -> dict[str, float]:
     """Seconds to trace and to compile one training step.
@@ -96,7 +96,7 @@ def compile_step(
     start = time.perf_counter()
     lowered, _ = nets.lower_step(net.create(), batch)
     traced = time.perf_counter()
-    compilation.compile_step(lowered)
+    compilation.time_compilation(lowered)
     return {"trace": traced - start, "compile": time.perf_counter() - traced}
 
 
