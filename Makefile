@@ -1,5 +1,5 @@
 # make demo   trains plain and residual nets on real images and draws the result, in a
-#             process for each of up to four cores (make demo PROCESSES=1 in one)
+#             process for each of up to four cores
 # make test   runs the tests (make test TESTS="-m slow" for the slow ones)
 #
 # Both build .venv from requirements.txt when it is missing or older, and oneDNN's kernels
@@ -10,10 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/depth_degradation
-PROCESSES ?= $(shell $(PYTHON) -c 'import os; \
-  cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0); \
-  print(min(4, len(cores)))')
-DEMO ?= --preset=quick --processes=$(PROCESSES)
+DEMO ?= --preset=quick --processes=0
 TESTS ?=
 
 .PHONY: demo test clean

@@ -13,7 +13,21 @@ from typing import IO
 from absl import logging
 
 from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
+from cvjax.nn.onednn import cpu_limit
 from cvjax.training import interrupt
+
+MOST = 4  # of `one_per_core`: each takes most of a gigabyte
+
+
+def one_per_core() -> int:
+    """As many as there are cores for this process, and CPUs in a container's quota."""
+    return min(MOST, _core_count(), cpu_limit() or MOST)
+
+
+def _core_count() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_in_processes(count: int) -> None:
@@ -32,12 +46,12 @@ def run_in_processes(count: int) -> None:
       InterruptedRun: after SIGTERM or Ctrl-C, when all have saved and ended.
       SystemExit: if one of them fails, with its exit code (128 + N after signal N).
     """
-    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
-    if count > (len(cores) or os.cpu_count() or 1):
+    if count > _core_count():
         raise UserError(
-            f"{count} processes are more than the {len(cores) or os.cpu_count()} cores "
-            "of this machine; choose fewer."
+            f"{count} processes are more than the {_core_count()} cores of this machine; "
+            "choose fewer."
         )
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     # On an accelerator all of them live in its memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     with interrupt.watch() as stop, contextlib.ExitStack() as stack:
@@ -84,7 +98,7 @@ def _alone(arguments: Sequence[str]) -> list[str]:
         if name != "processes" or not argument.startswith("-"):
             kept.append(argument)
         elif not equals:
-            next(rest)
+            next(rest, None)
     return [*kept, "--processes=1"]
 
 

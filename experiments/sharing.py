@@ -7,6 +7,7 @@ import re
 from absl import flags
 
 from cvjax.errors import UserError
+from experiments.processes import one_per_core
 
 flags.disclaim_key_flags()  # --help shows these flags as the experiment's
 
@@ -38,7 +39,10 @@ NOT_INSTALLED = (
 def define_flags() -> None:
     """Defines the flags of `from_flags`, for experiments that pass it to `train_all`."""
     flags.DEFINE_integer(
-        "processes", 1, "Number of processes that share the runs here.", lower_bound=1
+        "processes",
+        1,
+        "Number of processes that share the runs here; 0 for one per core, four at most.",
+        lower_bound=0,
     )
     flags.DEFINE_string(
         "ray",
@@ -63,7 +67,7 @@ def from_flags() -> Sharing:
         whole ones, or without Ray.
     """
     given = Sharing(*(getattr(flags.FLAGS, name) for name in FLAGS))
-    if given.ray and given.processes > 1:
+    if given.ray and given.processes != 1:
         raise UserError(
             "--ray and --processes are two ways to share runs; leave one of them out."
         )
@@ -76,6 +80,8 @@ def from_flags() -> Sharing:
         _check_address(given.ray)
         if importlib.util.find_spec("ray") is None:
             raise UserError(NOT_INSTALLED)
+    if given.processes == 0:
+        given = dataclasses.replace(given, processes=one_per_core())
     return given
 
 

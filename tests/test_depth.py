@@ -90,7 +90,8 @@ def test_only_a_rolled_stage_is_a_loop(length):
 
 @pytest.mark.parametrize(("pre_activation", "kept"), [(False, 3), (True, 2)])
 def test_a_loop_keeps_what_normalisations_take_and_its_input(pre_activation, kept):
-    # Before a sum that keeps it in no other way, the last convolution is not kept.
+    # The last convolution of the form of 2016 feeds the sum alone, whose gradient does not
+    # need it.
     fields = {"depth": 20, "width": 4, "pre_activation": pre_activation, "loop": "rolled"}
     model = CifarResNet(num_classes=2, **fields)
     images = jnp.zeros((2, 8, 8, 3))

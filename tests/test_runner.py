@@ -204,6 +204,17 @@ needs_two_cores = pytest.mark.skipif(
 )
 
 
+def test_one_process_per_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)), raising=False)
+    for quota, wanted in ((0, 3), (2, 2), (8, 3)):
+        monkeypatch.setattr(processes, "cpu_limit", lambda quota=quota: quota)
+        assert processes.one_per_core() == wanted
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for cores, wanted in ((16, 4), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert processes.one_per_core() == wanted
+
+
 def test_a_process_of_many_starts_no_others():
     for given in (["--processes=2"], ["-processes", "2"], []):
         line = ["-m", "experiments.x", "--seeds=2", *given, "--steps", "3"]

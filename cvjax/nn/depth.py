@@ -32,9 +32,9 @@ DEPTH_INITS = ("independent", "smooth")  # initial weights along depth
 def is_rolled(loop: str, length: int) -> bool:
     """Whether `length` blocks become a loop; for "auto", more than `MOST_UNROLLED` do.
 
-    The unrolled stage steps faster, 1.1 to 1.2 times on CPU, for a loop copies what the
-    gradient needs. The rolled one compiles faster, the more so the longer it is. The
-    results are the same up to rounding.
+    The unrolled stage steps faster, for a loop copies what the gradient needs: on CPU 1.1
+    to 1.2 times in float32, in bfloat16 3 times with JAX 0.10. The rolled one compiles
+    faster, the more so the longer it is. The results are the same up to rounding.
 
     Raises:
       UserError: if `loop` is not one of `LOOPS`.
@@ -153,7 +153,8 @@ class TiedStage(nn.Module):
 
 
 def _step(rolled: bool, body: Callable) -> Callable:
-    """What `nn.scan` repeats. A loop copies what it keeps, so it keeps little."""
+    """What `nn.scan` repeats. A loop copies what it keeps for the gradient, so it keeps
+    only what `keeps_products` says."""
 
     def step(module, x, *others):
         return body(module, x, *others), None

@@ -31,8 +31,9 @@ from cvjax.nn.remat import keep
 # mean^2 / variance up to which float32 keeps the variance to 1e-4 of itself.
 _FAR = 256.0
 
-# The identity, but under `vmap` one answer for all: whether it is so for any. A `lax.cond`
-# that asks so remains one, where different answers would have both branches computed.
+# The identity; under `vmap` the OR over all members, which is not batched, so that a
+# `lax.cond` on it stays one instead of computing both branches. The branches must give each
+# member what it would get alone.
 for_any_p = Primitive("for_any")
 for_any_p.def_impl(lambda answer: answer)
 for_any_p.def_abstract_eval(lambda answer: answer)

@@ -1,8 +1,9 @@
 """What a gradient keeps of the forward pass, and what it computes again.
 
-A loop copies all that it keeps into stacks. `keeps_products` has it keep what is dear:
-convolutions, matrix products and what `keep` marks; normalisation and ReLU, computed again
-where they are used, cost no more than a copy would. `recompute` keeps less still.
+A loop copies all that it keeps into stacks. With the policy `keeps_products` it keeps what
+is dear, convolutions, matrix products and what `keep` marks, and computes the rest again
+where the gradient uses it: normalisation and ReLU take about as long as a copy would.
+`recompute` keeps less still.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,20 @@ _KEPT = "kept by loops"
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """x, marked for `keeps_products`."""
+    """x, marked for `keeps_products`.
+
+    To be called within a rule for derivatives; marks around the rule do not reach what it
+    keeps.
+    """
     return checkpoint_name(x, _KEPT)
 
 
 def keeps_products(primitive: Any, *operands: Any, **settings: Any) -> bool:
-    """A policy of `jax.checkpoint`."""
-    if primitive is convolution_p or settings.get("name") == _KEPT:
-        return True
-    return jax.checkpoint_policies.dots_saveable(primitive, *operands, **settings)
+    """Whether a result is kept and not computed again: a policy of `jax.checkpoint`."""
+    if primitive.name == "name":
+        return settings["name"] == _KEPT
+    saves = jax.checkpoint_policies.dots_saveable
+    return primitive is convolution_p or saves(primitive, *operands, **settings)
 
 
 def recompute(f: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Callable:
