@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from cvjax.errors import UserError
 from cvjax.nn import onednn
 from cvjax.nn.conv import Conv, conv, out_size
+from cvjax.nn.norm import normalize
 
 # What it is lowered to: oneDNN takes float32 and bfloat16, XLA's kernels all types.
 needs_onednn = pytest.mark.skipif(
@@ -380,3 +382,23 @@ def test_images_too_small():
         "A 5x5 convolution does not fit on 9x2 pixels with padding 1; use larger images, a "
         "smaller kernel or fewer layers that shrink them."
     )
+
+
+def test_within_shard_map_gradients_of_shared_kernels_are_summed():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 6, 6, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 3, 5)).astype(np.float32)
+    one, zero = jnp.ones((1, 1, 1, 5)), jnp.zeros((1, 1, 1, 5))
+
+    def total(x, kernel, scale, bias):
+        y, *_ = normalize(1, 1, 1e-5, jnp.float32, conv(x, kernel), scale, bias)
+        return jnp.sin(y).sum()
+
+    gradient = jax.grad(total, (0, 1, 2, 3))
+    specs = PartitionSpec("data"), *[PartitionSpec()] * 3
+    mesh = Mesh(jax.devices()[:1], ("data",))  # where types are checked as with many
+    shared = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs)
+    arguments = x, kernel, one, zero
+    wanted = gradient(*arguments)
+    for got, expected in zip(jax.jit(shared)(*arguments), wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -29,6 +29,7 @@ from jax.interpreters import ad, batching, mlir
 
 from cvjax.errors import UserError
 from cvjax.nn import onednn
+from cvjax.nn.varying import vary_alike
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -69,6 +70,7 @@ def conv(
     padding = tuple((int(low), int(high)) for low, high in padding)
     strides = tuple(int(stride) for stride in strides)
     settings = {"strides": strides, "padding": padding, "groups": groups}
+    x, kernel = vary_alike(x, kernel)
     y = jax.eval_shape(functools.partial(_xla, **settings), x, kernel)
     return convolution_p.bind(x, kernel, wanted="y", shape=y.shape, **settings)
 
