@@ -21,10 +21,11 @@ MOST = 4  # of `one_per_core`: each takes most of a gigabyte
 
 def one_per_core() -> int:
     """As many as there are cores for this process, and CPUs in a container's quota."""
-    return min(MOST, _core_count(), cpu_limit() or MOST)
+    return min(MOST, core_count(), cpu_limit() or MOST)
 
 
-def _core_count() -> int:
+def core_count() -> int:
+    """Cores of this machine that this process may use, where the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -46,9 +47,10 @@ def run_in_processes(count: int) -> None:
       InterruptedRun: after SIGTERM or Ctrl-C, when all have saved and ended.
       SystemExit: if one of them fails, with its exit code (128 + N after signal N).
     """
-    if count > _core_count():
+    known = core_count()
+    if count > known:
         raise UserError(
-            f"{count} processes are more than the {_core_count()} cores of this machine; "
+            f"{count} processes are more than the {known} cores of this machine; "
             "choose fewer."
         )
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

@@ -3,13 +3,13 @@
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cvjax
 from cvjax.errors import UserError
+from experiments.processes import core_count
 from experiments.sharing import NOT_INSTALLED
 
 # Variables that say where data are and how to compute, on the nodes as here.
@@ -34,7 +34,9 @@ def connect(address: str, cpus: int) -> Iterator[Any]:
     # Tasks find this cvjax, and what else this process finds.
     paths = [str(Path(cvjax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    new = {"num_cpus": _cores(), "include_dashboard": False} if address == "local" else {}
+    new = (
+        {"num_cpus": core_count(), "include_dashboard": False} if address == "local" else {}
+    )
     try:
         if address != "local":
             _knock(ray, address)
@@ -70,12 +72,6 @@ def _knock(ray, address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise ConnectionError(f"{known}: {error.strerror or error}") from error
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def gpus_of_each(ray, cpus: int, gpus: float | None) -> float:
