@@ -14,5 +14,5 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return arrays
     # Zero, which XLA knows, whatever the values are.
-    zeros = [lax.stop_gradient(array.reshape(-1)[:0].sum()) for array in arrays]
-    return tuple(array + sum(zeros).astype(array.dtype) for array in arrays)
+    zero = sum(lax.stop_gradient(array.reshape(-1)[:0].sum()) for array in arrays)
+    return tuple(array + zero.astype(array.dtype) for array in arrays)
