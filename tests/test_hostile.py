@@ -46,7 +46,7 @@ LIST = ("", ",", "x", "1.5", "-8", "8,8", "20,,32", "３", "9999999999999")
 FIELDS = ("", "x", "=", "num_classes=5", "name=vgg", "depth=", "a-b=1", "depth=8,depth=8")
 
 SHARED = {
-    "processes": COUNT,
+    "processes": INDEX,
     "ray": ("", "nope", "host:", ":1", "host:99999999"),
     "ray_cpus": COUNT,
     "ray_gpus": RATE,
