@@ -92,8 +92,8 @@ def test_a_detector_takes_the_layers_of_stem_and_stages(
 
 @pytest.mark.parametrize("backbone", OTHERS)
 def test_other_backbones(backbone, tmp_path):
-    batch_norm = {"batch_norm": True} if backbone == "vgg" else {}
-    place = write_classifier(tmp_path, backbone, OTHERS[backbone] | batch_norm)
+    its_own = {"batch_norm": True, "hidden": 2} if backbone == "vgg" else {}
+    place = write_classifier(tmp_path, backbone, OTHERS[backbone] | its_own)
     fields = {"stem": "imagenet", **OTHERS[backbone], "stride": 4}
     model, drawn = detector("yolo", backbone=backbone, **fields)
     source = transfer.load_source(place, model, tmp_path / "run")
@@ -108,7 +108,7 @@ def test_other_backbones(backbone, tmp_path):
 
 
 def test_a_classifier_of_other_layers_is_refused(tmp_path):
-    place = write_classifier(tmp_path, "vgg", OTHERS["vgg"])
+    place = write_classifier(tmp_path, "vgg", OTHERS["vgg"] | {"hidden": 2})
     fields = {"stem": "imagenet", **OTHERS["vgg"], "stride": 4}
     model, _ = detector("yolo", backbone="vgg", **fields)
     with pytest.raises(UserError, match=r"of another network \(model.batch_norm"):

@@ -11,6 +11,7 @@ from cvjax.data import boxes, label_maps
 from cvjax.data.augment import Augmentation, augment
 from cvjax.data.dataset import ArraySplit, Dataset
 from cvjax.data.digit_scenes import create_scene
+from cvjax.data.splits import reduced
 from cvjax.errors import UserError
 from cvjax.tasks import segmentation
 from cvjax.training import default_config, metrics, steps, train_and_evaluate
@@ -295,16 +296,17 @@ def test_the_batch_size_of_an_evaluation_does_not_matter(run):
         ({"loss.name": "sigmoid"}, "every pixel has one class; set it to 'softmax'"),
         ({"data.normalization": "pixel_mean"}, "may have any size; set it to 'channel' or"),
         ({"data.name": "digits"}, "task is 'segmentation', but digits has one class of"),
-        (
-            {"data.name": "digit_scenes/masks", "data.shrink": 2},
-            "has label maps, which would not fit smaller images; set it to 1",
-        ),
         ({"loss.dice_weight": -1.0}, "loss.dice_weight must be 0 or more"),
     ],
 )
 def test_what_does_not_fit_together(settings, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         train_and_evaluate(create_config(**settings), tmp_path)
+
+
+def test_label_maps_are_not_made_smaller():
+    with pytest.raises(UserError, match="has label maps, which would not fit smaller"):
+        reduced(few_scenes(), shrink=2)
 
 
 def test_other_tasks_have_no_dice(tmp_path):

@@ -1,5 +1,8 @@
 """Solves of trained ODE blocks: what is solved, and how its errors are measured."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -36,17 +39,14 @@ def _linear(c, x, t):
     return c * x
 
 
-def train(folder, **fields):
-    config = default_config("odenet")
-    config.total_steps, config.optim.schedule = 2, "constant"
-    config.model.update({"width": 4, "stem": "res", "steps": 2} | fields)
-    train_and_evaluate(config, folder)
-    return load_network(folder)
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run"))
+    folder = tmp_path_factory.mktemp("run")
+    config = default_config("odenet")
+    config.total_steps, config.optim.schedule = 2, "constant"
+    config.model.update({"width": 4, "stem": "res", "steps": 2})
+    train_and_evaluate(config, folder)
+    return load_network(folder)
 
 
 def test_the_block_that_is_solved_is_the_networks_own(network):
@@ -70,9 +70,16 @@ def test_relative_error_takes_all_leaves_as_one():
     assert solves.relative_error(tree, exact) == pytest.approx(5 / np.sqrt(41))
 
 
-def test_networks_of_several_blocks_are_refused(tmp_path):
+def test_networks_of_several_blocks_are_refused(network):
+    model = network.recipe.model.clone(stages=2)
+    draw = jax.jit(functools.partial(model.init, train=False))
+    several = dataclasses.replace(
+        network,
+        recipe=dataclasses.replace(network.recipe, model=model),
+        variables=draw(jax.random.key(0), np.zeros((1, *network.image_shape), np.float32)),
+    )
     with pytest.raises(UserError, match="2 ODE blocks"):
-        solves.open_block(train(tmp_path, stages=2))
+        solves.open_block(several)
 
 
 @pytest.mark.slow

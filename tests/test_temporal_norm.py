@@ -66,21 +66,25 @@ def create_block(solver, train=True, **fields):
     return ODEBlock(field, solver, train=train, keeps_averages=True)
 
 
+def init(block):
+    return jax.jit(block.init)(jax.random.key(0), jnp.float32(X))
+
+
+def train_call(block):
+    """(variables, x) -> (y, updated), compiled as one program."""
+    return jax.jit(functools.partial(block.apply, mutable=["batch_stats"]))
+
+
 def test_a_block_moves_the_averages_at_each_evaluation():
     """Four of Euler's steps by hand; each meets one time of the grid."""
     x, block = jnp.float32(X), create_block(Solver("euler", 4))
-    variables = block.init(jax.random.key(0), x)
-    _, updated = block.apply(variables, x, mutable=["batch_stats"])
-    f = Residual("none", "relu", norm_grid=M, train=True)
+    variables = init(block)
+    _, updated = train_call(block)(variables, x)
+    f = train_call(Residual("none", "relu", norm_grid=M, train=True))
     params = jax.tree.map(lambda leaf: leaf[0], variables["params"]["f"])
     averages = variables["batch_stats"]["f"]
     for step in range(4):
-        slope, new = f.apply(
-            {"params": params, "batch_stats": averages},
-            x,
-            step / 4,
-            mutable=["batch_stats"],
-        )
+        slope, new = f({"params": params, "batch_stats": averages}, x, step / 4)
         x, averages = x + slope / 4, new["batch_stats"]
     for got, wanted in zip(
         jax.tree.leaves(updated["batch_stats"]["f"]), jax.tree.leaves(averages), strict=True
@@ -91,57 +95,61 @@ def test_a_block_moves_the_averages_at_each_evaluation():
         np.testing.assert_array_equal(norm["var"][M], 1)
 
 
-@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
-@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+@functools.cache
+def gradients(loop, gradient):
+    """Those of a sum, by the parameters and by x; and the averages."""
+    block = create_block(Solver("heun", 4, gradient=gradient)).clone(loop=loop)
+    variables = init(block)
+
+    def total(params, x):
+        both = {"params": params, "batch_stats": variables["batch_stats"]}
+        y, updated = block.apply(both, x, mutable=["batch_stats"])
+        return jnp.sin(y).sum(), updated
+
+    call = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+    return call(variables["params"], jnp.float32(X))
+
+
+@pytest.mark.parametrize(
+    ("loop", "gradient"),
+    [("unrolled", "checkpoint"), ("rolled", "direct"), ("rolled", "checkpoint")],
+)
 def test_loops_and_kept_states_change_neither_gradients_nor_averages(loop, gradient):
-    x = jnp.float32(X)
-
-    def results(loop, gradient):
-        block = create_block(Solver("heun", 4, gradient=gradient)).clone(loop=loop)
-        variables = block.init(jax.random.key(0), x)
-
-        def total(params, x):
-            both = {"params": params, "batch_stats": variables["batch_stats"]}
-            y, updated = block.apply(both, x, mutable=["batch_stats"])
-            return jnp.sin(y).sum(), updated
-
-        return jax.jit(jax.grad(total, (0, 1), has_aux=True))(variables["params"], x)
-
-    got, wanted = results(loop, gradient), results("unrolled", "direct")
+    got, wanted = gradients(loop, gradient), gradients("unrolled", "direct")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_in_evaluation_images_do_not_see_each_other_and_any_solver_will_do():
-    x = jnp.float32(X)
+    x, variables = jnp.float32(X), init(create_block(Solver("euler", 1)))
     for solver in (Solver("heun", 4), Solver("dopri5", 0)):
-        block = create_block(solver, train=False)
-        variables = block.init(jax.random.key(0), x)
-        both, first = block.apply(variables, x), block.apply(variables, x[:1])
-        np.testing.assert_allclose(both[:1], first, rtol=1e-4, atol=1e-5)
+        call = jax.jit(create_block(solver, train=False).apply)
+        alike, mixed = call(variables, x), call(variables, x.at[1:].multiply(2))
+        np.testing.assert_allclose(alike[:1], mixed[:1], rtol=1e-4, atol=1e-5)
+        assert not np.allclose(alike[1:], mixed[1:], rtol=1e-2)
 
 
 @pytest.mark.parametrize("solver", [Solver("dopri5", 0), Solver(gradient="backsolve")])
 def test_training_without_fixed_steps_is_refused(solver):
     x, block = jnp.float32(X), create_block(solver)
     with pytest.raises(UserError, match="a fixed number of steps"):
-        block.apply(block.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+        jax.eval_shape(train_call(block), init(block), x)
     with pytest.raises(UserError, match="norm_grid must be 0 or more, got -1"):
         create_model("odenet", 10, norm_grid=-1)
 
 
 def test_averages_keep_their_type_whatever_the_images_are():
     block = create_block(Solver("heun", 4))
-    variables = block.init(jax.random.key(0), jnp.float32(X))
+    variables = init(block)
     with jax.enable_x64(True):
-        y, updated = block.apply(variables, jnp.float64(X), mutable=["batch_stats"])
+        y, updated = train_call(block)(variables, jnp.float64(X))
     assert y.dtype == jnp.float64
     assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
 
 
 def test_zero_init_starts_as_the_identity():
     x, block = jnp.float32(X), create_block(Solver("heun", 4), zero_init=True)
-    y, _ = block.apply(block.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    y, _ = train_call(block)(init(block), x)
     np.testing.assert_array_equal(y, x)
 
 
