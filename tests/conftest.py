@@ -36,7 +36,7 @@ import pytest
 
 from cvjax.errors import InterruptedRun
 from cvjax.storage import checkpoint
-from cvjax.training import train_and_evaluate
+from cvjax.training import train_and_evaluate, trainer
 from cvjax.training.trained_network import load_network
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -80,6 +80,14 @@ def call_program():
     yield call
     server.kill()
     server.communicate()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Runs in this process leave out their figure; those of the command line have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture

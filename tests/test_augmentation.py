@@ -14,7 +14,7 @@ from cvjax.data.colors import augment_colors, compute_color_axes
 from cvjax.data.normalize import compute_statistics
 from cvjax.models import create_model
 from cvjax.report.tables import percent
-from cvjax.training import default_config, loop, steps, trainer
+from cvjax.training import default_config, loop, steps
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import Recipe
 from cvjax.training.state import create_train_state
@@ -176,7 +176,6 @@ def test_experiment_compares_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     config.model.widths = (3,)
     choices = {"none": {}, "crop": {"crop_padding": 1}}
     monkeypatch.setattr(experiment, "augmentations", lambda side: choices)
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
     experiment.compare(config, "quick", (2, 5), [0], tmp_path)
     first = capsys.readouterr().out
     assert f"Figure:  {tmp_path / 'augmentation.png'}" in first

@@ -13,7 +13,7 @@ from cvjax.models import create_model
 from cvjax.nn.depth import refine
 from cvjax.report.tables import percent
 from cvjax.storage import metrics_log
-from cvjax.training import default_config, loop, trainer
+from cvjax.training import default_config, loop
 from cvjax.training.trained_network import load_network
 from experiments.multilevel import __main__ as multilevel
 from experiments.multilevel.figure import contrasts, measure_time, tabulate
@@ -132,7 +132,6 @@ def test_table_by_hand():
 @pytest.fixture
 def two_levels(monkeypatch):
     monkeypatch.setattr(multilevel, "PARTS", (1, 1))
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
 
 def digest(folder):

@@ -18,7 +18,7 @@ RUN = [
     "--config.total_steps=1000",
     "--config.log_every=10",
     "--config.eval_every=250",
-    "--config.checkpoint_every=50",
+    "--config.checkpoint_every=100",
     "--config.model.widths=(32,)",
 ]
 
@@ -163,6 +163,7 @@ def test_finished_run_says_so(uninterrupted):
     done = run(uninterrupted)
     assert done.returncode == 0
     assert f"{uninterrupted} is finished: step 1000" in done.stderr
+    assert (uninterrupted / "curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cvjax.data.normalize import Statistics, compute_statistics
 from cvjax.errors import InterruptedRun, UserError
 from cvjax.models import create_model
 from cvjax.storage import checkpoint
-from cvjax.training import default_config, loop, train_and_evaluate, trainer, transfer
+from cvjax.training import default_config, loop, train_and_evaluate, transfer
 from cvjax.training.optim import OptimConfig, check_freeze, create_optimizer, is_frozen
 from cvjax.training.trained_network import load_network
 
@@ -37,19 +37,11 @@ def create_config(**settings):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, no_figures):
+def source(tmp_path_factory):
     """The workdir of a finished run on digits."""
     folder = tmp_path_factory.mktemp("source")
     train_and_evaluate(create_config(), folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    """Curves take longer to draw than these runs take to train."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture
