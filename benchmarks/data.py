@@ -24,6 +24,7 @@ not installed is left out, and the results say so. torchvision is not needed: it
 transforms of a picture are PIL's, and are written out here.
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -204,16 +205,14 @@ def measure_rate(values) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Images per second of each way to make batches."""
     split = data.load(values.name).train
     sources, missing = batch_sources.create(split, values.batch_size, values.workers)
-    sources = {}
-    for side, batches in sources.items():
 
-        def take(batches=batches):
-            for _ in range(values.batches):
-                next(batches)
+    def take(batches):
+        for _ in range(values.batches):
+            next(batches)
 
-        sources[side] = take
+    takes = {side: functools.partial(take, batches) for side, batches in sources.items()}
     images = values.batches * values.batch_size
-    times = timing.interleave(sources, values.rounds)
+    times = timing.interleave(takes, values.rounds)
     return [
         {"what": side, "unit": "images/s", "spread": timing.spread(images / own)}
         for side, own in times.items()

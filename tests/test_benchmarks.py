@@ -1,10 +1,11 @@
 """The benchmarks, small: PyTorch's twins have our function, the sums are right, all run."""
 
+import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -286,6 +287,17 @@ def test_a_measured_program_that_fails():
         data.run_python("-c", "raise SystemExit('no such thing')")
 
 
+def test_a_rate_of_every_source(monkeypatch):
+    sources = {side: itertools.count() for side in ("ours", "theirs")}
+    absent = {"others": "not installed"}
+    monkeypatch.setattr(batch_sources, "create", lambda *_: (sources, absent))
+    flags = {"name": "digits", "batch_size": 8, "workers": [], "batches": 3, "rounds": 2}
+    rows, missing = data.measure_rate(types.SimpleNamespace(**flags))
+    assert [row["what"] for row in rows] == list(sources) and missing == absent
+    assert all(row["spread"]["median"] > 0 for row in rows)
+    assert all(next(batches) >= 2 * 3 for batches in sources.values())
+
+
 # Whole benchmarks
 
 
@@ -304,8 +316,8 @@ def test_train_step(tmp_path):
     )
     assert row["macs_per_step"] == 4 * (2 * stem + 3 * (stages + 32 * 10))
     assert row["sides"]["PyTorch"]["speed"]["median"] == 1
-    shared = {train_step.SHARED} if 4 % os.cpu_count() == 0 else set()
-    assert set(row["sides"]) == {"cvjax", "PyTorch"} | shared
+    ours = {train_step.OURS, train_step.ROLLED, train_step.BY_XLA}
+    assert set(row["sides"]) == {*ours, train_step.EAGER}
     assert "ResNet-14, 8 px" in (tmp_path / "table.md").read_text()
 
 

@@ -65,7 +65,7 @@ def test_the_block_that_is_solved_is_the_networks_own(network):
 
 
 def test_relative_error_takes_all_leaves_as_one():
-    tree, exact = {"a": np.array([3.0]), "b": np.array([0.0, 5.0])}, {"a": 0.0, "b": 5.0}
+    tree = {"a": np.array([3.0]), "b": np.array([0.0, 5.0])}
     exact = {"a": np.array([0.0]), "b": np.array([4.0, 5.0])}
     assert solves.relative_error(tree, exact) == pytest.approx(5 / np.sqrt(41))
 
@@ -85,12 +85,12 @@ def test_networks_of_several_blocks_are_refused(network):
 @pytest.mark.slow
 def test_errors_fall_with_the_tolerance(network, monkeypatch):
     monkeypatch.setattr(solves, "METHODS", ("dopri5",))
-    monkeypatch.setattr(solves, "TOLERANCES", (1e-2, 1e-4))
+    monkeypatch.setattr(solves, "TOLERANCES", (1e-2, 1e-5))
     found = solves.measure(network, rounds=1)
     loose, tight = found["solves"]
     assert found["reference"]["error"] < tight["error"]
     for key in ("error", "adjoint_error", "checkpoint_error"):
-        assert tight[key] < loose[key] < 0.1, key
+        assert tight[key] < min(0.05, loose[key] / 3), key
     assert tight["nfe"] >= loose["nfe"] and tight["nfe_back"] >= loose["nfe_back"]
     table = solves.tabulate([{"solves": [loose, tight]}])
     assert [row["error"]["mean"] for row in table] == [loose["error"], tight["error"]]

@@ -173,7 +173,7 @@ def test_plain_and_residual_nets_are_those_of_the_degradation():
 @pytest.mark.slow
 def test_small_run_resumes_and_measures_again_nothing(tmp_path):
     program = [sys.executable, "-m", "experiments.vanishing_gradients"]
-    command = [*program, f"--workdir={tmp_path}", "--depths=8", "--seeds=1", "--steps=3"]
+    command = [*program, f"--workdir={tmp_path}", "--depths=8", "--seeds=1", "--steps=4"]
 
     def run():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -183,9 +183,9 @@ def test_small_run_resumes_and_measures_again_nothing(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert [run["net"] for run in results["runs"]] == list(experiment.NETS)
     for one in results["runs"]:
-        assert [row["step"] for row in one["gradients"]] == [0, 3]
+        assert [row["step"] for row in one["gradients"]] == [0, 4]
         assert len(one["gradients"][0]["states"]) == 4
-        assert one["versions"] and one["git"] and one["config"]["total_steps"] == 3
+        assert one["versions"] and one["git"] and one["config"]["total_steps"] == 4
     files = list(tmp_path.glob("runs/*/gradients.json"))
     before = {file: file.stat().st_mtime_ns for file in files}
     second = run()
