@@ -332,7 +332,6 @@ def test_workdir_holds_what_the_readme_says(uninterrupted):
         for key, value in row.items():
             if key.endswith("error"):
                 assert 0 <= value <= 1, key
-    assert (folder / "curves.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").iterdir())
 
 
