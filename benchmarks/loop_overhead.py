@@ -46,6 +46,7 @@ def time_both(
     config.model.update(fields)
     config.log_every = STEPS.value
     config.train_eval_examples = 0
+    config.optim.schedule = "constant"  # fits any number of steps
     config.data.update({"crop_padding": 1, "flip": True})
     run = parse_config(config)
     recipe = create_recipe(run, dataset.num_classes)
