@@ -8,7 +8,8 @@ Command:  python train.py --config=configs/nuclei_unet.py --workdir=runs/nuclei
           and --config.data.data_dir=DIR
 Cost:     ten minutes on two CPU cores of an Intel Xeon with AMX
 Expected: on the Bowl's 65 test pictures (n = 3) a Dice coefficient of the foreground of
-          0.797 +- 0.006, the Bowl's score 0.374 +- 0.014
+          0.797 +- 0.006, the Bowl's score 0.374 +- 0.014; with --config.total_steps=12000,
+          five times the cost, 0.774 +- 0.003 and 0.400 +- 0.008
 """
 
 from cvjax.training import default_config
