@@ -25,10 +25,13 @@ def one_per_core() -> int:
 
 
 def core_count() -> int:
-    """Cores of this machine that this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use; all of the machine's without an affinity mask."""
+    return len(_affinity()) or os.cpu_count() or 1
+
+
+def _affinity() -> list[int]:
+    """The cores that this process is bound to; none where the system has no such mask."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def run_in_processes(count: int) -> None:
@@ -53,7 +56,7 @@ def run_in_processes(count: int) -> None:
             f"{count} processes are more than the {known} cores of this machine; "
             "choose fewer."
         )
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = _affinity()
     # On an accelerator all of them live in its memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     with interrupt.watch() as stop, contextlib.ExitStack() as stack:
