@@ -16,7 +16,7 @@ import pytest
 from benchmarks.photograph_set import photograph, write_set
 from cvjax.errors import UserError
 from cvjax.storage import checkpoint, metrics_log
-from cvjax.training import default_config, devices, train_and_evaluate, trainer
+from cvjax.training import default_config, devices, train_and_evaluate
 from cvjax.training.trained_network import load_network
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,12 +46,6 @@ def create_config(model="mlp", **settings):
     return config
 
 
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    """They take longer than these runs."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
-
-
 def environment(count=1):
     flags = f"--xla_force_host_platform_device_count={count}"
     return os.environ | {
@@ -64,7 +58,7 @@ def environment(count=1):
 def on_eight_devices(code, *arguments):
     """Runs the code of a function body in a process with eight devices."""
     code = (
-        "from test_devices import *\n"
+        "from cvjax.training import trainer\nfrom test_devices import *\n"
         "trainer.draw_curves = lambda *_: None\n"
         f"assert jax.device_count() == 8\n{code}"
     )

@@ -281,12 +281,11 @@ def test_sheet_by_hand():
     np.testing.assert_allclose(grey[0, :, 0], [1, 0.5, 0.25])
 
 
-def test_experiment_on_a_run(tmp_path, monkeypatch, capsys):
+def test_experiment_on_a_run(tmp_path, capsys):
     config = default_config("convnet")
     config.update(total_steps=2, eval_every=2, checkpoint_every=2, train_eval_examples=0)
     config.optim.schedule = "cosine"
     config.model.update(features=(2, 3), kernels=(3, 3))
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
     trainer.train_and_evaluate(config, tmp_path / "run")
     experiment.examine(tmp_path / "run", tmp_path, channels=2, images=40)
     printed = capsys.readouterr().out

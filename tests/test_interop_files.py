@@ -117,8 +117,7 @@ def test_imported_network(imported):
     assert np.abs(other - expected).max() > 1e-2
 
 
-def test_imported_network_is_trained_on(imported, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
+def test_imported_network_is_trained_on(imported, tmp_path):
     config = default_config("resnet_cifar")
     config.model.update(TINY)
     config.update(total_steps=4, init_from=str(imported[0]), train_eval_examples=0)

@@ -32,17 +32,10 @@ def create_config(**settings):
     return config
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_curves", lambda *_: None)
-        train_and_evaluate(create_config(), folder)
+    train_and_evaluate(create_config(), folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Solves of trained ODE blocks: what is solved, and how its errors are measured."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from cvjax.evaluation.predictions import first_examples
 from cvjax.nn.diffrax_solve import solve_adjoint
 from cvjax.nn.solver import Solver
 from cvjax.training import default_config, train_and_evaluate
+from cvjax.training.state import create_variables
 from cvjax.training.trained_network import load_network
 from experiments.odenet_vs_resnet import solves
 
@@ -72,11 +72,12 @@ def test_relative_error_takes_all_leaves_as_one():
 
 def test_networks_of_several_blocks_are_refused(network):
     model = network.recipe.model.clone(stages=2)
-    draw = jax.jit(functools.partial(model.init, train=False))
     several = dataclasses.replace(
         network,
         recipe=dataclasses.replace(network.recipe, model=model),
-        variables=draw(jax.random.key(0), np.zeros((1, *network.image_shape), np.float32)),
+        variables=create_variables(
+            jax.random.key(0), model=model, image_shape=network.image_shape
+        ),
     )
     with pytest.raises(UserError, match="2 ODE blocks"):
         solves.open_block(several)

@@ -25,7 +25,7 @@ from cvjax.errors import InterruptedRun, UserError
 from cvjax.evaluation import picture_classes, predictions
 from cvjax.evaluation.multicrop import Views
 from cvjax.storage import metrics_log
-from cvjax.training import default_config, train_and_evaluate, trainer
+from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.config import complete_config, parse_config
 from cvjax.training.trained_network import load_network
 
@@ -49,12 +49,6 @@ def folder(tmp_path_factory):
     examples = [small(i) for i in range(TRAIN + TEST)]
     write_set(path, {"train": examples[:TRAIN], "test": examples[TRAIN:]})
     return path
-
-
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
-    """They take longer than these runs."""
-    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture
