@@ -1,10 +1,10 @@
 """What all benchmarks leave behind: results.json and table.md."""
 
-import os
 import pathlib
 from typing import Any
 
 from cvjax import files
+from cvjax.cores import core_count
 from cvjax.errors import UserError
 from cvjax.files import write_json
 from cvjax.storage import provenance
@@ -26,7 +26,7 @@ def import_torch():
 def measured_by() -> dict[str, Any]:
     """`storage.provenance`, and what else speeds depend on: cores and PyTorch."""
     found = provenance.current()
-    found["cores"] = len(os.sched_getaffinity(0))
+    found["cores"] = core_count()
     try:
         import torch
     except ImportError:

@@ -25,6 +25,7 @@ from jax import numpy as jnp
 
 from benchmarks import nets, report
 from cvjax import cli, timing
+from cvjax.cores import affinity
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
 from cvjax.storage import workdir as workdirs
@@ -133,8 +134,7 @@ def start_worker(number: int, count: int) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         text=True,
     )
-    if sys.platform == "linux":
-        cores = sorted(os.sched_getaffinity(0))
+    if cores := affinity():
         os.sched_setaffinity(worker.pid, cores[number % len(cores) :: count])
     return worker
 

@@ -29,6 +29,7 @@ from PIL import Image
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import cli, data
+from cvjax.cores import core_count
 from cvjax.data.dataset import Dataset
 from cvjax.data.image_files import center_crop, scale_crop
 from cvjax.data.streaming import StreamOptions
@@ -76,7 +77,7 @@ def main(arguments):
             "set": describe(name, dataset),
             "image_size": values.image_size,
             "batch_size": values.batch_size,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": core_count(),
             "parts": measure_parts(dataset, values.rounds, values.batch_size, short),
             "pipeline": [
                 measure_pipeline(open_set(options(num_workers=int(n))), values.batch_size)

@@ -12,8 +12,8 @@ from typing import IO
 
 from absl import logging
 
+from cvjax.cores import affinity, core_count, cpu_limit
 from cvjax.errors import EXIT_CODES, InterruptedRun, UserError
-from cvjax.nn.onednn import cpu_limit
 from cvjax.training import interrupt
 
 MOST = 4  # of `one_per_core`: each takes most of a gigabyte
@@ -22,16 +22,6 @@ MOST = 4  # of `one_per_core`: each takes most of a gigabyte
 def one_per_core() -> int:
     """As many as there are cores for this process, and CPUs in a container's quota."""
     return min(MOST, core_count(), cpu_limit() or MOST)
-
-
-def core_count() -> int:
-    """Cores that this process may use; all of the machine's without an affinity mask."""
-    return len(_affinity()) or os.cpu_count() or 1
-
-
-def _affinity() -> list[int]:
-    """The cores that this process is bound to; none where the system has no such mask."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def run_in_processes(count: int) -> None:
@@ -56,7 +46,7 @@ def run_in_processes(count: int) -> None:
             f"{count} processes are more than the {known} cores of this machine; "
             "choose fewer."
         )
-    cores = _affinity()
+    cores = affinity()
     # On an accelerator all of them live in its memory.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     with interrupt.watch() as stop, contextlib.ExitStack() as stack:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import cvjax
+from cvjax.cores import core_count
 from cvjax.errors import UserError
-from experiments.processes import core_count
 from experiments.sharing import NOT_INSTALLED
 
 # Variables that say where data are and how to compute, on the nodes as here.

@@ -171,13 +171,6 @@ def test_all_products_of_a_type_have_fast_kernels(dtype, channels, stride):
         assert onednn.takes(call), wanted
 
 
-def test_the_quota_of_a_container_is_read(tmp_path):
-    assert onednn.cpu_limit(tmp_path) == 0
-    for text, limit in (("150000 100000", 2), ("max 100000", 0), ("50000 100000", 1)):
-        (tmp_path / "cpu.max").write_text(text)
-        assert onednn.cpu_limit(tmp_path) == limit
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_freed_memory_is_kept():
     """A second array of the same size must not fault its pages in again."""

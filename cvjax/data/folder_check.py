@@ -18,6 +18,7 @@ from absl import logging
 from PIL import Image
 
 from cvjax import progress
+from cvjax.cores import core_count
 from cvjax.data import image_files
 from cvjax.data.folder_listing import Listing
 from cvjax.errors import UserError
@@ -120,7 +121,7 @@ def for_each(
     """
     if not items:
         return
-    workers = os.cpu_count() or 1
+    workers = core_count()
     with (
         image_files.quiet(),
         concurrent.futures.ThreadPoolExecutor(workers) as pool,

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from cvjax.cores import cpu_limit
 from cvjax.errors import UserError
 from cvjax.nn.onednn import library as native
 
@@ -129,23 +129,6 @@ def lower_sums(ctx, x, y, lead: int):
     lowering = jax.ffi.ffi_lowering(_registered().sums)
     limit = np.int64(cpu_limit())
     return lowering(ctx, x, y, lead=np.int64(lead), most_threads=limit)
-
-
-def cpu_limit(folder: str = "/sys/fs/cgroup") -> int:
-    """The CPUs that the container's quota allows, rounded up; 0 for no limit.
-
-    XLA's thread pool knows of the affinity mask (taskset), but not of this.
-    """
-    root = pathlib.Path(folder)
-    try:
-        if (root / "cpu.max").exists():
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        return max(0, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        return 0
 
 
 class Library(NamedTuple):
