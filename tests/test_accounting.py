@@ -1,5 +1,6 @@
 """Costs against published numbers, and against a second counter that works otherwise."""
 
+import functools
 import json
 import math
 import pathlib
@@ -12,8 +13,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import numpy as jnp
 
-from cvjax.costs import compiled
-from cvjax.costs.accounting import account, count
+from cvjax.costs import accounting, compiled
+from cvjax.costs.accounting import count
 from cvjax.errors import UserError
 from cvjax.models import DETECTORS, MODELS, SEGMENTERS, create_model
 from cvjax.nn import depth as depth_axis
@@ -21,6 +22,7 @@ from cvjax.nn.conv import Conv
 from experiments.complexity.zoo import ZOO
 
 ROOT = pathlib.Path(__file__).parents[1]
+account = functools.cache(accounting.account)  # several tests ask for the same
 
 # torchvision's documentation: parameters and multiply-adds; He et al. 2015 for version 1.
 PUBLISHED = [
@@ -58,7 +60,7 @@ def test_imagenet_models_cost_what_is_published(name, fields, parameters, macs):
         (44, 658_586, 97_174_144),
         (56, 853_018, 125_485_696),
         (110, 1_727_962, 252_887_680),
-        (1202, 19_421_274, 2_829_238_912),
+        pytest.param(1202, 19_421_274, 2_829_238_912, marks=pytest.mark.slow),
     ],
 )
 def test_cifar_models_cost_what_is_published(depth, parameters, macs):
@@ -172,7 +174,8 @@ CASES += [
 
 @pytest.mark.parametrize(("name", "fields", "image_size"), CASES)
 def test_a_second_counter_agrees(name, fields, image_size):
-    model = create_model(name, 10, **fields)
+    # The classes of the tests above, whose accounts are known.
+    model = create_model(name, 1000 if image_size == 224 else 10, **fields)
     counted, expected = account(model, image_size), count_otherwise(model, image_size)
     outputs = sum(row.values for row in counted.layers if row.kind in ("conv", "dense"))
     # f is no layer that can be listened to: 16 times two 3x3 on 6x6. What its kernel makes
@@ -205,7 +208,9 @@ def test_a_stacked_stage_is_told_block_by_block():
     assert rows["global_pool"].output == (64,)
 
 
-@pytest.mark.parametrize("name", ["resnet", "resnet_cifar"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resnet", marks=pytest.mark.slow), "resnet_cifar"]
+)
 def test_recomputing_costs_the_same_to_the_row(name):
     model = create_model(name, 10, remat=True)
     variables = jax.eval_shape(

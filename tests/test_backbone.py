@@ -67,7 +67,11 @@ def flat(params, batch_stats):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "stages"), [("centernet", {}, 4), ("yolo", {"stride": 2}, 2)]
+    ("name", "fields", "stages"),
+    [
+        ("yolo", {"stride": 2}, 2),
+        pytest.param("centernet", {}, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_detector_takes_the_layers_of_stem_and_stages(
     classifier, tmp_path, name, fields, stages

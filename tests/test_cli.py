@@ -131,6 +131,7 @@ def test_swapped_programs_of_the_cache(run_cached, tmp_path):
     assert run_cached().stderr == ""
 
 
+@pytest.mark.slow
 def test_a_truncated_program_of_the_cache(run_cached, tmp_path):
     """JAX never overwrites an entry, so it goes, and the next start has a sound one."""
     sound = run_cached()
@@ -146,7 +147,7 @@ def test_a_truncated_program_of_the_cache(run_cached, tmp_path):
     assert entries[0].stat().st_size == sizes[entries[0].name]
 
 
-@pytest.mark.parametrize("mistake", ["fail", "trace"])
+@pytest.mark.parametrize("mistake", ["fail", pytest.param("trace", marks=pytest.mark.slow)])
 def test_a_mistake_of_the_program_is_shown_once(mistake, run_cached, tmp_path):
     """It is no reason to try again, and to empty the cache."""
     run_cached()

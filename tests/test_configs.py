@@ -28,6 +28,7 @@ SHAPES = {
 BOXES = ("digit_scenes", "voc")
 MAPS = ("digit_scenes/masks", "mask_folder/instances")
 LARGE = (
+    "digits_odenet",
     "digit_scenes_centernet",
     "digit_scenes_fcn",
     "digit_scenes_multilabel",

@@ -121,6 +121,7 @@ def test_plan(start, tmp_path):
     assert (config.init_from, config.init_refine) == (str(where), 4)
 
 
+@pytest.mark.slow
 def test_other_solver_in_two_precisions():
     config = tiny("odenet", stem="none", activation="tanh")
     run = parse_config(config)

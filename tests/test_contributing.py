@@ -6,11 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from experiments import runner
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_experiment_runs(tmp_path):
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (program,) = [part[7:] for part in text.split("```") if part.startswith("python\n")]

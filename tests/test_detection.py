@@ -110,7 +110,8 @@ def few_scenes(name="scenes"):
 
 
 def create_config(**settings):
-    config = default_config("centernet")
+    config = default_config("yolo")
+    config.model.update(backbone="resnet_cifar", depth=8, stride=4)
     config.model.update(width=4, features=4, max_detections=5)
     config.total_steps = 6
     config.eval_every = 3
@@ -241,7 +242,7 @@ def test_predict_draws_boxes_and_says_where_they_are(run, tmp_path, call_program
     [
         (
             {"task": "classification"},
-            "task is 'classification'.* 'centernet' is a network for detection",
+            "task is 'classification'.* 'yolo' is a network for detection",
         ),
         ({"loss.label_smoothing": 0.1}, "label_smoothing is 0.1, but a detector's loss"),
         ({"data.name": "digits"}, "task is 'detection', but digits has one class of each"),

@@ -56,7 +56,13 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+LONG = ("rolled", "ODE", "ODE in pieces")  # slow
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in LONG)) for kind in NETWORKS],
+)
 def test_the_file_says_what_the_network_says(kind, tmp_path):
     name, fields = NETWORKS[kind]
     network = make_network(name, **fields)
@@ -101,7 +107,10 @@ def test_a_batch_size_of_its_own():
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("centernet", {"features": 4}), ("yolo", {"stem": "small", "stride": 2})],
+    [
+        ("yolo", {"stem": "small", "stride": 2}),
+        pytest.param("centernet", {"features": 4}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_detectors_file_has_its_boxes(name, fields):
     """Those of `evaluation.detection`, and zeros as the scores of rows that are none."""

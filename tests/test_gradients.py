@@ -189,7 +189,9 @@ def test_each_state_has_a_gradient(name):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("odenet", {"solver": "midpoint", "steps": 3}),
+        pytest.param(
+            *("odenet", {"solver": "midpoint", "steps": 3}), marks=pytest.mark.slow
+        ),
         ("odenet", {"solver": "midpoint", "steps": 3, "norm_grid": 3}),
         ("odenet_discrete", {"body": "tied", "length": 3}),
     ],

@@ -20,7 +20,7 @@ EVERY_MODEL = [
     ("alexnet", {"hidden": 8}, 64),
     ("alexnet", {"variant": "two_groups", "hidden": 8}, 64),
     ("convnet", {}, 32),
-    ("googlenet", {}, 32),
+    pytest.param("googlenet", {}, 32, marks=pytest.mark.slow),
     ("googlenet", BN, 32),
     ("mlp", {}, 32),
     ("resnet", {"depth": 18}, 32),

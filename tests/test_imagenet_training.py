@@ -36,7 +36,10 @@ SMALL_VGG = {"depth": 11, "width": 4}
         ("alexnet", {"variant": "two_groups", "hidden": 32}, 64),
         ("vgg", {**SMALL_VGG, "hidden": 32}, 32),
         ("vgg", {**SMALL_VGG, "head": "small", **BN}, 32),
-        ("resnet", {"depth": 18, "width": 4, "shortcut": "none"}, 32),
+        pytest.param(
+            *("resnet", {"depth": 18, "width": 4, "shortcut": "none"}, 32),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("resnet", {"depth": 50, "width": 2}, 32, marks=pytest.mark.slow),
         pytest.param(
             "resnet",

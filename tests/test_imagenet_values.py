@@ -180,7 +180,14 @@ def googlenet_reference(net, x, variant, batch_norm):
             64,
             partial(resnet_reference, depth=d, version=v, shortcut=s),
         )
-        for d, v, s in ((18, "1.5", "none"), (50, "1.5", "B"), (50, "1", "B"))
+        for d, v, s in ((18, "1.5", "none"), (50, "1.5", "B"))
+    ]
+    + [
+        pytest.param(
+            *("resnet", {"depth": 50, "version": "1", "shortcut": "B", "width": 4}, 64),
+            partial(resnet_reference, depth=50, version="1", shortcut="B"),
+            marks=pytest.mark.slow,
+        )
     ]
     + [
         ("googlenet", fields, 64, partial(googlenet_reference, **fields))

@@ -86,6 +86,8 @@ NETS = {
     ),
 }
 
+LONG = ("googlenet", "cifar56 B", "resnet34, small stem", "resnet152")  # slow
+
 # Forms that PyTorch's modules have not, but can compute with other parameters.
 OTHER_FORMS = {
     "padded at the end": (
@@ -150,7 +152,9 @@ def check_logits(actual, expected, what, tolerance=TOLERANCE):
 
 
 @needs_torch
-@pytest.mark.parametrize("case", NETS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(net, marks=[pytest.mark.slow] * (net in LONG)) for net in NETS]
+)
 def test_same_logits_as_pytorch(case, tmp_path):
     """Of what was imported, and of what is exported again into a new module."""
     net, model, variables, images, ours = random_net(NETS[case], tmp_path / "net.pth")

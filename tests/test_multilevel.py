@@ -194,6 +194,7 @@ def refined_error(level_dir, fields):
     return (logits.argmax(axis=-1) != digits.labels).mean()
 
 
+@pytest.mark.slow
 def test_experiment_compares_and_does_nothing_twice(
     two_levels, tmp_path, monkeypatch, capsys
 ):

@@ -222,7 +222,10 @@ def exact_gradients():
     [
         *(Solver("rk4", steps=24, gradient=gradient) for gradient in solvers.GRADIENTS),
         *(
-            Solver("dopri5", 0, 1e-6, 1e-6, gradient=gradient)
+            pytest.param(
+                Solver("dopri5", 0, 1e-6, 1e-6, gradient=gradient),
+                marks=[pytest.mark.slow] * (gradient != "auto"),
+            )
             for gradient in solvers.GRADIENTS
         ),
         Solver("reversible_heun", steps=200),
@@ -238,8 +241,17 @@ def test_gradients_against_float64(solver):
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(actual))
 
 
-@pytest.mark.parametrize("steps", [1, 7, 9])
-@pytest.mark.parametrize("loop", ["rolled", "unrolled"])
+@pytest.mark.parametrize(
+    ("loop", "steps"),
+    [
+        ("rolled", 1),
+        ("rolled", 9),
+        ("unrolled", 1),
+        ("unrolled", 7),
+        pytest.param("rolled", 7, marks=pytest.mark.slow),
+        pytest.param("unrolled", 9, marks=pytest.mark.slow),
+    ],
+)
 def test_checkpointing_changes_no_gradient(loop, steps):
     kept, again = (
         block(Solver("heun", steps=steps, gradient=gradient), loop=loop)

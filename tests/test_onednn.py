@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written(compiler, tmp_path):
 
 
 @needs_onednn
-@pytest.mark.parametrize("choice", ["onednn", "xla"])
+@pytest.mark.parametrize("choice", [pytest.param("onednn", marks=pytest.mark.slow), "xla"])
 def test_a_run_records_its_kernels(choice, tmp_path):
     settings = ["--config=configs/digits_resnet.py", f"--workdir={tmp_path}"]
     settings += ["--config.model.depth=8", "--config.model.width=4"]
@@ -145,7 +145,9 @@ def test_a_run_records_its_kernels(choice, tmp_path):
 
 @needs_onednn
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="limits oneDNN to AVX2")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_bfloat16_without_its_instructions_is_warned_about(dtype, tmp_path):
     settings = ["--config=configs/digits_resnet.py", f"--workdir={tmp_path}"]
     settings += [f"--config.model.dtype={dtype}", "--config.model.depth=8"]

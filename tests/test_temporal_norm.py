@@ -112,7 +112,11 @@ def gradients(loop, gradient):
 
 @pytest.mark.parametrize(
     ("loop", "gradient"),
-    [("unrolled", "checkpoint"), ("rolled", "direct"), ("rolled", "checkpoint")],
+    [
+        ("rolled", "direct"),
+        ("rolled", "checkpoint"),
+        pytest.param("unrolled", "checkpoint", marks=pytest.mark.slow),
+    ],
 )
 def test_loops_and_kept_states_change_neither_gradients_nor_averages(loop, gradient):
     got, wanted = gradients(loop, gradient), gradients("unrolled", "direct")
@@ -153,6 +157,7 @@ def test_zero_init_starts_as_the_identity():
     np.testing.assert_array_equal(y, x)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_averages_and_resumes_bit_for_bit(tmp_path_factory, check_resumed):
     config = default_config("odenet")
     config.data.name = "digits"

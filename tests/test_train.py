@@ -76,7 +76,7 @@ def uninterrupted(tmp_path_factory):
     [
         (signal.SIGTERM, 75),
         pytest.param(signal.SIGINT, 75, marks=pytest.mark.slow),
-        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_process_says_so_and_goes_on_in_a_new_one(
@@ -117,7 +117,7 @@ runpy.run_path("train.py", run_name="__main__")
     ("phase", "name", "code"),
     [
         ("load_data", "SIGTERM", 75),
-        ("_finish", "SIGTERM", 75),
+        pytest.param("_finish", "SIGTERM", 75, marks=pytest.mark.slow),
         pytest.param("_finish", "SIGINT", 130, marks=pytest.mark.slow),
     ],
 )

@@ -151,7 +151,11 @@ def test_the_grid_follows_from_the_stride(stem, stride, cells):
 
 @pytest.mark.parametrize(
     ("backbone", "depth", "stride", "cells"),
-    [("resnet", 18, 16, (3, 2)), ("resnet_cifar", 8, 4, (10, 5)), ("vgg", 11, 16, (3, 2))],
+    [
+        ("resnet_cifar", 8, 4, (10, 5)),
+        ("vgg", 11, 16, (3, 2)),
+        pytest.param("resnet", 18, 16, (3, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_a_cell_that_reaches_out_of_the_image_counts(backbone, depth, stride, cells):
     fields = {"backbone": backbone, "depth": depth, "stride": stride}
