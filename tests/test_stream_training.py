@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from run_outcome import outcome
 
 from benchmarks.photograph_set import photograph, write_set
 from cvjax import data, evaluate
@@ -24,7 +25,6 @@ from cvjax.data.streaming import StreamedSplit
 from cvjax.errors import InterruptedRun, UserError
 from cvjax.evaluation import picture_classes, predictions
 from cvjax.evaluation.multicrop import Views
-from cvjax.storage import metrics_log
 from cvjax.training import default_config, train_and_evaluate
 from cvjax.training.config import complete_config, parse_config
 from cvjax.training.trained_network import load_network
@@ -67,17 +67,6 @@ def create_config(folder):
         return config
 
     return create_config
-
-
-def outcome(workdir):
-    """All of a finished run that does not depend on the clock."""
-    info = workdir / "checkpoints" / str(STEPS) / "info.json"
-    rows = [
-        {key: row[key] for key in row if not key.startswith("time/")}
-        for row in metrics_log.read_metrics(workdir / "metrics.jsonl")
-    ]
-    summary = json.loads((workdir / "summary.json").read_text())
-    return json.loads(info.read_text())["info"]["digest"], rows, summary
 
 
 @pytest.fixture(scope="module")

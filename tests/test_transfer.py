@@ -1,7 +1,6 @@
 """Fine-tuning: what is taken over, what stays frozen, what is refused."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from absl import logging
 from flax import traverse_util
 from jax import numpy as jnp
+from run_outcome import outcome
 
 from cvjax import data
 from cvjax.data import dataset
@@ -91,11 +91,6 @@ def stop_at(monkeypatch, step):
         return train_batch(split, batch_size, seed, at, share)
 
     monkeypatch.setattr(dataset, "train_batch", patched)
-
-
-def final_digest(workdir):
-    info = workdir / "checkpoints" / str(STEPS) / "info.json"
-    return json.loads(info.read_text())["info"]["digest"]
 
 
 def refusal(folder, **settings):
@@ -199,7 +194,7 @@ def test_resume_is_exact_and_does_not_load_again(source, tmp_path, monkeypatch, 
     shutil.rmtree(copy)
     train_and_evaluate(create_config(**settings), tmp_path / "halves")
     assert any("Resuming at step" in text for text in messages)
-    assert final_digest(tmp_path / "halves") == final_digest(tmp_path / "whole")
+    assert outcome(tmp_path / "halves") == outcome(tmp_path / "whole")
 
 
 def test_statistics_of_the_source(source, tmp_path, six_classes):
