@@ -18,5 +18,5 @@ def outcome(workdir) -> dict:
             json.dumps({key: row[key] for key in row if not key.startswith("time/")})
             for row in rows
         ],
-        "summary": json.loads((workdir / "summary.json").read_text()),
+        "summary": (workdir / "summary.json").read_text(),
     }

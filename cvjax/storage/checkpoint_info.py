@@ -18,10 +18,11 @@ class Damaged(Exception):
 
 
 def write_info(folder: pathlib.Path, info: dict) -> None:
-    """Writes FOLDER/info.json."""
-    # Through JSON and back first: the keys 2 and 10 sort otherwise than "2" and "10".
-    text = json.dumps(json.loads(json.dumps(info, allow_nan=False)), sort_keys=True)
-    checksum = hashlib.sha256(text.encode()).hexdigest()
+    """Writes FOLDER/info.json, with the keys in the order of `info`."""
+    text = json.dumps(info, allow_nan=False)
+    checksum = _checksum(
+        json.loads(text)
+    )  # the keys 2 and 10 sort otherwise than "2", "10"
     (folder / "info.json").write_text(f'{{"sha256": "{checksum}", "info": {text}}}\n')
 
 
@@ -40,12 +41,15 @@ def read_info(folder: pathlib.Path) -> dict:
         raise Damaged("info.json cannot be read") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged("info.json is garbled") from None
-    text = json.dumps(info, sort_keys=True)
-    if hashlib.sha256(text.encode()).hexdigest() != checksum:
+    if _checksum(info) != checksum:
         raise Damaged("info.json has changed")
     if str(info["step"]) != folder.name and not folder.name.startswith(TEMPORARY):
         raise Damaged(f"it is of step {info['step']}, under another name")
     return info
+
+
+def _checksum(info: Any) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_other_run(
