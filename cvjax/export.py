@@ -38,6 +38,7 @@ from jax import export
 from jax import numpy as jnp
 
 from cvjax import cli
+from cvjax.data import boxes
 from cvjax.data.normalize import normalize
 from cvjax.errors import UserError
 from cvjax.files import (
@@ -80,7 +81,8 @@ def export_network(
         if detects:
             found, scores = model.decode(logits)
             scores = jnp.where(found.mask, scores, 0)
-            return {"boxes": found.corners, "classes": found.classes, "scores": scores}
+            corners = boxes.clip(found.corners, network.image_shape)
+            return {"boxes": corners, "classes": found.classes, "scores": scores}
         return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
 
     (size,) = (batch_size,) if batch_size else export.symbolic_shape("batch")

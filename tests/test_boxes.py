@@ -27,6 +27,12 @@ def test_packing_there_and_back():
     assert np.flatnonzero(rows[0]).tolist() == [0, 7]
 
 
+def test_boxes_are_cut_at_the_image():
+    corners = np.float32([[-3, 2, 70, 35], [40, -9, 63, 8]])
+    cut = boxes.clip(corners, (24, 60, 3))
+    assert cut.tolist() == [[0, 2, 60, 24], [40, 0, 60, 8]] and cut.dtype == np.float32
+
+
 def test_overlaps_by_hand():
     ours = np.float32([[0, 0, 4, 4], [0, 0, 0, 0]])
     theirs = np.float32(

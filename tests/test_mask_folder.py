@@ -102,6 +102,51 @@ def test_objects_are_inside_and_border(tmp_path):
     assert (inner == 2).all() and dataset.test.labels[0, 4, 6, 0] == 3
 
 
+def renumber(folder, change):
+    """Labels of objects, changed, in all pictures."""
+    for split, names in (("train", "ab"), ("val", "c"), ("test", "d")):
+        for name in names:
+            write(folder, split, name, instances=True)
+            numbers = change(draw(name, instances=True)[1])
+            Image.fromarray(numbers).save(folder / split / "labels" / f"{name}.png")
+
+
+def test_objects_that_are_not_numbered(tmp_path, caplog):
+    renumber(tmp_path, lambda labels: labels * 0)
+    with pytest.raises(UserError, match=r"hold 0 only.* number the objects"):
+        load(tmp_path, "mask_folder/instances")
+    renumber(tmp_path, lambda labels: np.where(labels > 0, 255, 0).astype(np.uint8))
+    load(tmp_path, "mask_folder/instances")
+    assert (
+        "one object for each picture (number 255), which in 4 of 4 lies in" in caplog.text
+    )
+    caplog.clear()
+    renumber(tmp_path, lambda labels: np.where(labels == 7, 1, 0).astype(np.uint8))
+    load(tmp_path, "mask_folder/instances")  # one object a picture is not wrong
+    assert not caplog.text
+
+
+def test_objects_too_small_to_be_found_are_counted(tmp_path, caplog):
+    def add(labels):
+        labels[0, :15], labels[1, :16] = 2, 3
+        return labels
+
+    renumber(tmp_path, add)
+    load(tmp_path, "mask_folder/instances")
+    assert "4 of the 16 objects of" in caplog.text and "fewer than 16 pixels" in caplog.text
+
+
+def test_one_picture_for_two_splits(tmp_path):
+    for part, array in zip(("images", "labels"), draw("b"), strict=True):
+        (tmp_path / part).mkdir()
+        for k in range(4):
+            Image.fromarray(array.astype(np.uint8)).save(tmp_path / part / f"p{k}.png")
+    lines = [*(f"p{k},train" for k in range(4)), "p3,test"]
+    (tmp_path / "index.csv").write_text("\n".join(["name,split", *lines]))
+    with pytest.raises(UserError, match=r"p3\.png is in the splits train and test"):
+        load(tmp_path)
+
+
 def test_splits_by_a_table_and_validation_by_kind(tmp_path):
     lines = ["name,split,kind"]
     for k in range(8):
@@ -237,6 +282,25 @@ def twice(folder):
     Image.open(folder / "test/images/d.png").save(folder / "test/images/d.bmp")
 
 
+def jpeg_named_png(folder):
+    file = folder / "test/labels/d.png"
+    Image.open(file).save(file, "JPEG")
+
+
+def deep_colours(folder):
+    """Three channels of 16 bits, of which Pillow would keep the high byte: nothing."""
+    rows = draw("d")[1].astype(">u2")[..., None].repeat(3, axis=-1)
+    content = b"".join(b"\0" + row.tobytes() for row in rows)
+    height, width = SIZES["d"]
+    write_png(folder / "test/labels/d.png", width, height, 16, 2, content)
+
+
+def in_two_splits(folder):
+    file = folder / "val/images/a.png"
+    file.symlink_to(folder / "train/images/a.png")
+    (folder / "val/labels/a.png").symlink_to(folder / "train/labels/a.png")
+
+
 def broken(folder):
     file = folder / "test/labels/d.png"
     file.write_bytes(file.read_bytes()[:60])
@@ -265,6 +329,10 @@ def table_with_a_giant(folder):
     (folder / "index.csv").write_text(f"name,split\n{'d' * 140_000},test\n")
 
 
+def table_with_a_column_twice(folder):
+    (folder / "index.csv").write_text("name,split,split\nd,train,test\n")
+
+
 def table_without_names(folder):
     (folder / "index.csv").write_text("file,split\nd,test\n")
 
@@ -275,6 +343,10 @@ def table_without_names(folder):
         (lone_picture, ["test/labels", "d;"]),
         (lone_labels, ["train/images", "a;"]),
         (lossy, ["d.jpg", "PNG"]),
+        (jpeg_named_png, ["d.png", "no PNG", "without loss"]),
+        (deep_colours, ["d.png", "RGB with 16 bits"]),
+        (in_two_splits, ["a.png", "train and val", "one"]),
+        (table_with_a_column_twice, ["column split twice"]),
         (twice, ["d.bmp", "d.png", "one name"]),
         (broken, ["d.png", "broken"]),
         (black_and_white, ["0 and 255", "as 1"]),
@@ -301,6 +373,7 @@ def test_folders_that_are_refused(damage, words, folder):
         ({"val_examples": 1}, ["data.val_examples", "-1"]),
         ({"shrink": 2}, ["data.shrink", "label maps"]),
         ({"resize": "squash"}, ["data.resize"]),
+        ({"train_examples": 1}, ["data.train_examples", "tiles", "-1"]),
         ({"image_size": 0}, ["data.image_size", "1 or more"]),
         ({"image_size": -3}, ["data.image_size", "1 or more"]),
         ({"name": "digits", "stretch": True}, ["data.stretch", "mask_folder", "'digits'"]),

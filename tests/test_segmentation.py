@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 from cvjax import data
 from cvjax.data import boxes, label_maps
@@ -52,6 +53,13 @@ def test_scores_by_hand():
     assert values["x/dice"] == pytest.approx(np.mean(dice))
     assert values["x/pixel_accuracy"] == pytest.approx(8 / 11)
     assert values["x/error"] == pytest.approx(1 - np.mean(iou))
+
+
+def test_more_pixels_than_float32_can_count_by_ones():
+    count = 2**24 + 3
+    zeros, ones = jnp.zeros(count, jnp.int32), jnp.ones(count, bool)
+    matrix = jax.jit(segmentation.confusion_matrix, static_argnums=3)(zeros, zeros, ones, 2)
+    assert matrix[0, 0] == np.float32(count)
 
 
 def test_nothing_that_counts():

@@ -85,6 +85,18 @@ def test_without_a_validation_list_a_tenth_of_training_is_taken(folder):
     assert dataset.fingerprint == load(folder).fingerprint
 
 
+@pytest.mark.parametrize("rare", ["p0", "p2", "p4", "p5"])
+def test_validation_leaves_training_all_its_classes(rare, folder):
+    (folder / "ImageSets/Main/val.txt").unlink()
+    write_split(folder, "train", ["p0", "p2", "p4", "p5"])
+    write_split(folder, "test", ["p3"])
+    objects = [("cat", 11, 9, 30, 24), ("lynx", 41, 31, 60, 40)]
+    write_picture(folder, rare, (80, 48), objects)
+    dataset = load(folder, val_examples=2)
+    assert dataset.class_names == ("cat", "lynx")
+    assert len(dataset.train) + len(dataset.val) == 4 and len(dataset.val) in (1, 2)
+
+
 def test_odd_boxes_are_counted(folder, caplog):
     objects = [
         *[("cat", 70, 9, 95, 24), ("cat", 0, 1, 10, 10)],  # reach out
@@ -206,7 +218,10 @@ def test_what_is_refused(folder, damage, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"val_examples": 1}, r"has a val.txt, so data.val_examples must be -1"),
+        (
+            {"val_examples": 1},
+            r"has pictures for validation, so data.val_examples must be -1",
+        ),
         ({"shrink": 2}, r"has boxes, which would not fit smaller images"),
         ({"image_size": 10**6}, r"more than half of the memory; set data.streaming"),
         (

@@ -125,9 +125,14 @@ def load(
     if name in MASK_FOLDERS:
         from cvjax.data.mask_folder import load_mask_folder  # Imports jax.
 
+        if train_examples != -1:
+            raise UserError(
+                f"data.train_examples is {train_examples}, but of the pictures of {name} "
+                "training sees tiles; set it to -1, and leave pictures out of the folder."
+            )
         instances = name.endswith("instances")
         dataset = load_mask_folder(data_dir, image_size, val_examples, instances, stretch)
-        return reduced(dataset, train_examples, shrink)
+        return reduced(dataset, shrink=shrink)
     if name == "npz":
         return reduced(load_npz(data_dir, val_examples), train_examples, shrink)
     if name == "digits":

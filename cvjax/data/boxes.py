@@ -54,6 +54,12 @@ def multi_hot(targets: jax.Array, num_classes: int) -> jax.Array:
     return rows.max(axis=-2)
 
 
+def clip(corners, image_shape: tuple[int, ...]):
+    """Corners [..., 4] that reach out of an image (height, width, channels), cut there."""
+    height, width = image_shape[:2]
+    return corners.clip(0, np.array([width, height, width, height], corners.dtype))
+
+
 def areas(corners: jax.Array) -> jax.Array:
     """Corners [..., 4] -> [...] in square pixels; 0 for reversed boxes."""
     sides = (corners[..., 2:] - corners[..., :2]).clip(min=0)

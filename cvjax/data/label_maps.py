@@ -18,6 +18,7 @@ from cvjax.data.augment import Augmentation
 # The classes of instances.
 OUTSIDE, INSIDE, BORDER = range(3)
 WIDTH = 2  # pixels of the border of an object, on its own side
+SMALLEST = 16  # pixels of an object; smaller pieces of a map are taken for noise
 
 
 def unpack(targets: jax.Array) -> tuple[jax.Array, jax.Array]:

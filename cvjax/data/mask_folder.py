@@ -23,9 +23,11 @@ import pathlib
 
 import numpy as np
 from absl import logging
+from scipy import ndimage
 
 from cvjax import progress
 from cvjax.data.dataset import ArraySplit, Dataset, read_class_names
+from cvjax.data.label_maps import SMALLEST
 from cvjax.data.mask_listing import CHANNELS, SPLITS, VOID, Labelled, list_pictures
 from cvjax.data.normalize import stretch_contrast
 from cvjax.data.tiles import enlarge, tiles
@@ -116,9 +118,9 @@ def _class_maps(folder, listed, read, instances) -> dict[pathlib.Path, np.ndarra
     for entry in every:
         labels = read[entry.picture][1]
         maps[entry.picture] = entry.targets(labels)
+        values.update(np.unique(labels).tolist())
         if instances:
             continue
-        values.update(np.unique(labels).tolist())
         wrong = (labels >= VOID - 1) & (labels != VOID)
         if wrong.any():
             raise UserError(
@@ -126,13 +128,43 @@ def _class_maps(folder, listed, read, instances) -> dict[pathlib.Path, np.ndarra
                 f"{VOID - 2}, and {VOID} stands for pixels that do not count. (If these "
                 "are numbers of objects: --config.data.name=mask_folder/instances.)"
             )
-    if not instances and values <= {0, VOID}:
+    if instances:
+        _check_objects(folder, values, [read[entry.picture][1] for entry in every])
+    elif values <= {0, VOID}:
         raise UserError(
             f"the labels of {folder} hold {' and '.join(map(str, sorted(values)))} only; "
             f"{VOID} is for pixels that do not count: save the objects as 1, or with the "
             "number of their class."
         )
     return maps
+
+
+def _check_objects(
+    folder: pathlib.Path, values: set[int], labels: list[np.ndarray]
+) -> None:
+    """Refuses labels without objects; warns of what is no object, or will not be found."""
+    if values <= {0}:
+        raise UserError(
+            f"the labels of {folder} hold 0 only, which is the ground; number the objects "
+            "of each picture from 1."
+        )
+    if len(values - {0}) == 1:
+        apart = sum(ndimage.label(numbers)[1] > 1 for numbers in labels)
+        if apart:
+            logging.warning(
+                "The labels of %s know one object for each picture (number %d), which in "
+                "%d of %d lies in several pieces. If these are objects, number them, for "
+                "example by skimage.measure.label.",
+                *(folder, max(values), apart, len(labels)),
+            )
+    sizes = np.concatenate([np.bincount(n.ravel())[1:] for n in labels])
+    small, known = (sizes[sizes > 0] < SMALLEST).sum(), (sizes > 0).sum()
+    if small:
+        logging.warning(
+            "%d of the %d objects of %s have fewer than %d pixels, and will never be "
+            "found: such pieces are taken for noise.",
+            *(small, known, folder, SMALLEST),
+        )
 
 
 def _class_names(folder, listed, maps) -> tuple[str, ...]:

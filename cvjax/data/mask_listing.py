@@ -9,7 +9,7 @@ import pathlib
 
 import numpy as np
 from absl import logging
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cvjax.data.image_files import FORMATS, check_whole, quiet, read_picture
 from cvjax.data.label_maps import classes_of_instances
@@ -20,6 +20,7 @@ from cvjax.files import read_text
 CHANNELS = 3
 VOID = 255  # in a label picture of classes: does not count
 LOSSLESS = (".png", ".tif", ".tiff", ".bmp")
+LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP")  # whatever the file's ending says
 SPLITS = ("train", "val", "test")
 
 
@@ -95,6 +96,15 @@ def list_pictures(
                 f"and {split}/labels, or images, labels and a table index.csv with the "
                 "columns name and split."
             )
+    owners: dict[pathlib.Path, str] = {}
+    for split, pictures in listed.items():
+        for entry in pictures:
+            owner = owners.setdefault(entry.picture.resolve(), split)
+            if owner != split:
+                raise UserError(
+                    f"{entry.picture} is in the splits {owner} and {split}; a picture "
+                    "belongs to one."
+                )
     if listed.get("val"):
         if val_examples != -1:
             raise UserError(
@@ -139,6 +149,9 @@ def _read_table(table: pathlib.Path) -> dict[tuple[str, str], str]:
             f"{table} has no column {' and no column '.join(sorted(missing))}; its first "
             "line names the columns, such as name,split,kind."
         )
+    columns = [name for name in reader.fieldnames or () if name]
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise UserError(f"{table} has the column {twice[0]} twice; keep one of them.")
     rows: dict[tuple[str, str], str] = {}
     for number, row in lines:
         name, split = (str(row[key] or "").strip() for key in ("name", "split"))
@@ -220,21 +233,29 @@ def read_labels(path: pathlib.Path) -> np.ndarray:
     if path.exists() and not path.is_file():  # a pipe or a device may have no end
         raise UserError(f"{path} is not a regular file.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=LOSSLESS_FORMATS) as image:
             check_whole(path, image.format)
+            raw = _raw_mode(image)
             # Pillow spreads the numbers of 2 and 4 bits over 0 to 255.
-            apart = {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
+            apart = {"L;2": 85, "L;4": 17}.get(raw, 1)
             mode, values = image.mode, np.asarray(image) // apart
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path} is broken, or no PNG, TIFF or BMP; labels are numbers, which must be "
+            "saved without loss: as PNG."
+        ) from None
     # Pillow's decoders meet broken files with errors of any kind.
     except Exception as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} is broken: {reason}.") from error
-    if mode == "RGB" and (values == values[..., :1]).all():
+    deep = "16" in raw  # of which Pillow keeps one byte, in colours
+    if mode == "RGB" and not deep and (values == values[..., :1]).all():
         return values[..., 0].astype(np.int32)
     if mode not in ("1", "L", "P", "I") and not mode.startswith("I;16"):
         what = "an alpha channel" if mode.endswith("A") else f"pixels of mode {mode}"
+        what += " with 16 bits" * deep
         raise UserError(
             f"{path} has {what}; a label picture has one number per pixel: save it grey, "
             "with 8 or 16 bits, or with a palette."

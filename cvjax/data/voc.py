@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from cvjax.data.box_pictures import to_dataset
-from cvjax.data.boxed import Boxed, boxed_file, check_size, split_off
+from cvjax.data.boxed import Boxed, boxed_file, check_size, complete_splits
 from cvjax.data.dataset import Dataset
 from cvjax.data.streaming import StreamOptions
 from cvjax.errors import UserError
@@ -55,13 +55,14 @@ def load_voc(
     folder = user_path(data_dir, "data.data_dir")
     splits = {
         split: [_read_picture(folder, name) for name in names]
-        for split, names in _read_splits(folder, val_examples).items()
+        for split, names in _read_splits(folder).items()
     }
+    splits = complete_splits(splits, val_examples, str(folder))
     classes = sorted({kind for picture in splits["train"] for kind in picture.kinds})
     return to_dataset(splits, classes, folder.name, image_size, resize, stream)
 
 
-def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]]:
+def _read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
     lists = {}
     for split in ("train", "val", "test"):
         file = folder / "ImageSets" / "Main" / f"{split}.txt"
@@ -88,12 +89,6 @@ def _read_splits(folder: pathlib.Path, val_examples: int) -> dict[str, list[str]
                 f"{file} lists {odd[0][:40]!r}, which is no name of a picture; it takes "
                 "one name per line."
             )
-    if "val" in lists and val_examples != -1:
-        raise UserError(
-            f"{folder} has a val.txt, so data.val_examples must be -1, got {val_examples}."
-        )
-    if "val" not in lists:
-        lists["train"], lists["val"] = split_off(lists["train"], val_examples, str(folder))
     owners = collections.Counter(name for names in lists.values() for name in names)
     name, count = owners.most_common(1)[0]
     if count > 1:

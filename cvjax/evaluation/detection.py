@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cvjax.data.boxes import unpack
+from cvjax.data.boxes import clip, unpack
 from cvjax.data.dataset import Dataset, Split
 from cvjax.evaluation.multicrop import Views
 from cvjax.evaluation.predictions import size_of_batches
@@ -50,9 +50,11 @@ def _decode(outputs, *, model):
 def decode(network: Network, outputs: Any) -> list[Found]:
     """The detections in a batch of outputs, image by image."""
     found, scores = jax.device_get(_decode(outputs, model=network.recipe.model))
+    # A detector knows whole cells only, of which the last may reach out of the image.
+    corners = clip(found.corners, network.image_shape)
     return [
         _select(*arrays)
-        for arrays in zip(found.corners, found.classes, scores, found.mask, strict=True)
+        for arrays in zip(corners, found.classes, scores, found.mask, strict=True)
     ]
 
 

@@ -9,13 +9,12 @@ come apart along their borders, and where the network sees none, at their waist.
 import numpy as np
 from scipy import ndimage
 
-from cvjax.data.label_maps import BORDER, INSIDE, OUTSIDE
+from cvjax.data.label_maps import BORDER, INSIDE, OUTSIDE, SMALLEST
 from cvjax.evaluation.detection import Precisions, coco_precisions
 
 THRESHOLDS = np.arange(0.5, 1, 0.05)  # of the overlap
 SMOOTHING = 2.0  # pixels, the standard deviation: uneven outlines make no objects
 HEIGHT = 0.5  # pixels by which a seed is deeper than the way to a deeper one
-SMALLEST = 16  # pixels; smaller pieces are taken for noise
 MOST = 1_000  # objects of an image that count in average precision
 
 

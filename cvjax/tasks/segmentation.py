@@ -95,8 +95,9 @@ def confusion_matrix(classes: jax.Array, found: jax.Array, counted: jax.Array, s
       counted: bool of that shape; others are left out.
       size: the number of classes.
     """
-    empty = jnp.zeros((size, size), jnp.float32)
-    return empty.at[classes, found].add(counted.astype(jnp.float32))
+    # As integers: ones added to 2^24 in float32 are lost.
+    empty = jnp.zeros((size, size), jnp.int32)
+    return empty.at[classes, found].add(counted.astype(jnp.int32)).astype(jnp.float32)
 
 
 def _sum_batch(model: nn.Module, losses, outputs, targets, mask) -> Sums:

@@ -48,6 +48,7 @@ from absl import flags
 
 from configs import digit_scenes_fcn, digit_scenes_unet, nuclei_fcn, nuclei_unet
 from cvjax import cli
+from cvjax.data import label_maps
 from cvjax.evaluation import instances
 from cvjax.evaluation.segmentation import NAMES
 from cvjax.report import tables
@@ -86,7 +87,7 @@ def _gather(configs, folder: pathlib.Path, preset: str) -> None:
         config, kept = configs[run], runner.read_run(run)
         key = {
             "step": kept["summary"]["step"],
-            "separate": [instances.SMOOTHING, instances.HEIGHT, instances.SMALLEST],
+            "separate": [instances.SMOOTHING, instances.HEIGHT, label_maps.SMALLEST],
         }
         measured = runner.cached(
             run / "segments.json", key, functools.partial(measure, run)
