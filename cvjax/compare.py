@@ -8,10 +8,10 @@ Takes workdirs of train.py, finished or going on, folders that hold such, and pa
 that differ in their seed alone (or in what changes no result) are one row; its name is what
 distinguishes its config from the others', or with --by=KEY,... these keys alone. Of each
 measured number stand the mean over the runs and their standard deviation; of --metric also
-the difference to the first row or the --baseline, with its 95 % interval and p: paired by
-seed over the seeds that both rows have (the same seed means the same batches) if these are
-two or more, else by Welch's t-test. n counts the runs in the mean of --metric: the finished
-ones, or while there is none those that were evaluated at a common step.
+the difference to the first row that has it or the --baseline, with its 95 % interval and p:
+paired by seed over the seeds that both rows have (the same seed means the same batches) if
+these are two or more, else by Welch's t-test. n counts the runs in the mean of --metric:
+the finished ones, or while there is none those that were evaluated at a common step.
 
 MACs are multiply-adds of a forward pass; those of an ODE-net with adaptive steps are with
 the evaluations (NFE) that it took. Times depend on the machine and on what else ran there.
@@ -31,6 +31,7 @@ import rich.console
 from absl import flags
 
 from cvjax import cli
+from cvjax.comparison.data_sets import name_data_sets
 from cvjax.comparison.figure import draw_comparison
 from cvjax.comparison.page import make_page
 from cvjax.comparison.rows import MEASURED, METRICS, Row, compare, make_rows, state_of
@@ -61,7 +62,7 @@ def compare_runs(
             notes.append(f"{folder} is left out: {error}")
     if not runs:
         raise UserError(f"none of the runs can be read; {notes[-1]}")
-    rows, left_out = make_rows(runs, by)
+    rows, left_out = make_rows(name_data_sets(runs), by)
     notes += left_out
     devices = sorted({run.device for run in runs})
     if len(devices) > 1:

@@ -110,7 +110,13 @@ def main(arguments):
     network = load_network(source, values.checkpoint)
     # `| head` closes the pipe: nothing to complain about.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    output = values.output
+    task, output = network.recipe.task.name, values.output
+    if output is not None and task not in DRAWN:
+        raise UserError(
+            f"--output is for pictures, of which {task} draws none; leave it out."
+        )
+    if values.threshold is not None and task not in ("multilabel", "detection"):
+        raise UserError(f"--threshold is of no use for {task}; leave it out.")
     if output is not None:
         output = workdirs.check_writable(output, "--output")
     asked = Asked(
@@ -119,7 +125,6 @@ def main(arguments):
         values.threshold,
         Drawings(arguments, output) if values.draw else None,
     )
-    task = network.recipe.task.name
     failed = False
     for path in arguments:
         try:

@@ -151,16 +151,24 @@ def parse_settings(
         if type(current) in (int, float) and ":" in listed:
             settings[key] = _parse_range(key, listed, type(current))
             continue
-        # At commas outside of brackets.
-        values = [
-            _parse_value(key, one.strip(), current)
-            for one in re.split(r",(?![^(\[]*[)\]])", listed)
-        ]
+        values = [_parse_value(key, one.strip(), current) for one in _split(listed)]
         for value in values:
             if values.count(value) > 1:
                 raise UserError(f"--set {key} lists {value!r} twice; list each value once.")
         settings[key] = values
     return settings
+
+
+def _split(listed: str) -> list[str]:
+    """The parts of a list between its commas, but for those within brackets."""
+    parts, depth = [""], 0
+    for letter in listed:
+        depth = max(0, depth + (letter in "([{") - (letter in ")]}"))
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _parse_value(key: str, text: str, current: Any) -> Any:

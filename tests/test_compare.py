@@ -318,6 +318,41 @@ def test_other_data_is_not_compared(write_run, tmp_path):
     assert notes == ["", "other data", "not known yet"]
 
 
+def test_data_sets_are_told_by_their_pictures(write_run, tmp_path, monkeypatch):
+    """Not by how their folder is written: it moves, and pictures are added."""
+    contents = {"a": "old", "b": "old", "c": "new", "d": "new", "e": None, "f": "old"}
+    folders = {"a": "own", "b": "own/", "c": "own", "d": "copy", "e": "own", "f": "own"}
+    for seed, (name, folder) in enumerate(folders.items()):
+        write_run(name, seed=seed, data__name="folder", data__data_dir=folder)
+    path = tmp_path / "runs/f/config.json"
+    content = json.loads(path.read_text())
+    content["config"]["data"]["image_size"] = 16  # its fingerprint may be another for that
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(
+        runs.checkpoint,
+        "read_latest_info",
+        lambda folder: (held := contents[folder.name]) and {"data_fingerprint": held * 4},
+    )
+    found, _ = compared(tmp_path)
+    assert [len(row.runs) for row in found] == [2, 2, 1, 1]
+    assert [row.note for row in found] == ["", "other data", "other data", ""]
+    assert "data_dir=own (newnewne)" in found[1].name
+    assert found[3].runs[0].config["data.data_dir"] == "own"
+
+
+def test_differences_are_to_a_row_that_has_the_metric(write_run, tmp_path):
+    gone = write_run("a", finished=False, optim__learning_rate=9.0)
+    divergence.write(gone, DivergedError("not finite at step 51"))
+    write_run("b", 0.2, seed=0)
+    write_run("c", 0.3, seed=0, model__depth=56)
+    found, _ = compared(tmp_path)
+    assert [row.note for row in found] == ["diverged", "", ""]
+    assert [row.test is None for row in found] == [True, True, False]
+    assert found[2].test["difference"] == pytest.approx(0.1)
+    found, _ = compared(tmp_path, baseline=found[0].name)
+    assert [row.note for row in found] == ["", *["the baseline diverged"] * 2]
+
+
 def test_a_seed_counts_once(write_run, tmp_path):
     write_run("a", seed=0, finished=False)
     finished = write_run("b", seed=0)
@@ -356,6 +391,11 @@ def test_finding_runs(write_run, tmp_path):
     assert found("x2", "x1", "x2") == ["x2", "x1"]
     assert found("x*") == ["x1", "x2"]
     assert found("") == ["deep/er/y", "x1", "x2"]
+    for link, target in (("links/x", root / "x1"), ("links/circle", root)):
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(target)
+    assert found("links/x") == ["links/x"]
+    assert found("links") == ["links/circle/deep/er/y", "links/circle/x2", "links/x"]
     with pytest.raises(UserError, match="names no run"):
         found("z*")
     with pytest.raises(UserError, match="is empty"):  # not all runs below this folder
@@ -434,6 +474,14 @@ def test_table_json_figure_and_page(write_run, tmp_path):
     assert "<note>" not in page
     assert page.count("<tr>") == 3
     assert "://" not in page  # it needs nothing else
+
+
+def test_names_with_dollars_are_no_formulas(write_run, tmp_path):
+    for seed, pattern in enumerate((r"dense1/\w+$|dense2/\w+$", r"^a$|^b_1\d$")):
+        write_run(f"r{seed}", optim__freeze=pattern)
+    found, _ = compared(tmp_path)
+    figure.draw_comparison(found, METRIC, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,14 @@ BAD = {
     ),
     "no train": (lambda root: shutil.rmtree(root / "train"), "no train"),
     "Train": (lambda root: (root / "train").rename(root / "Train"), "small letters"),
+    "splits of other names": (
+        lambda root: [
+            (root / "train").rename(root / "Training"),
+            (root / "test").rename(root / "Testing"),
+            shutil.rmtree(root / "val"),
+        ],
+        "Testing and Training, which hold folders",
+    ),
     "a name in no code": (
         lambda root: (root / "train/cat").rename(
             os.fsdecode(os.fsencode(root / "train") + b"/caf\xe9")

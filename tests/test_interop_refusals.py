@@ -166,6 +166,14 @@ class Values:
 FLAGS = {
     "no normalisation": ({"mean": []}, "say how the network's images were normalised"),
     "both": ({"normalization": "none"}, "say how the network's images were normalised"),
+    "one too many": (
+        {"normalization": "none", "std": []},
+        "say how the network's images were normalised",
+    ),
+    "data of no set": (
+        {"data_dir": "/d", "num_classes": 2, "image_size": 8},
+        "--data_dir is of no use without --dataset",
+    ),
     "words": ({"mean": ["grey"], "dataset": "digits"}, "--mean takes numbers, got 'grey'"),
     "no deviation": ({"std": ["0"], "dataset": "digits"}, "--std of 1e-06 or more"),
     "hardly any": ({"std": ["1e-40"], "dataset": "digits"}, "--std of 1e-06 or more"),
@@ -252,6 +260,18 @@ def test_fields():
     assert fields == {"depth": 20, "shortcut": "A", "batch_norm": True, "h": 0.5}
     with pytest.raises(UserError, match="--fields takes name=value,name=value, got 'x'"):
         cli.parse_fields(["x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--export=a.safetensors", "--model=vgg"], "--model is of no use with --export"),
+        (["a.pth", "--checkpoint=best"], "--checkpoint is of no use without --export"),
+    ],
+)
+def test_flags_of_the_other_direction(arguments, sentence, call_program, tmp_path):
+    done = call_program("-m", "cvjax.interop.torch", f"--workdir={tmp_path}", *arguments)
+    assert done.returncode == 2 and sentence in done.stderr
 
 
 def test_more_classes_than_there_are(tmp_path):

@@ -128,6 +128,14 @@ def test_good_files_only_exit_with_0_and_nothing_on_stderr(workdir, tmp_path):
         (["--workdir=/nowhere"], "name one or more image files behind the flags."),
         (["x.png"], "name a network by its run, --workdir=DIR, or one of"),
         (["--workdir=w", "--pretrained=n", "x.png"], "by --pretrained=NAME"),
+        (
+            ["--pretrained=mnist_odenet", "--output=there", "x.png"],
+            "--output is for pictures, of which classification draws none",
+        ),
+        (
+            ["--pretrained=mnist_odenet", "--threshold=0.9", "x.png"],
+            "--threshold is of no use for classification",
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(arguments, sentence, call_program):

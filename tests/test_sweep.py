@@ -50,6 +50,13 @@ def test_values_have_the_type_of_the_setting():
     assert list(runs)[1] == "data.flip=True_data.data_dir=_optim.weight_decay=0.0"
 
 
+def test_commas_within_brackets_are_part_of_a_value():
+    runs = planned("optim.freeze=^a(b|c),^d[e,f]{1,2}", "model.widths=((20),10),(5,)")
+    found = [(run.optim.freeze, tuple(run.model.widths)) for run in runs.values()]
+    patterns = "^a(b|c)", "^d[e,f]{1,2}"
+    assert found == list(itertools.product(patterns, ((20, 10), (5,))))
+
+
 def test_draws_are_distributed_as_asked():
     """Against the distributions' own, by Kolmogorov and Smirnov's test."""
     log = [sweep.draw("a", i, "log", 1e-3, 0.3) for i in range(500)]

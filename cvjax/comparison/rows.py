@@ -165,7 +165,7 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
       rows: see `make_rows`.
       metric: one of `MEASURED`.
       baseline: a row's name, or a part that only its name has, with whole keys or without
-        their groups; "" for the first row.
+        their groups; "" for the first row that has the metric and has not diverged.
 
     Returns:
       `Row.test` is as of `statistics.difference`, with "paired".
@@ -173,7 +173,8 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
     Raises:
       UserError: for a baseline that is no row, or several.
     """
-    base = find_row(rows, baseline) if baseline else rows[0]
+    usable = (row for row in rows if metric in row.values and not _diverged(row))
+    base = find_row(rows, baseline) if baseline else next(usable, rows[0])
     compared = []
     for row in rows:
         test, note = None, ""
@@ -181,14 +182,19 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
             if _data(row) != _data(base):
                 note = "other data"
             elif metric not in row.values or metric not in base.values:
-                ended = all(run.state == "diverged" for run in row.runs)
-                note = "diverged" if ended else "not known yet"
+                note = "diverged" if _diverged(row) else "not known yet"
+                if note != "diverged" and _diverged(base):
+                    note = "the baseline diverged"
             elif row.step != base.step:
                 note = "another step"
             else:
                 test = _test(row, base, metric)
         compared.append(dataclasses.replace(row, test=test, note=note))
     return compared
+
+
+def _diverged(row: Row) -> bool:
+    return all(run.state == "diverged" for run in row.runs)
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:

@@ -21,7 +21,7 @@ from cvjax.errors import UserError
 from cvjax.files import may_exist, user_path
 from cvjax.models import create_model
 from cvjax.models.odenet import ODENet
-from cvjax.storage import divergence, metrics_log
+from cvjax.storage import checkpoint, divergence, metrics_log
 from cvjax.storage import workdir as workdirs
 from cvjax.storage.inputs import read_inputs
 from cvjax.training.config import check_types, complete_config
@@ -43,6 +43,7 @@ class Run:
       numbers: those of `METRICS` in `rows` that are known, by key.
       curve: (step, validation error) of each evaluation.
       device: what it ran on.
+      fingerprint: of its data set, by the newest checkpoint; "" without one.
     """
 
     folder: pathlib.Path
@@ -52,6 +53,7 @@ class Run:
     numbers: dict[str, float]
     curve: tuple[tuple[int, float], ...]
     device: str
+    fingerprint: str = ""
 
     @property
     def seed(self) -> int:
@@ -96,17 +98,22 @@ def find_runs(places: Sequence[str]) -> tuple[list[pathlib.Path], list[str]]:
 
 
 def _inner_runs(folder: pathlib.Path, closed: list[str]) -> list[pathlib.Path]:
-    """The folders of runs below one; those that may not be looked into go into `closed`."""
+    """The folders of runs below one, also behind links; those that may not be looked into
+    go into `closed`."""
 
     def skip(error: OSError) -> None:
         if isinstance(error, PermissionError):
             closed.append(error.filename)
 
-    places = [
-        pathlib.Path(place, "config.json")
-        for place, _, names in os.walk(folder, onerror=skip)
-        if "config.json" in names
-    ]
+    places, seen = [], set()
+    for place, inner, names in os.walk(folder, onerror=skip, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to what has been walked, or a circle
+            inner.clear()
+            continue
+        seen.add(real)
+        if "config.json" in names:
+            places.append(pathlib.Path(place, "config.json"))
     return [file.parent for file in sorted(places)]
 
 
@@ -149,7 +156,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     else:
         state = "unfinished"
     kind = f"{device.get('count', 1)} x {device.get('kind', 'unknown')}"
-    return Run(folder, config, state, last, numbers, curve, kind)
+    fingerprint = (checkpoint.read_latest_info(folder) or {}).get("data_fingerprint", "")
+    return Run(folder, config, state, last, numbers, curve, kind, fingerprint)
 
 
 def training_seconds(rows: list[dict[str, Any]]) -> float:

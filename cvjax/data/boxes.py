@@ -57,7 +57,8 @@ def multi_hot(targets: jax.Array, num_classes: int) -> jax.Array:
 def clip(corners, image_shape: tuple[int, ...]):
     """Corners [..., 4] that reach out of an image (height, width, channels), cut there."""
     height, width = image_shape[:2]
-    return corners.clip(0, np.array([width, height, width, height], corners.dtype))
+    most = np.array([width, height, width, height], corners.dtype)
+    return corners.clip(0, most.reshape((1,) * (corners.ndim - 1) + (4,)))
 
 
 def areas(corners: jax.Array) -> jax.Array:

@@ -24,6 +24,9 @@ from cvjax.errors import UserError
 from cvjax.files import user_path
 
 SPLITS = ("train", "val", "test")
+# What others call them, in small letters.
+LIKE_SPLITS = ("training", "trainset", "train_set", "validation", "valid", "dev", "eval")
+LIKE_SPLITS += ("testing", "testset", "test_set", "holdout")
 # By their names alone; whether the content is valid shows when it is decoded.
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
 SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -104,6 +107,17 @@ def _tops(root: pathlib.Path) -> dict[str, pathlib.Path]:
             raise UserError(
                 f"{root} has {' and '.join(wrong)}, but no train; add it, or put the "
                 "classes alone into the folder."
+            )
+        alike = [
+            name
+            for name in children
+            if name.lower() in LIKE_SPLITS
+            and any(entry.is_dir() for entry in _visible(root / name))
+        ]
+        if len(alike) > 1:
+            raise UserError(
+                f"{root} has {' and '.join(alike)}, which hold folders and are no classes, "
+                "it seems; name the splits train, val and test."
             )
         return {"train": root}
     others = [name for name in children if name not in SPLITS]

@@ -52,7 +52,8 @@ def create_inputs(values) -> Inputs:
     Raises:
       UserError: for flags that are missing or contradict each other.
     """
-    if (values.normalization is None) == (not values.mean or not values.std):
+    given = bool(values.mean), bool(values.std)
+    if given != (values.normalization is None,) * 2:
         raise UserError(
             "say how the network's images were normalised: --normalization="
             f"{'|'.join(NORMALIZATIONS)}, or --mean and --std of each channel."
@@ -80,6 +81,8 @@ def create_inputs(values) -> Inputs:
                 "--resize say; give either it or them."
             )
         return _inputs_of_dataset(values.dataset, values.data_dir, mean, std)
+    if values.data_dir:
+        raise UserError("--data_dir is of no use without --dataset; leave it out.")
     if not values.num_classes or not values.image_size:
         raise UserError(
             "say what goes in and comes out: --dataset=NAME, or --num_classes and "

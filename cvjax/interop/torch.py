@@ -189,6 +189,11 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
+# Flags that say what is read.
+IMPORT = ("model", "fields", "dataset", "data_dir", "num_classes", "class_names")
+IMPORT += ("image_size", "resize", "normalization", "mean", "std")
+
+
 def define_flags() -> None:
     """The command line; not at import, as other programs have flags of the same names."""
     network_flags.define_flags(
@@ -222,6 +227,10 @@ def define_flags() -> None:
 
 def main(arguments):
     values = flags.FLAGS
+    idle = IMPORT if values.export else ("checkpoint",)
+    if idle := [name for name in idle if values[name].present]:
+        when = "with" if values.export else "without"
+        raise UserError(f"--{idle[0]} is of no use {when} --export; leave it out.")
     if values.export:
         cli.refuse_arguments(arguments)
         write_safetensors(network_flags.source(), values.export, values.checkpoint)

@@ -21,7 +21,8 @@ def label_axes(panel, x: str, y: str) -> None:
 def save_figure(figure, path: str | os.PathLike[str], *, tight: bool = False) -> None:
     """Writes a figure as PNG; the file is replaced when the new one is complete.
 
-    Letters that the usual font has not are of an installed one that has them, else boxes.
+    Letters that the usual font has not are of an installed one that has them, else boxes. A
+    `$` is drawn as it is: names of classes and settings are no formulas.
 
     Args:
       figure: of matplotlib.
@@ -30,6 +31,7 @@ def save_figure(figure, path: str | os.PathLike[str], *, tight: bool = False) ->
     """
     edges = {"bbox_inches": "tight", "pad_inches": 0.05} if tight else {}
     _choose_fonts(figure)
+    _draw_dollars(figure)
     with files.replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
         figure.savefig(temporary, format="png", **edges)
@@ -61,6 +63,14 @@ def _choose_fonts(figure) -> None:
                 missing -= found
     for text in texts if families else ():
         text.set_fontfamily([*text.get_fontfamily(), *families])
+
+
+def _draw_dollars(figure) -> None:
+    """Takes no text for a formula but the 10^n that matplotlib writes at an axis."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(text.get_text().startswith(r"$\mathdefault{"))
 
 
 OUTSIDE = (0.86, 0.90, 0.97)  # of the image
