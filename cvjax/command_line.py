@@ -15,6 +15,8 @@ from ml_collections import config_flags
 from cvjax.errors import EXIT_CODES, UserError
 from cvjax.files import is_pretrained, user_path
 
+flags.disclaim_key_flags()  # --help shows --config as the program's
+
 # Flags of any program that are a path of this machine.
 PATHS = (
     *("workdir", "run", "output", "export", "html"),
@@ -85,7 +87,9 @@ def parse(arguments: Sequence[str]) -> list[str]:
 def define_config() -> flags.FlagHolder:
     """Defines --config. It reads the files of --flagfile already: their errors end here."""
     try:
-        return config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+        config = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+        flags.declare_key_flag("config")
+        return config
     except (flags.Error, UnicodeDecodeError) as error:
         reason = re.sub(r"^ERROR:: ", "", str(error))
         print(f"--flagfile cannot be read: {reason}", file=sys.stderr)

@@ -75,7 +75,8 @@ def evaluate(
       crops, scales: see `evaluation.multicrop`; of streamed images the views are made of
         the centre crop, and ten crops are refused; the padding of ten crops is what the
         network was trained with, or if that is none, an eighth of the images' short side.
-      batch_size: in images; None for the run's own. It does not change the results.
+      batch_size: in images; None for the run's own. It does not change the results, but for
+        an ODE block whose images share their steps (`per_sample` "never").
       data_dir, cache_dir: where the data set is; "" for where it was at training.
       fields: of the model instead of those of the training, see `load_network`.
       output: the folder that is written to; None for WORKDIR/evaluation.
@@ -177,7 +178,7 @@ def define_flags() -> None:
         "batch_size",
         None,
         "Images at a time, for speed and memory; the run's data.eval_batch_size if not "
-        "given. It does not change the results.",
+        "given. It does not change the results, but with per_sample=never.",
         lower_bound=1,
     )
     flags.DEFINE_string("data_dir", "", "Where prepared TFDS sets are, if elsewhere now.")

@@ -35,7 +35,7 @@ from absl import flags, logging
 
 from cvjax.comparison.runs import training_seconds
 from cvjax.errors import DivergedError, InterruptedRun, UserError, WorkdirInUse
-from cvjax.files import read_json, to_json, write_json
+from cvjax.files import may_exist, read_json, to_json, write_json
 from cvjax.storage import metrics_log, provenance
 from cvjax.storage import workdir as workdirs
 from cvjax.training import interrupt
@@ -112,6 +112,7 @@ def trained(
             parse_config(config)
         except UserError as error:
             raise UserError(f"{folder.name}: {error}") from error
+        _refuse_other_length(folder, config)
     if shared.processes > 1:
         run_in_processes(shared.processes)
     if shared.ray:
@@ -144,6 +145,20 @@ def trained(
         others = "; the results are of the others." if finished else "."
         raise DivergedError(
             f"{len(failed)} of {len(runs)} runs diverged ({', '.join(failed)}){others}"
+        )
+
+
+def _refuse_other_length(folder: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where a run of another length lies: what goes on from its end has
+    had the learning rates of a shorter schedule."""
+    if not may_exist(folder / "config.json") or config.optim.schedule == "constant":
+        return
+    steps = config.total_steps
+    there = (workdirs.read_manifest(folder).get("config") or {}).get("total_steps", steps)
+    if there != steps:
+        raise UserError(
+            f"{folder} has a run of {there} steps, and this one is of {steps}, with "
+            "another schedule of learning rates; take another --workdir, or delete the run."
         )
 
 

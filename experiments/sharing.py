@@ -76,6 +76,9 @@ def from_flags() -> Sharing:
             "--ray_gpus takes a fraction of a GPU or a whole number, got "
             f"{given.ray_gpus:g}."
         )
+    for name in ("ray_cpus", "ray_gpus"):
+        if not given.ray and getattr(given, name) != getattr(ALONE, name):
+            raise UserError(f"--{name} is of no use without --ray; leave it out.")
     if given.ray:
         _check_address(given.ray)
         if importlib.util.find_spec("ray") is None:

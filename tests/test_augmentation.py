@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
 from cvjax.data import augment
 from cvjax.data.augment import Augmentation
@@ -141,10 +142,11 @@ def test_a_step_trains_on_the_function_that_the_pictures_show(monkeypatch):
 
 
 def test_table_by_hand():
-    def run(name, error):
-        return {"augmentation": name, "summary": dict.fromkeys(experiment.ERRORS, error)}
+    def run(name, seed, error):
+        summary = dict.fromkeys(experiment.ERRORS, error)
+        return {"augmentation": name, "seed": seed, "summary": summary}
 
-    runs = [run("none", 0.1), run("flip", 0.3), run("none", 0.2)]
+    runs = [run("none", 0, 0.1), run("flip", 1, 0.3), run("none", 1, 0.2)]
     none, flip = experiment.tabulate(runs)
     assert (none["augmentation"], none["n"]) == ("none", 2)
     assert none["val/error"]["mean"] == pytest.approx(0.15)
@@ -154,10 +156,14 @@ def test_table_by_hand():
         None,
     )
     assert percent(flip["test/error"]) == "30.00"
-    (claim,) = experiment.contrasts(runs)
-    assert (claim["augmentation"], claim["against"]) == ("flip", "none")
-    assert claim["difference"] == pytest.approx(0.15)
-    assert claim["p"] is None  # of a single seed
+    for claim in experiment.contrasts(runs):
+        assert (claim["augmentation"], claim["against"]) == ("flip", "none")
+        assert claim["difference"] == pytest.approx(0.1)  # of seed 1
+        assert claim["p"] is None  # of a single seed
+    runs += [run("flip", 0, 0.25)]
+    validation, test = experiment.contrasts(runs)
+    assert (validation["error"], test["error"]) == ("val/error", "test/error")
+    assert test["p"] == pytest.approx(scipy.stats.ttest_rel([0.25, 0.3], [0.1, 0.2]).pvalue)
 
 
 def test_names_tell_the_size():
@@ -184,7 +190,7 @@ def test_experiment_compares_and_does_nothing_twice(tmp_path, monkeypatch, capsy
     assert [run["config"]["data"]["crop_padding"] for run in results["runs"]] == [0, 1]
     assert results["train_examples"] == 1_197
     assert [row["n"] for row in results["table"]] == [1, 1]
-    assert [claim["augmentation"] for claim in results["claims"]] == ["crop"]
+    assert [claim["augmentation"] for claim in results["claims"]] == ["crop"] * 2
     for key in ("versions", "device", "git", "command"):
         assert results["runs"][0][key]
 

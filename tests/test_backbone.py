@@ -17,6 +17,7 @@ from cvjax.training import default_config, transfer
 from cvjax.training.config import parse_config
 from cvjax.training.recipe import create_recipe
 from cvjax.training.state import Record, create_train_state, create_variables, initial_rng
+from cvjax.training.trained_network import Network
 
 BACKBONE = {"depth": 18, "width": 2, "stem": "small"}
 CLASSES = ("ant", "cat")
@@ -64,6 +65,50 @@ def detector(name, **fields):
 def flat(params, batch_stats):
     tree = {"params": params, "batch_stats": batch_stats}
     return jax.device_get(traverse_util.flatten_dict(tree, sep="/"))
+
+
+SMALL = {"backbone": "resnet_cifar", "depth": 8, "width": 2, "features": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("yolo", {**SMALL, "stride": 4}),
+        ("fcn", {"width": 2, "stem": "small", "stride": 2}),
+        pytest.param("centernet", {"width": 2, "features": 2}, marks=pytest.mark.slow),
+        pytest.param("unet", {"width": 2, "levels": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_layers_of_classes_are_drawn_anew_where_there_are_others(name, fields):
+    config = default_config(name)
+    config.model.update(fields)
+    run = parse_config(config)
+
+    def create(names):
+        recipe = create_recipe(run, len(names))
+        shape = (16, 16, 1)
+        state = create_train_state(
+            initial_rng(len(names)), recipe=recipe, image_shape=shape
+        )
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        statistics = Statistics(np.zeros(shape, "f4"), np.ones(shape, "f4"))
+        return state, Network(run, recipe, variables, statistics, names, 0, "")
+
+    _, source = create(tuple("abc"))
+    drawn, _ = create(tuple("abcde"))
+    state = transfer.start_from(drawn, source, "there", run.model, tuple("abcde"))
+    ours, theirs, new = (
+        flat(**variables)
+        for variables in (
+            {"params": state.params, "batch_stats": state.batch_stats},
+            source.variables,
+            {"params": drawn.params, "batch_stats": drawn.batch_stats},
+        )
+    )
+    anew = {path for path in ours if new[path].shape != theirs[path].shape}
+    assert anew and len(anew) < len(ours) / 2
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], (new if path in anew else theirs)[path])
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,7 @@ def test_too_little(key):
         ({"optim.momentum": 1.0}, ["optim.momentum", "below 1", "1.0"]),
         ({"loss.label_smoothing": 1.0}, ["loss.label_smoothing", "below 1", "1.0"]),
         ({"data.saturation": 1.5}, ["data.saturation", "1 or less", "1.5"]),
+        ({"optim.nesterov": True, "optim.name": "adam"}, ["optim.nesterov", "sgd", "adam"]),
         ({"data.hue": 0.6}, ["data.hue", "0.5 or less", "0.6"]),
         ({"init_refine": 2}, ["init_refine is 2", "init_from", "empty", "workdir"]),
         ({"optim.warmup_steps": 1000}, ["optim.warmup_steps", "below", "total_steps"]),

@@ -167,6 +167,10 @@ def test_the_best_threshold_of_scores_by_hand():
     # Two right and one wrong from 0.4 on, one and none above: F1 of 0.8 and 2 / 3.
     scores = np.array([[0.9], [0.4], [0.6], [0.1]])
     assert best_threshold(scores, there) == pytest.approx((0.101 + 0.4) / 2, abs=1e-3)
+    # Two ranges are equally good, and between them is none.
+    scores, there = np.array([[0.8, 0.6], [0.5, 0.2]]), np.array([[1, 0], [0, 1]], bool)
+    found = best_threshold(scores, there)
+    assert 0.6 < found <= 0.8 or 0 < found <= 0.2
 
 
 def test_a_picture_gets_all_its_names(run, tmp_path, call_program):

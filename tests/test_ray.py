@@ -20,6 +20,7 @@ from configs import digits_mlp
 from cvjax import cli
 from cvjax.errors import DivergedError, UserError, WorkdirInUse
 from cvjax.storage import checkpoint, divergence, metrics_log, workdir
+from cvjax.training import train_and_evaluate
 from experiments import on_ray, ray_cluster, runner, runs_table, sharing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,6 +65,8 @@ def test_two_ways_to_share_are_refused(monkeypatch):
         return sharing.from_flags()
 
     monkeypatch.setattr(sharing.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match="--ray_cpus is of no use without --ray"):
+        given(ray="", ray_cpus=4)
     assert given(ray_gpus=0.25) == sharing.Sharing(ray="local", ray_gpus=0.25)
     with pytest.raises(UserError, match="--ray and --processes are two ways"):
         given(processes=2)
@@ -118,7 +121,7 @@ def test_files_of_a_node_elsewhere_come_back_whole(train, tmp_path):
             assert (tmp_path / "driver/run" / name).read_bytes() == file.read_bytes()
     assert checkpoint.latest_step(tmp_path / "driver/run") == 8
     # Longer, it goes on from there.
-    runner.train_all({tmp_path / "driver/run": small(total_steps=12)})
+    train_and_evaluate(small(total_steps=12), tmp_path / "driver/run")
     rows = metrics_log.read_metrics(tmp_path / "driver/run/metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == [4, 8, 12]
 

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from cvjax.errors import DivergedError, InterruptedRun, UserError
+from cvjax.files import write_json
 from cvjax.storage import workdir
 from cvjax.training import default_config, interrupt, trainer
 from experiments import processes, runner
@@ -66,6 +67,21 @@ def test_a_run_whose_process_died_meanwhile_is_taken_over(trained, tmp_path):
         other_process.enter_context(workdir.lock(a))
         assert runner.train_all({a: nothing, b: other_process.close}) == [a, b]
     assert trained == ["b", "a"]
+
+
+def test_a_run_of_another_length_is_not_gone_on_with(trained, tmp_path):
+    """Its learning rates have fallen to nothing by its end, and would rise again."""
+    config = default_config("mlp")
+    (tmp_path / "b").mkdir()
+    write_json(tmp_path / "b/config.json", {"config": config.to_dict()})
+    config.total_steps += 1
+    with pytest.raises(
+        UserError, match=r"b has a run of 1000 steps, and this one is of 1001"
+    ):
+        runner.train_all({tmp_path / "a": nothing, tmp_path / "b": config})
+    assert not trained
+    config.optim.schedule = "constant"
+    runner._refuse_other_length(tmp_path / "b", config)
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(trained, tmp_path):

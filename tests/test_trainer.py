@@ -423,6 +423,11 @@ def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_colours_of_grey_images_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.hue 0\.2 .*digits have 1 channel"):
+        train_and_evaluate(create_config(**{"data.hue": 0.2}), tmp_path)
+
+
 def test_test_curve_changes_nothing_else(tmp_path):
     plain = train_and_evaluate(create_config(), tmp_path / "plain")
     curve = train_and_evaluate(create_config(test_curve=True), tmp_path / "curve")

@@ -171,6 +171,11 @@ def _check_ranges(run: RunConfig) -> None:
         "optim.momentum": run.optim.momentum,
         "loss.label_smoothing": run.loss.label_smoothing,
     }
+    if run.optim.nesterov and run.optim.name != "sgd":
+        raise UserError(
+            f"optim.nesterov is for optim.name 'sgd', got {run.optim.name!r}; set it to "
+            "false."
+        )
     momentum = run.model.get("norm_momentum")
     if isinstance(momentum, float):  # its type is checked where the model is made
         below_one["model.norm_momentum"] = momentum
@@ -219,7 +224,8 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
 
     Raises:
       UserError: for a batch larger than the training split or not made of whole groups of
-        BatchNorm, or a crop out of all proportion to the images.
+        BatchNorm, a crop out of all proportion to the images, or changes of colours that
+        they have not.
     """
     if run.data.batch_size > train_examples:
         raise UserError(
@@ -232,6 +238,12 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
             f"{train_examples} training examples of {run.data.name}; use -1 for all."
         )
     data = run.data
+    if (data.hue or data.saturation) and image_shape[-1] != 3:
+        raise UserError(
+            f"data.hue {data.hue:g} and data.saturation {data.saturation:g} are of colours, "
+            f"but the images of {data.name} have {image_shape[-1]} channel(s); set both "
+            "to 0."
+        )
     if data.scale_max and data.crop_padding:
         raise UserError(
             f"data.crop_padding {data.crop_padding} and data.scale_max {data.scale_max} "

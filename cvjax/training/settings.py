@@ -35,7 +35,8 @@ class DataConfig:
       short_side_min, short_side_max, num_workers: of a stream, see
         `data.streaming.StreamOptions`.
       batch_size: of training.
-      eval_batch_size: of evaluation; it changes speed and memory, not results.
+      eval_batch_size: of evaluation; it changes speed and memory, not results, but for an
+        ODE block whose images share their steps (`per_sample` "never").
       normalization: see `data.normalize.compute_statistics`; or "init_from", the statistics
         of the run that this one starts from (see `training.transfer`).
       stretch: whether the contrast of each picture of a mask_folder is stretched, see

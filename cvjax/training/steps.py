@@ -230,7 +230,8 @@ def evaluate(
       split: what to evaluate on.
       statistics: of the training images.
       recipe: the model, the loss and the task in it are used.
-      batch_size: of the evaluation; it does not change the result.
+      batch_size: of the evaluation; it does not change the result, but for an ODE block
+        whose images share their steps (`per_sample` "never").
       prefix: of the keys, for example "val".
       mesh: the devices that hold copies of the arrays and share each batch, which is
         rounded up to a multiple of their number; None for where the arrays are.

@@ -161,26 +161,21 @@ def start_from(
     drawn = {"params": state.params, "batch_stats": state.batch_stats}
     wanted = traverse_util.flatten_dict(drawn)
     loaded = traverse_util.flatten_dict(source.variables)
-    classes = len(source.class_names)
-    heads, differences = [], []
+    heads, differences = {}, []
     as_backbone = _gives_backbone(source, model)
     if as_backbone:
-        heads = [path for path in wanted if not _in_backbone(path)]
+        heads = {path: np.shape(wanted[path]) for path in wanted if not _in_backbone(path)}
         # A detector may leave out the last stages.
         loaded = {path: loaded[path] for path in wanted if _in_backbone(path)}
-    elif class_names != source.class_names and len(class_names) == classes:
-        heads = _heads(source)
-    for path in (wanted.keys() | loaded.keys()) - set(heads):
+    elif class_names != source.class_names:
+        heads = _heads(source, len(class_names))
+    for path in wanted.keys() | loaded.keys():
         name = "/".join(path)
         ours, theirs = (np.shape(tree.get(path)) for tree in (wanted, loaded))
-        if path not in loaded or path not in wanted:
+        if path not in wanted or (path not in loaded and path not in heads):
             differences.append(f"{name} is {'missing' if path in wanted else 'unexpected'}")
-        elif ours != theirs:
-            # The fields agree, so a last axis that counts classes is that of logits.
-            if ours[:-1] == theirs[:-1] and theirs[-1] == classes:
-                heads.append(path)
-            else:
-                differences.append(f"{name} is {theirs} and not {ours}")
+        elif ours != heads.get(path, theirs):  # with as many classes, too
+            differences.append(f"{name} is {theirs} and not {ours}")
     if differences:
         differences.sort()
         more = len(differences) - NAMED
@@ -200,7 +195,7 @@ def start_from(
             "Re-initialised, as %s: %s.",
             "it has no such layers"
             if as_backbone
-            else f"there are other classes than its {classes}",
+            else f"there are other classes than its {len(source.class_names)}",
             ", ".join(sorted("/".join(path) for path in heads)),
         )
     return state.replace(
@@ -208,8 +203,9 @@ def start_from(
     )
 
 
-def _heads(network: Network) -> list[tuple[str, ...]]:
-    """The paths of the arrays whose shape depends on the number of classes."""
+def _heads(network: Network, classes: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The paths of the arrays whose shape depends on the number of classes, and the shapes
+    that they have for `classes`."""
 
     def shapes(num_classes: int) -> dict[tuple[str, ...], tuple[int, ...]]:
         model = dataclasses.replace(network.recipe.model, num_classes=num_classes)
@@ -220,8 +216,8 @@ def _heads(network: Network) -> list[tuple[str, ...]]:
         return {path: leaf.shape for path, leaf in flat.items()}
 
     count = len(network.class_names)
-    ours, others = shapes(count), shapes(count + 1)
-    return [path for path in ours if ours[path] != others[path]]
+    ours, others, wanted = map(shapes, (count, count + 1, classes))
+    return {path: wanted[path] for path in ours if ours[path] != others[path]}
 
 
 def statistics_like(source: Statistics, image_shape: tuple[int, ...]) -> Statistics:

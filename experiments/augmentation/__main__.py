@@ -38,7 +38,7 @@ from cvjax.data.colors import compute_color_axes
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
-from cvjax.report.statistics import difference, spread
+from cvjax.report.statistics import paired_difference, spread
 from cvjax.report.tables import p_value, percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
@@ -244,37 +244,45 @@ def tabulate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per augmentation: "n" (seeds), and each error's mean and spread."""
     table = []
     for name, group in _groups(runs).items():
-        errors = {key: spread([summary[key] for summary in group]) for key in ERRORS}
+        values = group.values()
+        errors = {key: spread([summary[key] for summary in values]) for key in ERRORS}
         table.append({"augmentation": name, "n": len(group), **errors})
     return table
 
 
 def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The claim: Welch's test of each validation error against that of no augmentation."""
-    errors = {
-        name: [summary["val/error"] for summary in values]
-        for name, values in _groups(runs).items()
-    }
-    return [
-        {
-            **{"augmentation": name, "against": "none", "error": "val/error"},
-            **difference(values, errors["none"]),
-        }
-        for name, values in errors.items()
-        if name != "none" and "none" in errors
-    ]
+    """The claims: validation and test errors against those of no augmentation, paired.
+
+    Runs of one seed have the same initial parameters and the same batches.
+    """
+    groups = _groups(runs)
+    none = groups.pop("none", {})
+    found = []
+    for error in ("val/error", "test/error"):
+        for name, summaries in groups.items():
+            seeds = sorted(summaries.keys() & none.keys())
+            if seeds:
+                values = ([one[seed][error] for seed in seeds] for one in (summaries, none))
+                names = {"augmentation": name, "against": "none", "error": error}
+                found.append({**names, **paired_difference(*values)})
+    return found
 
 
-def _groups(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    groups: dict[str, list[dict[str, float]]] = {}
+def _groups(runs: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
+    """By augmentation the summary of each seed."""
+    groups: dict[str, dict[int, dict[str, float]]] = {}
     for run in runs:
-        groups.setdefault(run["augmentation"], []).append(run["summary"])
+        groups.setdefault(run["augmentation"], {})[run["seed"]] = run["summary"]
     return groups
 
 
 def show(table: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
     """The table on the terminal, errors in per cent."""
-    p = {claim["augmentation"]: p_value(claim["p"]) for claim in claims}
+    p = {
+        claim["augmentation"]: p_value(claim["p"])
+        for claim in claims
+        if claim["error"] == "val/error"
+    }
     rows = [
         [
             *(row["augmentation"], str(row["n"])),
@@ -286,7 +294,7 @@ def show(table: list[dict[str, Any]], claims: list[dict[str, Any]]) -> None:
     ]
     title = (
         "Error in %, mean ± standard deviation over the seeds; of validation the 95 % "
-        "interval\nof the mean, and p of the difference from none"
+        "interval\nof the mean, and p of the difference from none, paired by seed"
     )
     headings = ("augmentation", "seeds", *ERRORS.values(), "95 %", "p")
     tables.show(title, headings, rows)

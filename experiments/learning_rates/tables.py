@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import difference, spread
+from cvjax.report.statistics import difference, paired_difference, spread
 from cvjax.report.tables import mean_std, percent, percent_interval
 from experiments.learning_rates.range_test import RULE
 
@@ -61,31 +61,33 @@ def measured(summary: dict[str, float], key: str) -> float:
 
 
 def contrasts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The claim: what capacity and regularisation change, by Welch's test.
+    """The claims: what capacity and regularisation change.
 
     Args:
-      runs: those of "capacity", each compared with the next smaller one, and of
-        "regularisation", each compared with the first, which has none.
+      runs: those of "capacity", each compared with the next smaller one, by Welch's test,
+        and of "regularisation", each compared with the first, which has none, by the paired
+        test: runs of one seed have the same initial parameters and the same batches.
 
     Returns:
       For each pair and "of" (gap, validation loss and error): "part", "setting", "against",
       "of" and `statistics.difference`. Settings of which a run diverged are left out.
     """
     found = []
-    for part in ("capacity", "regularisation"):
-        groups: dict[str, list[Any]] = {}
+    for part, test in (("capacity", difference), ("regularisation", paired_difference)):
+        groups: dict[str, dict[int, Any]] = {}
         for run in runs[part]:
-            groups.setdefault(run["setting"], []).append(run["summary"])
-        settings = [setting for setting, values in groups.items() if all(values)]
+            groups.setdefault(run["setting"], {})[run["seed"]] = run["summary"]
+        settings = [name for name, values in groups.items() if all(values.values())]
         before = settings if part == "capacity" else settings[:1] * len(settings)
         for setting, other in zip(settings[1:], before, strict=False):
+            seeds = sorted(groups[setting].keys() & groups[other].keys())
             for key in ("gap", "val/loss", "val/error"):
-                ours, theirs = (
-                    [measured(summary, key) for summary in groups[one]]
+                values = (
+                    [measured(groups[one][seed], key) for seed in seeds]
                     for one in (setting, other)
                 )
                 names = {"part": part, "setting": setting, "against": other, "of": key}
-                found.append({**names, **difference(ours, theirs)})
+                found.append({**names, **test(*values)})
     return found
 
 
