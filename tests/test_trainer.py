@@ -424,7 +424,7 @@ def test_impossible_settings_are_refused_at_start(settings, sentence, tmp_path):
 
 
 def test_colours_of_grey_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data\.hue 0\.2 .*digits have 1 channel"):
+    with pytest.raises(UserError, match=r"data\.hue 0\.2 .*digits has images of 1 channel"):
         train_and_evaluate(create_config(**{"data.hue": 0.2}), tmp_path)
 
 

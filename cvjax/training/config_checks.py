@@ -240,9 +240,8 @@ def check_data(run: RunConfig, train_examples: int, image_shape: tuple[int, ...]
     data = run.data
     if (data.hue or data.saturation) and image_shape[-1] != 3:
         raise UserError(
-            f"data.hue {data.hue:g} and data.saturation {data.saturation:g} are of colours, "
-            f"but the images of {data.name} have {image_shape[-1]} channel(s); set both "
-            "to 0."
+            f"data.hue {data.hue:g} and data.saturation {data.saturation:g} need colours, "
+            f"and {data.name} has images of {image_shape[-1]} channel(s); set both to 0."
         )
     if data.scale_max and data.crop_padding:
         raise UserError(
