@@ -156,7 +156,10 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     else:
         state = "unfinished"
     kind = f"{device.get('count', 1)} x {device.get('kind', 'unknown')}"
-    fingerprint = (checkpoint.read_latest_info(folder) or {}).get("data_fingerprint", "")
+    known = {}
+    with contextlib.suppress(OSError):  # a checkpoint that may not be read
+        known = checkpoint.read_latest_info(folder) or known
+    fingerprint = known.get("data_fingerprint", "")
     return Run(folder, config, state, last, numbers, curve, kind, fingerprint)
 
 
