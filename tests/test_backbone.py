@@ -79,7 +79,7 @@ SMALL = {"backbone": "resnet_cifar", "depth": 8, "width": 2, "features": 2}
         pytest.param("unet", {"width": 2, "levels": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_layers_of_classes_are_drawn_anew_where_there_are_others(name, fields):
+def test_layers_of_classes_are_reinitialised_where_there_are_others(name, fields):
     config = default_config(name)
     config.model.update(fields)
     run = parse_config(config)
@@ -105,10 +105,10 @@ def test_layers_of_classes_are_drawn_anew_where_there_are_others(name, fields):
             {"params": drawn.params, "batch_stats": drawn.batch_stats},
         )
     )
-    anew = {path for path in ours if new[path].shape != theirs[path].shape}
-    assert anew and len(anew) < len(ours) / 2
+    heads = {path for path in ours if new[path].shape != theirs[path].shape}
+    assert heads and len(heads) < len(ours) / 2
     for path in ours:
-        np.testing.assert_array_equal(ours[path], (new if path in anew else theirs)[path])
+        np.testing.assert_array_equal(ours[path], (new if path in heads else theirs)[path])
 
 
 @pytest.mark.parametrize(

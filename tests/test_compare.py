@@ -318,7 +318,7 @@ def test_other_data_is_not_compared(write_run, tmp_path):
     assert notes == ["", "other data", "not known yet"]
 
 
-def test_data_sets_are_told_by_their_pictures(write_run, tmp_path, monkeypatch):
+def test_data_sets_are_known_by_their_pictures(write_run, tmp_path, monkeypatch):
     """Not by how their folder is written: it moves, and pictures are added."""
     contents = {"a": "old", "b": "old", "c": "new", "d": "new", "e": None, "f": "old"}
     folders = {"a": "own", "b": "own/", "c": "own", "d": "copy", "e": "own", "f": "own"}

@@ -98,9 +98,12 @@ def grid(*models):
     return pytest.mark.parametrize(
         ("model", "stop"),
         [
-            pytest.param(model, stop, marks=[] if quick else [pytest.mark.slow])
+            pytest.param(
+                *(model, stop),
+                marks=[pytest.mark.slow]
+                * (model != "mlp" and not (model in models and stop == "mid-epoch")),
+            )
             for model, stop in itertools.product(MODELS, STOPS)
-            for quick in [model == "mlp" or (model in models and stop == "mid-epoch")]
         ],
     )
 

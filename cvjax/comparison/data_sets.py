@@ -1,4 +1,4 @@
-"""Which runs had the same pictures: told by content, for folders change and move."""
+"""Which runs had the same pictures: by their content, for folders change and move."""
 
 import dataclasses
 import os

@@ -18,7 +18,7 @@ from cvjax.comparison.runs import CURVE, Run
 from cvjax.data.names import OWN
 from cvjax.errors import UserError
 from cvjax.models import SAME_FUNCTION
-from cvjax.report.statistics import difference, paired_difference, spread
+from cvjax.report.statistics import common_seeds, difference, paired_difference, spread
 
 # What runs of a row may differ in: it changes speed, files and the log, not the question.
 FREE_KEYS = ("seed", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
@@ -182,15 +182,19 @@ def compare(rows: Sequence[Row], metric: str, baseline: str = "") -> list[Row]:
             if _data(row) != _data(base):
                 note = "other data"
             elif metric not in row.values or metric not in base.values:
-                note = "diverged" if _diverged(row) else "not known yet"
-                if note != "diverged" and _diverged(base):
-                    note = "the baseline diverged"
+                note = _why_unknown(row, base)
             elif row.step != base.step:
                 note = "another step"
             else:
                 test = _test(row, base, metric)
         compared.append(dataclasses.replace(row, test=test, note=note))
     return compared
+
+
+def _why_unknown(row: Row, base: Row) -> str:
+    if _diverged(row):
+        return "diverged"
+    return "the baseline diverged" if _diverged(base) else "not known yet"
 
 
 def _diverged(row: Row) -> bool:
@@ -262,10 +266,9 @@ def _data(row: Row) -> set[tuple[str, str]]:
 def _test(row: Row, base: Row, metric: str) -> dict[str, Any]:
     pairs = [samples(each.runs, metric) for each in (row, base)]
     ours, theirs = map(dict, pairs)
-    common = sorted(ours.keys() & theirs.keys())
+    after, before = common_seeds(ours, theirs)
     unique = [len(ours), len(theirs)] == [len(each) for each in pairs]
-    if unique and len(common) > 1:
-        values = ([each[seed] for seed in common] for each in (ours, theirs))
-        return {**paired_difference(*values), "paired": True}
+    if unique and len(after) > 1:
+        return {**paired_difference(after, before), "paired": True}
     values = ([value for _, value in each] for each in pairs)
     return {**difference(*values), "paired": False}

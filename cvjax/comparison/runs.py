@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.costs.accounting import account
+from cvjax.data.names import OWN
 from cvjax.errors import UserError
 from cvjax.files import may_exist, user_path
 from cvjax.models import create_model
@@ -43,7 +44,8 @@ class Run:
       numbers: those of `METRICS` in `rows` that are known, by key.
       curve: (step, validation error) of each evaluation.
       device: what it ran on.
-      fingerprint: of its data set, by the newest checkpoint; "" without one.
+      fingerprint: of pictures of the user, by the newest checkpoint; "" without one, and
+        for sets that have a name.
     """
 
     folder: pathlib.Path
@@ -108,7 +110,7 @@ def _inner_runs(folder: pathlib.Path, closed: list[str]) -> list[pathlib.Path]:
     places, seen = [], set()
     for place, inner, names in os.walk(folder, onerror=skip, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link to what has been walked, or a circle
+        if real in seen:  # a link to what has been searched, or a circle
             inner.clear()
             continue
         seen.add(real)
@@ -156,11 +158,17 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     else:
         state = "unfinished"
     kind = f"{device.get('count', 1)} x {device.get('kind', 'unknown')}"
-    known = {}
-    with contextlib.suppress(OSError):  # a checkpoint that may not be read
-        known = checkpoint.read_latest_info(folder) or known
-    fingerprint = known.get("data_fingerprint", "")
+    own = config["data.name"] in OWN
+    fingerprint = _fingerprint(folder) if own else ""
     return Run(folder, config, state, last, numbers, curve, kind, fingerprint)
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
+    try:
+        info = checkpoint.read_latest_info(folder)
+    except OSError:  # a checkpoint that may not be read
+        info = None
+    return (info or {}).get("data_fingerprint", "")
 
 
 def training_seconds(rows: list[dict[str, Any]]) -> float:

@@ -146,7 +146,7 @@ def _read(
             raise UserError(f"{where} is of image {image}, which is not among the images.")
         if category not in names:
             raise UserError(f"{where} has the category {category}, which is not there.")
-        if item.get("iscrowd") not in (None, 0, "0", False):
+        if item.get("iscrowd") not in (None, "", 0, "0"):
             crowds += 1
             continue
         left, top, width, height = _box(item, where)

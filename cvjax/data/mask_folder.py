@@ -118,9 +118,9 @@ def _class_maps(folder, listed, read, instances) -> dict[pathlib.Path, np.ndarra
     for entry in every:
         labels = read[entry.picture][1]
         maps[entry.picture] = entry.targets(labels)
-        values.update(np.unique(labels).tolist())
         if instances:
             continue
+        values.update(np.unique(labels).tolist())
         wrong = (labels >= VOID - 1) & (labels != VOID)
         if wrong.any():
             raise UserError(
@@ -129,7 +129,7 @@ def _class_maps(folder, listed, read, instances) -> dict[pathlib.Path, np.ndarra
                 "are numbers of objects: --config.data.name=mask_folder/instances.)"
             )
     if instances:
-        _check_objects(folder, values, [read[entry.picture][1] for entry in every])
+        _check_objects(folder, [read[entry.picture][1] for entry in every])
     elif values <= {0, VOID}:
         raise UserError(
             f"the labels of {folder} hold {' and '.join(map(str, sorted(values)))} only; "
@@ -139,31 +139,31 @@ def _class_maps(folder, listed, read, instances) -> dict[pathlib.Path, np.ndarra
     return maps
 
 
-def _check_objects(
-    folder: pathlib.Path, values: set[int], labels: list[np.ndarray]
-) -> None:
+def _check_objects(folder: pathlib.Path, labels: list[np.ndarray]) -> None:
     """Refuses labels without objects; warns of what is no object, or will not be found."""
-    if values <= {0}:
+    sizes = [np.bincount(numbers.ravel())[1:] for numbers in labels]  # of 1, 2, ...
+    present = {number + 1 for each in sizes for number in np.flatnonzero(each).tolist()}
+    if not present:
         raise UserError(
             f"the labels of {folder} hold 0 only, which is the ground; number the objects "
             "of each picture from 1."
         )
-    if len(values - {0}) == 1:
+    if len(present) == 1:
         apart = sum(ndimage.label(numbers)[1] > 1 for numbers in labels)
         if apart:
             logging.warning(
                 "The labels of %s know one object for each picture (number %d), which in "
                 "%d of %d lies in several pieces. If these are objects, number them, for "
                 "example by skimage.measure.label.",
-                *(folder, max(values), apart, len(labels)),
+                *(folder, *present, apart, len(labels)),
             )
-    sizes = np.concatenate([np.bincount(n.ravel())[1:] for n in labels])
-    small, known = (sizes[sizes > 0] < SMALLEST).sum(), (sizes > 0).sum()
+    objects = np.concatenate([each[each > 0] for each in sizes])
+    small = (objects < SMALLEST).sum()
     if small:
         logging.warning(
             "%d of the %d objects of %s have fewer than %d pixels, and will never be "
             "found: such pieces are taken for noise.",
-            *(small, known, folder, SMALLEST),
+            *(small, len(objects), folder, SMALLEST),
         )
 
 

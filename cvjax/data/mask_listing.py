@@ -96,15 +96,7 @@ def list_pictures(
                 f"and {split}/labels, or images, labels and a table index.csv with the "
                 "columns name and split."
             )
-    owners: dict[pathlib.Path, str] = {}
-    for split, pictures in listed.items():
-        for entry in pictures:
-            owner = owners.setdefault(entry.picture.resolve(), split)
-            if owner != split:
-                raise UserError(
-                    f"{entry.picture} is in the splits {owner} and {split}; a picture "
-                    "belongs to one."
-                )
+    _refuse_shared(listed)
     if listed.get("val"):
         if val_examples != -1:
             raise UserError(
@@ -120,6 +112,19 @@ def list_pictures(
         listed["val"] = [train[k] for k in val]
         listed["train"] = [train[k] for k in rest]
     return {split: listed[split] for split in SPLITS}
+
+
+def _refuse_shared(listed: dict[str, list[Labelled]]) -> None:
+    """Raises UserError for a picture that is in two splits, perhaps by a link."""
+    owners: dict[pathlib.Path, str] = {}
+    for split, pictures in listed.items():
+        for entry in pictures:
+            owner = owners.setdefault(entry.picture.resolve(), split)
+            if owner != split:
+                raise UserError(
+                    f"{entry.picture} is in the splits {owner} and {split}; a picture "
+                    "belongs to one."
+                )
 
 
 def _check_names(table: pathlib.Path, kinds: dict[str, str], names: set[str]) -> None:

@@ -227,10 +227,10 @@ def define_flags() -> None:
 
 def main(arguments):
     values = flags.FLAGS
-    idle = IMPORT if values.export else ("checkpoint",)
-    if idle := [name for name in idle if values[name].present]:
-        when = "with" if values.export else "without"
-        raise UserError(f"--{idle[0]} is of no use {when} --export; leave it out.")
+    idle, when = (IMPORT, "with") if values.export else (("checkpoint",), "without")
+    for name in idle:
+        if values[name].present:
+            raise UserError(f"--{name} is of no use {when} --export; leave it out.")
     if values.export:
         cli.refuse_arguments(arguments)
         write_safetensors(network_flags.source(), values.export, values.checkpoint)

@@ -6,7 +6,7 @@ normal: at errors near 0 or 100 % an interval may reach beyond them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,12 @@ def paired_difference(after: Sequence[float], before: Sequence[float]) -> dict[s
     mean, std, n = _moments(differences)
     error = None if std is None else std / math.sqrt(n)
     return {**t_test(mean, error, n - 1), "n": [n, n]}
+
+
+def common_seeds(after: Mapping[int, Any], before: Mapping[int, Any]) -> tuple[list, list]:
+    """The entries of two groups, by seed, at the seeds that both have, in one order."""
+    seeds = sorted(after.keys() & before.keys())
+    return [after[seed] for seed in seeds], [before[seed] for seed in seeds]
 
 
 def fit_exponent(counts: Sequence[int], values: Sequence[float]) -> float:

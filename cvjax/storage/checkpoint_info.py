@@ -20,9 +20,8 @@ class Damaged(Exception):
 def write_info(folder: pathlib.Path, info: dict) -> None:
     """Writes FOLDER/info.json, with the keys in the order of `info`."""
     text = json.dumps(info, allow_nan=False)
-    checksum = _checksum(
-        json.loads(text)
-    )  # the keys 2 and 10 sort otherwise than "2", "10"
+    # Of what is read back: the keys 2 and 10 sort otherwise than "2" and "10".
+    checksum = _checksum(json.loads(text))
     (folder / "info.json").write_text(f'{{"sha256": "{checksum}", "info": {text}}}\n')
 
 

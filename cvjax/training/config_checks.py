@@ -40,6 +40,11 @@ def check_values(run: RunConfig) -> None:
         )
     _check_task(run)
     check_choice("optim.name", run.optim.name, OPTIMIZERS)
+    if run.optim.nesterov and run.optim.name != "sgd":
+        raise UserError(
+            f"optim.nesterov is for optim.name 'sgd', got {run.optim.name!r}; set it to "
+            "false."
+        )
     check_choice("optim.schedule", run.optim.schedule, SCHEDULES)
     check_choice("optim.decayed", run.optim.decayed, DECAYED)
     check_choice("loss.name", run.loss.name, LOSSES)
@@ -171,11 +176,6 @@ def _check_ranges(run: RunConfig) -> None:
         "optim.momentum": run.optim.momentum,
         "loss.label_smoothing": run.loss.label_smoothing,
     }
-    if run.optim.nesterov and run.optim.name != "sgd":
-        raise UserError(
-            f"optim.nesterov is for optim.name 'sgd', got {run.optim.name!r}; set it to "
-            "false."
-        )
     momentum = run.model.get("norm_momentum")
     if isinstance(momentum, float):  # its type is checked where the model is made
         below_one["model.norm_momentum"] = momentum

@@ -216,7 +216,8 @@ def _heads(network: Network, classes: int) -> dict[tuple[str, ...], tuple[int, .
         return {path: leaf.shape for path, leaf in flat.items()}
 
     count = len(network.class_names)
-    ours, others, wanted = map(shapes, (count, count + 1, classes))
+    ours, others = shapes(count), shapes(count + 1 if classes == count else classes)
+    wanted = ours if classes == count else others
     return {path: wanted[path] for path in ours if ours[path] != others[path]}
 
 

@@ -38,7 +38,7 @@ from cvjax.data.colors import compute_color_axes
 from cvjax.data.dataset import Dataset
 from cvjax.data.normalize import compute_statistics
 from cvjax.report import tables
-from cvjax.report.statistics import paired_difference, spread
+from cvjax.report.statistics import common_seeds, paired_difference, spread
 from cvjax.report.tables import p_value, percent, percent_interval
 from cvjax.storage import workdir as workdirs
 from cvjax.training import steps
@@ -260,9 +260,9 @@ def contrasts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for error in ("val/error", "test/error"):
         for name, summaries in groups.items():
-            seeds = sorted(summaries.keys() & none.keys())
-            if seeds:
-                values = ([one[seed][error] for seed in seeds] for one in (summaries, none))
+            pairs = common_seeds(summaries, none)
+            if pairs[0]:
+                values = ([summary[error] for summary in group] for group in pairs)
                 names = {"augmentation": name, "against": "none", "error": error}
                 found.append({**names, **paired_difference(*values)})
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import difference, paired_difference, spread
+from cvjax.report.statistics import common_seeds, difference, paired_difference, spread
 from cvjax.report.tables import mean_std, percent, percent_interval
 from experiments.learning_rates.range_test import RULE
 
@@ -80,12 +80,9 @@ def contrasts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         settings = [name for name, values in groups.items() if all(values.values())]
         before = settings if part == "capacity" else settings[:1] * len(settings)
         for setting, other in zip(settings[1:], before, strict=False):
-            seeds = sorted(groups[setting].keys() & groups[other].keys())
+            pairs = common_seeds(groups[setting], groups[other])
             for key in ("gap", "val/loss", "val/error"):
-                values = (
-                    [measured(groups[one][seed], key) for seed in seeds]
-                    for one in (setting, other)
-                )
+                values = ([measured(summary, key) for summary in group] for group in pairs)
                 names = {"part": part, "setting": setting, "against": other, "of": key}
                 found.append({**names, **test(*values)})
     return found

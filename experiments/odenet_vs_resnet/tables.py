@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cvjax.report import tables
-from cvjax.report.statistics import paired_difference, spread
+from cvjax.report.statistics import common_seeds, paired_difference, spread
 from cvjax.report.tables import percent, percent_interval
 
 # What is claimed: a block helps, and more of them; one f over depth against one block
@@ -99,11 +99,10 @@ def contrasts(runs) -> list[dict[str, Any]]:
     }
     found = []
     for row, other in PAIRS:
-        after, before = groups.get(row, {}), groups.get(other, {})
-        seeds = sorted(after.keys() & before.keys())
+        pairs = common_seeds(groups.get(row, {}), groups.get(other, {}))
         for key in ("test/error", "test/nfe"):
-            if seeds and key in after[seeds[0]] and key in before[seeds[0]]:
-                values = ([one[seed][key] for seed in seeds] for one in (after, before))
+            if all(group and key in group[0] for group in pairs):
+                values = ([summary[key] for summary in group] for group in pairs)
                 names = {"row": row, "against": other, "of": key}
                 found.append({**names, **paired_difference(*values)})
     return found
